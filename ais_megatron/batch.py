@@ -1,0 +1,118 @@
+"""What travels between the phases: `Prompt` -> `Rollout` -> `Batch`, all frozen.
+
+`assemble` is the ONE place that aligns tokens and log-probabilities. The convention everywhere after it: in every
+``[batch, seq]`` tensor, index t describes token t. ``logprobs[b, t]`` is log p(token t | tokens before t), so column 0
+never carries a value, and no later code shifts anything by one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One question.
+
+    index: its position in the prompt stream; sampling noise is a function of it, so that a prompt gets the same
+    responses on whatever rank it lands.
+    token_ids: the tokenised `text`.
+    truth: what the task's reward needs to judge a response (numbers and target, gold answer, …).
+    """
+
+    index: int
+    text: str
+    token_ids: tuple[int, ...]
+    truth: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """One sampled response.
+
+    token_ids: the response's tokens, the end-of-sequence token included where the model produced it.
+    logprobs: log mu of each of those tokens, float, at the sampling temperature.
+    finish_reason: "stop" (end of sequence) or "length" (cut at the limit).
+    weight_version: the version of the weights that the engine sampled with.
+    """
+
+    prompt: Prompt
+    token_ids: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    finish_reason: str
+    weight_version: int
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The responses that one data-parallel rank trains on.
+
+    tokens: int64 ``[batch, seq]``, prompt then response then padding (zeros), left-aligned.
+    loss_mask: bool ``[batch, seq]``, True on response tokens.
+    lengths: int64 ``[batch]``, tokens before the padding.
+    rollout_logprobs: float32 ``[batch, seq]``, 0 outside loss_mask.
+    advantages: float32 ``[batch]``, one for all tokens of a response.
+    rewards: float32 ``[batch]``.
+    """
+
+    tokens: Tensor
+    loss_mask: Tensor
+    lengths: Tensor
+    rollout_logprobs: Tensor
+    advantages: Tensor
+    rewards: Tensor
+
+    def __len__(self) -> int:
+        return self.tokens.shape[0]
+
+    def rows(self, index: Tensor, seq: int | None = None) -> Batch:
+        """The given rows, cut to the first `seq` columns (all of them if None)."""
+        cut = {f.name: getattr(self, f.name)[index] for f in fields(self)}
+        return Batch(**{name: t[:, :seq] if t.dim() == 2 else t for name, t in cut.items()})
+
+    def to(self, device: torch.device) -> Batch:
+        return replace(self, **{f.name: getattr(self, f.name).to(device) for f in fields(self)})
+
+
+def assemble(rollouts: Sequence[Rollout], rewards: Tensor, advantages: Tensor) -> Batch:
+    """Lay rollouts out as one `Batch`.
+
+    Args:
+        rollouts: N responses; N may be 0, on a rank that had no prompt to answer.
+        rewards, advantages: float32 ``[N]``.
+    Raises:
+        ValueError: an empty response, a number of log-probabilities that differs from the number of tokens, or a
+            log-probability that is not finite: such a response would poison every statistic of the batch.
+    """
+    for rollout in rollouts:
+        _check(rollout)
+    lengths = torch.tensor([len(r.prompt.token_ids) + len(r.token_ids) for r in rollouts], dtype=torch.int64)
+    batch, seq = len(rollouts), int(lengths.max()) if rollouts else 0
+    tokens = torch.zeros(batch, seq, dtype=torch.int64)
+    loss_mask = torch.zeros(batch, seq, dtype=torch.bool)
+    rollout_logprobs = torch.zeros(batch, seq, dtype=torch.float32)
+    for row, rollout in enumerate(rollouts):
+        start, end = len(rollout.prompt.token_ids), int(lengths[row])
+        tokens[row, :end] = torch.tensor(rollout.prompt.token_ids + rollout.token_ids)
+        loss_mask[row, start:end] = True
+        rollout_logprobs[row, start:end] = torch.tensor(rollout.logprobs)
+    return Batch(tokens, loss_mask, lengths, rollout_logprobs, advantages.float(), rewards.float())
+
+
+def _check(rollout: Rollout) -> None:
+    where = f"rollout of prompt {rollout.prompt.index} (weight version {rollout.weight_version})"
+    if not rollout.token_ids:
+        raise ValueError(f"{where}: the response is empty; an engine must return at least one token")
+    if len(rollout.logprobs) != len(rollout.token_ids):
+        raise ValueError(f"{where}: {len(rollout.logprobs)} logprobs for {len(rollout.token_ids)} tokens; there must be one for each")
+    bad = [t for t, value in enumerate(rollout.logprobs) if not -float("inf") < value <= 1e-3]
+    if bad:
+        raise ValueError(
+            f"{where}: logprob {rollout.logprobs[bad[0]]} at response token {bad[0]}; the engine must return finite values <= 0 "
+            "(NaN here usually means corrupt weights or KV scales after a sync)"
+        )

@@ -1,0 +1,162 @@
+"""`ais-megatron`: one command per thing to do. Commands only parse, start ranks and print; the work is elsewhere."""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ais_megatron.config import Config, ConfigError, build_config, load_config
+from ais_megatron.launcher import is_launched, run_ranks
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="GRPO on Megatron-Core with FP8 rollouts and adaptive importance sampling.",
+)
+
+ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="a YAML file, see configs/")]
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="for example train.steps=10 rollout.quantization=none")]
+RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="a run folder")]
+
+USER_ERROR, INTERRUPTED = 2, 130
+
+
+@app.command()
+def train(config: ConfigPath, overrides: Overrides = None) -> None:
+    """Train, from the starting policy to the report. Starts the ranks itself unless torchrun or srun has."""
+    _run_distributed(load_config(config, overrides or []), _train)
+
+
+@app.command()
+def sft(config: ConfigPath, overrides: Overrides = None) -> None:
+    """Only make the starting policy (the warm start), and print where it lies."""
+    _run_distributed(load_config(config, overrides or []), _sft)
+
+
+@app.command("eval")
+def evaluate(
+    target: Annotated[Path, typer.Argument(metavar="CONFIG|RUN", help="a YAML file (its starting policy) or a run folder (its checkpoint)")],
+    overrides: Overrides = None,
+) -> None:
+    """Measure pass@1 on the held-out problems with the rollout engine."""
+    loaded = load_config(target / "config.yaml" if target.is_dir() else target, overrides or [])
+    _run_distributed(loaded, lambda config: _evaluate(config, target if target.is_dir() else None))
+
+
+@app.command()
+def report(run: RunFolder) -> None:
+    """Draw the report of a run, finished or not, and print its path."""
+    from ais_megatron.report import write_report
+
+    print(write_report(run))
+
+
+@app.command()
+def export(run: RunFolder, out: Annotated[Path, typer.Argument(metavar="OUT", help="folder to create")]) -> None:
+    """Write a run's newest checkpoint as a Hugging Face folder (safetensors, config, tokenizer)."""
+    config = load_config(run / "config.yaml")
+    one_rank = config.parallel.model_dump() | {"tp": 1, "pp": 1, "cp": 1, "ep": 1, "dp": 1, "sequence_parallel": False}
+    if out.exists() and any(out.iterdir()):
+        raise ConfigError(f"{out}: exists and is not empty; choose another folder")
+    _run_distributed(build_config(config.model_dump() | {"parallel": one_rank}), lambda c: _export(c, run, out))
+
+
+@app.command()
+def doctor() -> None:
+    """What is present on this machine, and what each absence switches off."""
+    from ais_megatron.doctor import print_doctor
+
+    print_doctor()
+
+
+def _run_distributed(config: Config, work: Callable[[Config], None]) -> None:
+    """Join the job this process is a rank of; else start one: in this process if one rank is enough."""
+    if not is_launched() and config.parallel.local_world_size > 1:
+        sys.exit(run_ranks(config.parallel.local_world_size, sys.argv[1:]))
+    import torch
+    import torch.distributed as dist
+
+    from ais_megatron.distributed import init_process_group
+
+    if "OMP_NUM_THREADS" in os.environ:
+        torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+    init_process_group(config.run.backend)
+    work(config)
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def _train(config: Config) -> None:
+    from ais_megatron.trainer import train
+
+    train(config)
+
+
+def _sft(config: Config) -> None:
+    from ais_megatron.distributed import rank
+    from ais_megatron.policy.policy import initialize_parallel
+    from ais_megatron.session import build_task
+    from ais_megatron.sft import starting_policy
+
+    if config.sft.steps == 0:
+        raise ConfigError("sft.steps=0: there is no warm start to make; set it to 1 or more")
+    initialize_parallel(config)
+    folder = starting_policy(config, *build_task(config))
+    if rank() == 0:
+        print(f"starting policy: {folder}")
+
+
+def _evaluate(config: Config, run: Path | None) -> None:
+    from ais_megatron.distributed import rank
+    from ais_megatron.session import build_session
+    from ais_megatron.trainer import begin
+
+    folder = _newest_checkpoint(run) if run else None
+    session = build_session(config, from_checkpoint=run is not None)
+    begin(session, folder, with_optimizer=False)
+    accuracy = session.held_out_accuracy()
+    if rank() == 0:
+        print(f"held-out pass@1: {accuracy:.4f}  ({config.eval.num_prompts} problems, {config.eval.samples} responses each)")
+
+
+def _export(config: Config, run: Path, out: Path) -> None:
+    from ais_megatron.policy import checkpoint
+    from ais_megatron.policy.hf_export import save_hf
+    from ais_megatron.session import build_policy
+
+    folder = _newest_checkpoint(run)
+    policy, _, tokenizer = build_policy(config, from_checkpoint=True)
+    checkpoint.load(policy, folder, with_optimizer=False)
+    save_hf(policy.export_buckets(2**30), config.architecture, config.model.dtype, out, eos_id=tokenizer.eos_id, pad_id=tokenizer.pad_id)
+    tokenizer.save(out)
+    print(out)
+
+
+def _newest_checkpoint(run: Path) -> Path:
+    from ais_megatron.policy import checkpoint
+
+    folder = checkpoint.newest(run / "checkpoints")
+    if folder is None:
+        raise ConfigError(f"{run}: holds no complete checkpoint; wait for checkpoint.every, or for the end of the run")
+    return folder
+
+
+def main() -> None:
+    """Entry point. What the user can mend is one message and status 2, on every rank together; an interrupt is status 130."""
+    try:
+        app()
+    except (ValueError, RuntimeError) as error:
+        if os.environ.get("RANK", "0") == "0":
+            if isinstance(error, RuntimeError):
+                traceback.print_exc()
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        os._exit(USER_ERROR)  # no clean-up at exit: a process group that other ranks have left would wait for them
+    except KeyboardInterrupt:
+        os._exit(INTERRUPTED)

@@ -1,0 +1,404 @@
+"""The experiment as data: one YAML file plus ``key=value`` overrides becomes one frozen `Config`.
+
+OmegaConf merges the file and the overrides; pydantic checks names, types and every combination that can be judged
+without starting a process. Whatever is wrong is reported in one `ConfigError` whose lines name the key, the value
+received, what is allowed and what to change. Nothing here imports torch, so a typo costs milliseconds, not a cluster.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+SUPPORTED_MODEL_TYPES = ("qwen3",)
+
+
+class ConfigError(ValueError):
+    """The configuration cannot be used; the message says which keys, and what to write instead."""
+
+
+class Section(BaseModel):
+    """Frozen, and unknown keys are errors: a typo must never silently leave a default in force."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+PositiveInt = Annotated[int, Field(ge=1)]
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+
+
+class RunConfig(Section):
+    dir: str = Field("runs/default", description="run folder: config.yaml, metrics.jsonl, checkpoints/, report/, summary.json")
+    seed: int = Field(0, description="seed of weights, puzzles, prompt order and sampling")
+    resume: bool = Field(False, description="continue from the newest checkpoint in run.dir; otherwise run.dir must hold no run")
+    backend: Literal["auto", "cpu", "cuda"] = "auto"
+
+
+class ParallelConfig(Section):
+    tp: PositiveInt = Field(1, description="tensor-parallel size")
+    pp: PositiveInt = Field(1, description="pipeline-parallel size")
+    cp: PositiveInt = Field(1, description="context-parallel size (needs Transformer Engine)")
+    ep: PositiveInt = Field(1, description="expert-parallel size (MoE models)")
+    dp: PositiveInt | None = Field(None, description="data-parallel size; empty: whatever the number of ranks leaves, 1 without torchrun")
+    sequence_parallel: bool = Field(False, description="shard norms and residuals over the sequence inside a TP group")
+
+    @property
+    def model_parallel_size(self) -> int:
+        """Ranks that hold one copy of the model: tp * pp * cp."""
+        return self.tp * self.pp * self.cp
+
+    @property
+    def local_world_size(self) -> int:
+        """Ranks that `train` starts by itself when no launcher has."""
+        return self.model_parallel_size * (self.dp or 1)
+
+
+class Architecture(Section):
+    """A Qwen3 model under the names of its Hugging Face ``config.json``."""
+
+    model_type: Literal["qwen3"] = "qwen3"
+    vocab_size: PositiveInt
+    hidden_size: PositiveInt
+    intermediate_size: PositiveInt
+    num_hidden_layers: PositiveInt
+    num_attention_heads: PositiveInt
+    num_key_value_heads: PositiveInt
+    head_dim: PositiveInt
+    max_position_embeddings: PositiveInt = 32768
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 1_000_000.0
+    tie_word_embeddings: bool = False
+    initializer_range: float = 0.02
+
+    @model_validator(mode="after")
+    def _heads(self) -> Architecture:
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"num_attention_heads={self.num_attention_heads} must be a multiple of num_key_value_heads={self.num_key_value_heads}"
+            )
+        return self
+
+
+class ModelConfig(Section):
+    path: str | None = Field(None, description="Hugging Face checkpoint folder to start from; empty: random weights of `architecture`")
+    architecture: Architecture | None = Field(None, description="needed without `path`; with `path` it is read from its config.json")
+    dtype: Literal["bf16", "fp32"] = Field("bf16", description="parameters and activations; master weights are FP32 in either case")
+    recompute: Literal["none", "full"] = Field("none", description="full: recompute each layer's activations in the backward pass")
+
+
+class TokenizerConfig(Section):
+    kind: Literal["sentencepiece", "hf"] = "sentencepiece"
+    path: str | None = Field(None, description="sentencepiece: a .model file (empty: train one on generated text); hf: a folder")
+
+
+class TaskConfig(Section):
+    name: str = Field("countdown", description="a task of ais_megatron.tasks: countdown | sudoku | gsm8k | math500")
+    train_path: str | None = Field(None, description="JSONL file or HF-datasets folder; empty: puzzles generated from run.seed")
+    test_path: str | None = Field(None, description="held-out file; empty: generated puzzles that never occur in training")
+    max_number: PositiveInt = Field(99, description="countdown: largest number and target that is generated")
+    empty_cells: PositiveInt = Field(8, le=16, description="sudoku: cells left empty in generated puzzles")
+    format_weight: Fraction = Field(0.1, description="share of the reward given for a well-formed answer alone")
+
+
+class RolloutConfig(Section):
+    engine: Literal["local"] = "local"
+    quantization: Annotated[
+        Literal["none", "fp8_e4m3"], BeforeValidator(lambda v: {"fp8": "fp8_e4m3", "bf16": "none", None: "none"}.get(v, v))
+    ] = Field("fp8_e4m3", description="none: BF16 weights; fp8_e4m3 (or fp8): block-128x128 weights, 1x128 activations")
+    kv_cache: Literal["auto", "bf16", "fp8_e4m3"] = Field("auto", description="auto: FP8 exactly when the weights are")
+    prompts_per_step: PositiveInt = 32
+    group_size: PositiveInt = Field(8, description="responses sampled for each prompt")
+    max_response_tokens: PositiveInt = 48
+    temperature: float = Field(1.0, gt=0.0)
+    top_p: float = Field(1.0, gt=0.0, le=1.0)
+    top_k: int = Field(0, ge=0, description="0: no limit")
+    max_batch: PositiveInt = Field(256, description="responses that one engine decodes side by side")
+    sync_bucket_mb: float = Field(64.0, gt=0.0, description="bytes of weights in flight during a weight sync, in MiB")
+
+    @property
+    def kv_cache_is_fp8(self) -> bool:
+        return self.kv_cache == "fp8_e4m3" or (self.kv_cache == "auto" and self.quantization != "none")
+
+
+class AISConfig(Section):
+    """The coefficient alpha; the words are those of docs/algorithm.md."""
+
+    coefficient: Literal["product"] = "product"
+    tau: float = Field(2e-3, gt=0.0, description="divergence (nats per token) at which alpha reaches 63 % of rho / max(1, nu)")
+    alpha_min: Fraction = 0.0
+    alpha_max: Fraction = 1.0
+    weight_cap: float = Field(2.0, gt=1.0, description="C: importance weights are truncated at this value")
+    reliability: Literal["truncated", "raw"] = "truncated"
+
+    @model_validator(mode="after")
+    def _range(self) -> AISConfig:
+        if self.alpha_min > self.alpha_max:
+            raise ValueError(f"alpha_min={self.alpha_min} must not exceed alpha_max={self.alpha_max}")
+        return self
+
+
+class ObjectiveConfig(Section):
+    name: Literal["grpo"] = "grpo"
+    clip_low: Fraction = 0.2
+    clip_high: float = Field(0.2, ge=0.0)
+    std_floor: float = Field(1e-6, gt=0.0, description="added to a group's reward deviation before dividing by it")
+    aggregation: Literal["token", "sequence"] = Field("token", description="token: mean over tokens; sequence: mean of the responses' means")
+
+
+class OptimizerConfig(Section):
+    lr: float = Field(1e-6, gt=0.0)
+    min_lr_ratio: Fraction = Field(1.0, description="learning rate at the end, as a share of lr")
+    warmup_steps: int = Field(0, ge=0)
+    decay: Literal["constant", "linear", "cosine"] = "constant"
+    weight_decay: float = Field(0.0, ge=0.0)
+    beta1: float = Field(0.9, ge=0.0, lt=1.0)
+    beta2: float = Field(0.98, ge=0.0, lt=1.0)
+    eps: float = Field(1e-8, gt=0.0)
+    grad_clip: float = Field(1.0, gt=0.0)
+
+
+class TrainConfig(Section):
+    steps: PositiveInt = 100
+    updates_per_batch: PositiveInt = 1
+    tokens_per_microbatch: PositiveInt = Field(16384, description="padded tokens in one forward pass of one rank")
+    logprob_chunk_tokens: PositiveInt = Field(2048, description="tokens whose [chunk, vocab/tp] logits are in float32 at a time")
+    optimizer: OptimizerConfig = OptimizerConfig()
+
+
+class SFTConfig(Section):
+    """Warm start on the task's own worked solutions, through the same Megatron path."""
+
+    steps: int = Field(0, ge=0, description="0: no warm start")
+    batch_size: PositiveInt = 128
+    optimizer: OptimizerConfig = OptimizerConfig(lr=1e-3)
+    cache_dir: str = Field(".cache/ais_megatron", description="starting policies, keyed by a hash of all that makes them")
+
+
+class CalibrationConfig(Section):
+    mode: Literal["lagged", "fresh", "off"] = Field(
+        "lagged", description="lagged: free, from the old-logprob pass; fresh: a forward pass with the new weights; off: scale 1.0"
+    )
+    margin: float = Field(1.05, ge=1.0, description="head-room on the measured amax")
+    fresh_tokens: PositiveInt = Field(4096, description="fresh: tokens of recent rollouts that each DP rank runs through the new weights")
+
+
+class EvalConfig(Section):
+    every: int = Field(0, ge=0, description="steps between held-out evaluations; 0: only at the start and the end")
+    num_prompts: PositiveInt = 256
+    samples: PositiveInt = Field(1, description="responses per held-out prompt; pass@1 is their mean")
+    temperature: float = Field(1.0, ge=0.0, description="0: greedy")
+
+
+class CheckpointConfig(Section):
+    every: int = Field(0, ge=0, description="steps between checkpoints; 0: only at the end")
+    keep: PositiveInt = 2
+
+
+class MetricsConfig(Section):
+    progress_bar: bool = True
+    tensorboard: bool = False
+    wandb: Literal["off", "offline", "online"] = "off"
+    wandb_project: str = "ais_megatron"
+
+
+class Config(Section):
+    run: RunConfig = RunConfig()
+    parallel: ParallelConfig = ParallelConfig()
+    model: ModelConfig = ModelConfig()
+    tokenizer: TokenizerConfig = TokenizerConfig()
+    task: TaskConfig = TaskConfig()
+    rollout: RolloutConfig = RolloutConfig()
+    correction: Literal["none", "tis", "ais"] = Field("ais", description="none: plain GRPO; tis: alpha = 1; ais: alpha measured")
+    ais: AISConfig = AISConfig()
+    objective: ObjectiveConfig = ObjectiveConfig()
+    train: TrainConfig = TrainConfig()
+    sft: SFTConfig = SFTConfig()
+    calibration: CalibrationConfig = CalibrationConfig()
+    eval: EvalConfig = EvalConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    metrics: MetricsConfig = MetricsConfig()
+
+    @model_validator(mode="after")
+    def _combinations(self) -> Config:
+        problems = [*_layout_problems(self), *_batch_problems(self), *_source_problems(self)]
+        if problems:
+            raise ValueError("\n".join(problems))
+        return self
+
+    @property
+    def architecture(self) -> Architecture:
+        assert self.model.architecture is not None  # _source_problems refuses a config without one
+        return self.model.architecture
+
+
+def _layout_problems(config: Config) -> list[str]:
+    parallel, arch = config.parallel, config.model.architecture
+    problems = []
+    if parallel.sequence_parallel and parallel.tp == 1:
+        problems.append("parallel.sequence_parallel=true: there is nothing to shard with parallel.tp=1; set it to false or raise parallel.tp")
+    if parallel.ep > 1:
+        problems.append(f"parallel.ep={parallel.ep}: a dense model has no experts to spread; set parallel.ep=1")
+    if arch is None:
+        return problems
+    for key, heads in (("num_attention_heads", arch.num_attention_heads), ("num_key_value_heads", arch.num_key_value_heads)):
+        if heads % parallel.tp:
+            allowed = [n for n in range(1, heads + 1) if arch.num_attention_heads % n == 0 and arch.num_key_value_heads % n == 0]
+            problems.append(f"parallel.tp={parallel.tp}: does not divide model.architecture.{key}={heads}; use one of {allowed}")
+    if arch.num_hidden_layers % parallel.pp:
+        allowed = [n for n in range(1, arch.num_hidden_layers + 1) if arch.num_hidden_layers % n == 0]
+        problems.append(
+            f"parallel.pp={parallel.pp}: does not divide model.architecture.num_hidden_layers={arch.num_hidden_layers}; use one of {allowed}"
+        )
+    for key, size in (("hidden_size", arch.hidden_size), ("intermediate_size", arch.intermediate_size)):
+        if size % parallel.tp:
+            problems.append(f"parallel.tp={parallel.tp}: does not divide model.architecture.{key}={size}")
+    return problems
+
+
+def _batch_problems(config: Config) -> list[str]:
+    rollout, train, arch = config.rollout, config.train, config.model.architecture
+    problems = []
+    dp = config.parallel.dp or 1
+    if rollout.prompts_per_step % dp:
+        problems.append(f"rollout.prompts_per_step={rollout.prompts_per_step}: must be a multiple of parallel.dp={dp}")
+    if config.sft.steps and config.sft.batch_size % dp:
+        problems.append(f"sft.batch_size={config.sft.batch_size}: must be a multiple of parallel.dp={dp}")
+    responses = rollout.prompts_per_step * rollout.group_size // dp
+    if responses % train.updates_per_batch:
+        problems.append(
+            f"train.updates_per_batch={train.updates_per_batch}: does not divide the {responses} responses of one data-parallel rank "
+            f"(rollout.prompts_per_step * rollout.group_size / parallel.dp)"
+        )
+    if rollout.group_size == 1:
+        problems.append("rollout.group_size=1: group-relative advantages of one response are always zero; use 2 or more")
+    if arch is not None and rollout.max_response_tokens >= arch.max_position_embeddings:
+        problems.append(
+            f"rollout.max_response_tokens={rollout.max_response_tokens}: leaves no room for a prompt within "
+            f"model.architecture.max_position_embeddings={arch.max_position_embeddings}"
+        )
+    return problems
+
+
+def _source_problems(config: Config) -> list[str]:
+    model, tokenizer, task = config.model, config.tokenizer, config.task
+    problems = []
+    if model.architecture is None:
+        problems.append("model: set model.path to a Hugging Face checkpoint folder, or describe model.architecture")
+    if tokenizer.kind == "hf" and tokenizer.path is None and model.path is None:
+        problems.append("tokenizer.kind=hf: set tokenizer.path (or model.path, whose tokenizer is then used)")
+    if task.name in ("gsm8k", "math500") and task.test_path is None:
+        problems.append(f"task.name={task.name}: its questions are not generated; set task.test_path (and task.train_path) to its files")
+    return problems
+
+
+def read_architecture(folder: str | Path) -> Architecture:
+    """The `Architecture` in a Hugging Face checkpoint folder's ``config.json``; `ConfigError` if it is missing or another model's."""
+    path = Path(folder) / "config.json"
+    if not path.is_file():
+        raise ConfigError(f"model.path={folder}: there is no {path.name} in it; give the folder of a Hugging Face checkpoint")
+    try:
+        raw = json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"model.path={folder}: {path} is not valid JSON ({error})") from error
+    if raw.get("model_type") not in SUPPORTED_MODEL_TYPES:
+        raise ConfigError(
+            f"model.path={folder}: model_type={raw.get('model_type')!r} is not supported; allowed: {', '.join(SUPPORTED_MODEL_TYPES)}"
+        )
+    rope = raw.get("rope_parameters") or {}
+    raw.setdefault("rope_theta", rope.get("rope_theta", 1_000_000.0))
+    if rope.get("rope_type", "default") != "default" or raw.get("rope_scaling"):
+        raise ConfigError(f"model.path={folder}: scaled RoPE ({rope or raw['rope_scaling']}) is not supported; allowed: default")
+    try:
+        return Architecture(**{k: v for k, v in raw.items() if k in Architecture.model_fields})
+    except ValidationError as error:
+        raise ConfigError(f"model.path={folder}: {path} does not describe a Qwen3 model\n" + _explain(error)) from error
+
+
+def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Config:
+    """Read a YAML file, apply ``key=value`` overrides in order, and check everything.
+
+    Raises:
+        ConfigError: unreadable file, unknown key (with the nearest known one), wrong type, impossible combination.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ConfigError(f"config file {path} does not exist")
+    bad = [item for item in overrides if "=" not in item or item.startswith("=")]
+    if bad:
+        raise ConfigError(f"override {bad[0]!r}: write key=value, for example train.steps=10")
+    try:
+        merged = OmegaConf.merge(OmegaConf.load(path), OmegaConf.from_dotlist(list(overrides)))
+        data = OmegaConf.to_container(merged, resolve=True)
+    except (OmegaConfBaseException, OSError, ValueError, AttributeError) as error:
+        raise ConfigError(f"{path}: {error}") from error
+    except Exception as error:  # PyYAML's errors share no public base class with OmegaConf's
+        if type(error).__module__.startswith("yaml"):
+            raise ConfigError(f"{path}: not valid YAML: {error}") from error
+        raise
+    if not isinstance(data, dict):
+        raise ConfigError(f"{path}: expected a mapping of sections, got {type(data).__name__}")
+    return build_config(data)
+
+
+def build_config(data: dict[str, Any]) -> Config:
+    """Check a nested mapping and freeze it; see `load_config`. A given ``model.path`` supplies ``model.architecture``."""
+    model = data.get("model")
+    if isinstance(model, dict) and model.get("path"):
+        data = {**data, "model": {**model, "architecture": read_architecture(model["path"]).model_dump()}}
+    try:
+        return Config(**data)
+    except ValidationError as error:
+        raise ConfigError(_explain(error)) from error
+
+
+def dump_config(config: Config) -> str:
+    """The resolved configuration as YAML; `load_config` of it gives an equal `Config`."""
+    return OmegaConf.to_yaml(OmegaConf.create(config.model_dump(mode="json")))
+
+
+def _known_keys(section: type[BaseModel], prefix: str = "") -> list[str]:
+    keys = []
+    for name, field in section.model_fields.items():
+        nested = next((t for t in _types_in(field.annotation) if isinstance(t, type) and issubclass(t, Section)), None)
+        keys += [prefix + name] + (_known_keys(nested, prefix + name + ".") if nested else [])
+    return keys
+
+
+def _types_in(annotation: Any) -> list[Any]:
+    return [annotation, *getattr(annotation, "__args__", ())]
+
+
+def _explain(error: ValidationError) -> str:
+    """pydantic's findings as lines of `key: what is wrong, what is allowed`."""
+    lines = []
+    for item in error.errors():
+        key = ".".join(str(part) for part in item["loc"])
+        if item["type"] == "extra_forbidden":
+            nearest = _nearest_key(key)
+            lines.append(f"{key}: unknown key" + (f"; did you mean {nearest}?" if nearest else ""))
+        elif item["type"] == "value_error":
+            message = str(item["ctx"]["error"])
+            lines.append(f"{key}: {message}" if key else message)
+        elif item["type"] == "missing":
+            lines.append(f"{key}: missing; set it")
+        else:
+            lines.append(f"{key}={item['input']!r}: {item['msg'][0].lower()}{item['msg'][1:]}")
+    return "\n".join(lines)
+
+
+def _nearest_key(key: str) -> str | None:
+    known = _known_keys(Config)
+    section, _, name = key.rpartition(".")
+    siblings = {k.rpartition(".")[2]: k for k in known if k.rpartition(".")[0] == section}
+    close = difflib.get_close_matches(name, siblings, n=1, cutoff=0.5)
+    if close:
+        return siblings[close[0]]
+    same_name = [k for k in known if k.rpartition(".")[2] == name]
+    close = same_name or difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+    return close[0] if close else None

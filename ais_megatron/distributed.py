@@ -1,0 +1,152 @@
+"""Process start-up, and the few collectives that everything above Megatron needs.
+
+Errors are rank-consistent: work that can fail on one rank alone (reading a file, scoring, an engine) runs inside
+`rank_consistent`, which reduces a flag and makes all ranks raise together, so that no rank waits for one that is gone.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import fields
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ais_megatron.batch import Batch
+
+MESSAGE_BYTES = 4096
+
+
+def device() -> torch.device:
+    """Where this rank's tensors live: its CUDA device if the process group runs on NCCL, else the CPU."""
+    if dist.is_initialized() and "nccl" in dist.get_backend():
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def init_process_group(backend: str = "auto", timeout_minutes: int = 30) -> None:
+    """Join the job that torchrun's or srun's variables describe; alone, become a world of one rank.
+
+    Args:
+        backend: "cpu" (gloo), "cuda" (NCCL), or "auto": CUDA where there is a device.
+    """
+    env = os.environ
+    if "RANK" not in env and "SLURM_PROCID" in env and int(env.get("SLURM_NTASKS", "1")) > 1:
+        env["RANK"], env["WORLD_SIZE"], env["LOCAL_RANK"] = env["SLURM_PROCID"], env["SLURM_NTASKS"], env["SLURM_LOCALID"]
+    use_cuda = backend == "cuda" or (backend == "auto" and torch.cuda.is_available())
+    if use_cuda:
+        torch.cuda.set_device(int(env.get("LOCAL_RANK", "0")))
+    options = dict(backend="nccl" if use_cuda else "gloo", timeout=timedelta(minutes=timeout_minutes))
+    if "RANK" in env:
+        dist.init_process_group(init_method="env://", **options)
+    else:
+        dist.init_process_group(store=dist.HashStore(), rank=0, world_size=1, **options)
+
+
+def all_reduce_sum(vector: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
+    """Sum over the ranks of `group`; the input, any device, is left alone and the result comes back on its device."""
+    if dist.get_world_size(group) == 1:
+        return vector.clone()
+    total = vector.to(device(), copy=True)
+    dist.all_reduce(total, group=group)
+    return total.to(vector.device)
+
+
+def reduce_metrics(sums: Mapping[str, tuple[float, float]], group: dist.ProcessGroup | None = None) -> dict[str, float]:
+    """Global means: each entry is (sum, count) of this rank; one all-reduce gives sum(sums) / sum(counts) (0 where count is 0)."""
+    totals = all_reduce_sum(torch.tensor(list(sums.values()), dtype=torch.float64), group).tolist()
+    return {name: total / count if count else 0.0 for name, (total, count) in zip(sums, totals, strict=True)}
+
+
+@contextmanager
+def rank_consistent(group: dist.ProcessGroup | None = None) -> Iterator[None]:
+    """Run local work, no collectives inside; if it fails on any rank, raise the first failing rank's error on all.
+
+    ValueError, RuntimeError and OSError are passed on (OSError as RuntimeError on the other ranks); anything else is
+    a bug of ours and propagates at once, whereupon the launcher ends the job.
+    """
+    error: Exception | None = None
+    try:
+        yield
+    except (ValueError, RuntimeError, OSError) as caught:
+        error = caught
+    if not dist.is_initialized() or dist.get_world_size(group) == 1:
+        if error is not None:
+            raise error
+        return
+    failed = torch.tensor([0 if error is None else 1], device=device())
+    dist.all_reduce(failed, op=dist.ReduceOp.MAX, group=group)
+    if not failed.item():
+        return
+    kind, message = _first_failure(error, group)
+    raise kind(message) from error
+
+
+def _first_failure(error: Exception | None, group: dist.ProcessGroup | None) -> tuple[type[Exception], str]:
+    """Every rank's message as plain bytes (never pickled); the lowest failing rank's is the one to show."""
+    code = 0 if error is None else 1 if isinstance(error, ValueError) else 2
+    text = b"" if error is None else str(error).encode()[:MESSAGE_BYTES]
+    mine = torch.tensor(list(bytes([code]) + text.ljust(MESSAGE_BYTES, b"\0")), dtype=torch.uint8, device=device())
+    parts = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(parts, mine, group=group)
+    for number, part in enumerate(parts):
+        raw = bytes(part.tolist())
+        if raw[0]:
+            kind = ValueError if raw[0] == 1 else RuntimeError
+            return kind, f"[rank {number}] " + raw[1:].rstrip(b"\0").decode(errors="replace")
+    raise AssertionError("a rank reported a failure but none sent a message")
+
+
+def gather_batch(local: Batch, group: dist.ProcessGroup | None) -> Batch:
+    """Join the rows that the ranks of one model-parallel group generated, in rank order, on every one of them.
+
+    Rows and columns may differ between ranks (a rank may have none). Two collectives: the sizes, then all fields
+    packed as 32-bit words in one tensor.
+    """
+    world = dist.get_world_size(group)
+    if world == 1:
+        return local
+    rows, seq = local.tokens.shape
+    sizes = [torch.empty(2, dtype=torch.int64, device=device()) for _ in range(world)]
+    dist.all_gather(sizes, torch.tensor([rows, seq], device=device()), group=group)
+    max_rows, max_seq = (int(v) for v in torch.stack(sizes).amax(0))
+    packed = torch.zeros(max_rows, 3 * max_seq + 3, dtype=torch.int32)
+    packed[:rows] = _pack(local, max_seq)
+    parts = [torch.empty_like(packed, device=device()) for _ in range(world)]
+    dist.all_gather(parts, packed.to(device()), group=group)
+    return _unpack(torch.cat([part[: int(size[0])] for part, size in zip(parts, sizes, strict=True)]).cpu(), max_seq)
+
+
+def _pack(batch: Batch, seq: int) -> Tensor:
+    """int32 ``[rows, 3 * seq + 3]``: tokens, mask, logprob bits, length, advantage bits, reward bits."""
+
+    def wide(tensor: Tensor) -> Tensor:
+        return torch.nn.functional.pad(tensor, (0, seq - tensor.shape[1]))
+
+    per_row = [batch.lengths.int(), batch.advantages.view(torch.int32), batch.rewards.view(torch.int32)]
+    logprob_bits = wide(batch.rollout_logprobs).view(torch.int32)
+    return torch.cat([wide(batch.tokens).int(), wide(batch.loss_mask).int(), logprob_bits, torch.stack(per_row, 1)], 1)
+
+
+def _unpack(packed: Tensor, seq: int) -> Batch:
+    tokens, mask, logprobs, per_row = packed.split([seq, seq, seq, 3], dim=1)
+    lengths, advantages, rewards = (column.contiguous() for column in per_row.unbind(1))
+    unpacked = Batch(
+        tokens=tokens.long(),
+        loss_mask=mask.bool(),
+        lengths=lengths.long(),
+        rollout_logprobs=logprobs.contiguous().view(torch.float32),
+        advantages=advantages.view(torch.float32),
+        rewards=rewards.view(torch.float32),
+    )
+    longest = int(unpacked.lengths.max()) if len(unpacked) else 0
+    assert {f.name for f in fields(Batch)} == set(unpacked.__dict__)
+    return unpacked.rows(torch.arange(len(unpacked)), longest)

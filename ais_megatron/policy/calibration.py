@@ -1,0 +1,96 @@
+"""Ranges of Q, K and V, measured where the rollout engine will quantise them: at the core attention's input.
+
+There the query and key have been normalised and rotated. Hooks record the largest magnitude per layer over real tokens
+(padding is masked out: its values depend on nothing that is sampled) during forward passes that run anyway (`lagged`) or
+for this purpose (`fresh`). The maximum over all ranks covers TP's heads, DP's rows and PP's layers, numbered globally.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from ais_megatron.distributed import device
+from ais_megatron.quantization.kv_scales import KVScales
+
+E4M3_MAX = 448.0
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """scales: for the engine's KV cache. saturated_fraction: share of this batch's K and V elements that the scales in
+    force until now would have clipped."""
+
+    scales: KVScales
+    saturated_fraction: float
+
+
+class Calibrator:
+    """Records while `recording` is entered; `lengths` must be set to each microbatch's ``[batch]`` before its forward."""
+
+    def __init__(self, model: nn.Module, num_layers: int, margin: float) -> None:
+        self.num_layers, self.margin = num_layers, margin
+        self.lengths: Tensor | None = None
+        self.latest: Calibration | None = None
+        self._recording = False
+        self._limits = torch.full((2, num_layers), E4M3_MAX)  # K and V magnitudes at which scale 1.0 saturates
+        self._reset()
+        for layer in model.decoder.layers:
+            layer.self_attention.core_attention.register_forward_pre_hook(self._hook(layer.layer_number - 1), with_kwargs=True)
+
+    def _reset(self) -> None:
+        self._amax = torch.zeros(3, self.num_layers, device=device())
+        self._counts = torch.zeros(2, dtype=torch.float64, device=device())  # saturated, all
+
+    @contextmanager
+    def recording(self) -> Iterator[None]:
+        self._reset()
+        self._recording = True
+        try:
+            yield
+        finally:
+            self._recording, self.lengths = False, None
+
+    def _hook(self, layer: int):  # noqa: ANN202
+        def record(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, object]) -> None:
+            if self._recording:
+                self._record(layer, args[:3])
+
+        return record
+
+    @torch.no_grad()
+    def _record(self, layer: int, qkv: tuple[Tensor, ...]) -> None:
+        """qkv: ``[seq, batch, heads/tp, head_dim]`` each."""
+        assert self.lengths is not None, "set lengths before the forward pass"
+        seq = qkv[0].shape[0]
+        real = torch.arange(seq, device=self.lengths.device)[:, None] < self.lengths
+        for row, x in enumerate(qkv):
+            magnitude = x.abs().amax((-1, -2)).float().masked_fill(~real, 0.0)
+            self._amax[row, layer] = torch.maximum(self._amax[row, layer], magnitude.amax())
+            if row == 0:
+                continue
+            limit = self._limits[row - 1, layer]
+            if magnitude.amax() > limit:  # rare: only then are single elements worth counting
+                over = ((x.abs() > limit).sum((-1, -2)) * real).sum()
+                self._counts[0] += over
+            self._counts[1] += real.sum() * x.shape[-1] * x.shape[-2]
+
+    def result(self) -> Calibration:
+        """Join all ranks' records: one maximum and one sum over the whole job."""
+        if dist.get_world_size() > 1:
+            dist.all_reduce(self._amax, op=dist.ReduceOp.MAX)
+            dist.all_reduce(self._counts)
+        q, k, v = self._amax.cpu()
+        saturated, total = self._counts.tolist()
+        self.restore(Calibration(KVScales(k_amax=k, v_amax=v, q_amax=q, margin=self.margin), saturated / total if total else 0.0))
+        return self.latest
+
+    def restore(self, calibration: Calibration) -> None:
+        """Take `calibration` as the latest: saturation is counted against its scales from now on."""
+        self.latest = calibration
+        self._limits = torch.stack([calibration.scales.k_scale, calibration.scales.v_scale]) * E4M3_MAX

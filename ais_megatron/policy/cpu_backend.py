@@ -1,0 +1,125 @@
+"""Megatron-Core without a GPU: the few things it takes for granted about CUDA, answered by the CPU.
+
+Megatron-Core 0.16 names ``device="cuda"`` in its optimizers and schedules, asks for the current CUDA device, keeps
+random states per CUDA device, and compares ``tensor.type()`` with ``torch.cuda.*Tensor``. `install` answers the
+process-wide questions once; `active` is entered around every call into Megatron and turns CUDA factory calls into CPU
+ones. Only the policy uses this module, and only where there is no CUDA device; nothing here changes any arithmetic.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+CPU = torch.device("cpu")
+
+
+class _NoStream:
+    """Stands for a CUDA stream or event: everything on a CPU is already in order."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None: ...
+
+    def __enter__(self) -> _NoStream:
+        return self
+
+    def __exit__(self, *exc: object) -> None: ...
+
+    def _nothing(self, *args: Any, **kwargs: Any) -> None: ...
+
+    wait_stream = wait_event = record_event = record = wait = synchronize = _nothing
+
+    def query(self) -> bool:
+        return True
+
+
+class _CudaMeansCpu(TorchFunctionMode):
+    """Factory calls for "cuda" land on the CPU; `Tensor.type()` answers in the spelling that the optimizers compare."""
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
+        kwargs = kwargs or {}
+        if func is Tensor.type and len(args) == 1 and not kwargs:
+            return func(*args).replace("torch.", "torch.cuda.", 1)
+        if func is Tensor.cuda:
+            return args[0]
+        if _is_cuda(kwargs.get("device")):
+            kwargs = {**kwargs, "device": CPU}
+        elif func is Tensor.to and len(args) > 1 and _is_cuda(args[1]):
+            args = (args[0], CPU, *args[2:])
+        return func(*args, **kwargs)
+
+
+def _is_cuda(value: object) -> bool:
+    return (isinstance(value, str) and value.startswith("cuda")) or (isinstance(value, torch.device) and value.type == "cuda")
+
+
+def active(on_cpu: bool) -> AbstractContextManager[object]:
+    """The context in which Megatron may be called."""
+    return _CudaMeansCpu() if on_cpu else nullcontext()
+
+
+def install() -> None:
+    """Answer Megatron's process-wide questions about CUDA; idempotent. Called only where there is no CUDA device."""
+    if getattr(install, "done", False):
+        return
+    assert not torch.cuda.is_available()
+    _import_without_compiler()
+    _replace_device_functions()
+    _replace_random_states()
+    _mend_gloo_all_to_all()
+    from megatron.core.transformer.moe import moe_utils
+
+    if not hasattr(moe_utils, "te_general_gemm"):  # named without a guard where Transformer Engine is missing (0.16)
+        moe_utils.te_general_gemm = None
+    install.done = True  # type: ignore[attr-defined]
+
+
+def _import_without_compiler() -> None:
+    """Megatron decorates small functions with torch.compile as it is imported; on a CPU each would cost seconds of C++
+    compilation for nothing, so the decorator it picks up is the one that does nothing."""
+    compiler = torch.compile
+    torch.compile = lambda function: function  # type: ignore[assignment,misc]
+    try:
+        import megatron.core.jit  # noqa: F401
+    finally:
+        torch.compile = compiler
+
+
+def _replace_device_functions() -> None:
+    cuda = torch.cuda
+    cuda.current_device = lambda: CPU  # type: ignore[assignment]
+    cuda.synchronize = lambda *a, **k: None  # type: ignore[assignment]
+    cuda.empty_cache = lambda *a, **k: None  # type: ignore[assignment]
+    cuda.set_device = lambda *a, **k: None  # type: ignore[assignment]
+    cuda.Stream = cuda.Event = _NoStream  # type: ignore[assignment,misc]
+    cuda.stream = lambda stream: nullcontext()  # type: ignore[assignment,return-value]
+    cuda.current_stream = cuda.default_stream = lambda *a, **k: _NoStream()  # type: ignore[assignment]
+
+
+def _replace_random_states() -> None:
+    from megatron.core.tensor_parallel import random as tp_random
+
+    def get_state(*args: Any, **kwargs: Any) -> Tensor:
+        return torch.get_rng_state()
+
+    def set_state(state: Tensor, *args: Any, **kwargs: Any) -> None:
+        torch.set_rng_state(state)
+
+    torch.cuda.manual_seed = torch.manual_seed  # type: ignore[assignment]
+    torch.cuda.get_rng_state, torch.cuda.set_rng_state = get_state, set_state  # type: ignore[assignment]
+    tp_random._get_cuda_rng_state, tp_random._set_cuda_rng_state = get_state, set_state
+
+
+def _mend_gloo_all_to_all() -> None:
+    """gloo wants split sizes as lists; Megatron's token dispatcher passes tensors."""
+    original = dist.all_to_all_single
+
+    def all_to_all_single(output: Tensor, input: Tensor, output_split_sizes=None, input_split_sizes=None, **kwargs: Any):  # noqa: A002
+        sizes = [s.tolist() if isinstance(s, Tensor) else s for s in (output_split_sizes, input_split_sizes)]
+        return original(output, input, *sizes, **kwargs)
+
+    dist.all_to_all_single = all_to_all_single

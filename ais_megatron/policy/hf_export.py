@@ -1,0 +1,63 @@
+"""A Hugging Face checkpoint folder from the export stream: safetensors shards, index, config.json. transformers loads it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch.distributed as dist
+from safetensors.torch import save_file
+
+from ais_megatron.config import Architecture
+from ais_megatron.distributed import rank_consistent
+from ais_megatron.policy.hf_weights import Bucket
+
+CLASS_NAMES = {"qwen3": "Qwen3ForCausalLM"}
+
+
+def save_hf(
+    buckets: Iterable[Bucket], architecture: Architecture, dtype: str, folder: Path, *, eos_id: int | None = None, pad_id: int | None = None
+) -> None:
+    """Write `buckets` (all ranks iterate, the job's first rank writes) as one safetensors file per bucket.
+
+    Args:
+        dtype: "bf16" or "fp32", recorded in config.json.
+    Raises:
+        RuntimeError: the folder cannot be written; on all ranks.
+    """
+    is_main = dist.get_rank() == 0
+    files: dict[str, str] = {}
+    total = 0
+    with rank_consistent():
+        error: OSError | None = None
+        for number, bucket in enumerate(buckets):
+            name = f"model-{number + 1:05d}.safetensors"
+            total += sum(tensor.nbytes for _, tensor in bucket)
+            files |= {key: name for key, _ in bucket}
+            if is_main and error is None:
+                try:
+                    folder.mkdir(parents=True, exist_ok=True)
+                    save_file({key: tensor.contiguous().cpu() for key, tensor in bucket}, folder / name, metadata={"format": "pt"})
+                except OSError as caught:  # keep iterating: the others wait in the same gathers
+                    error = caught
+        if error is not None:
+            raise RuntimeError(f"cannot write {folder}: {error}")
+        if is_main:
+            index = {"metadata": {"total_size": total}, "weight_map": files}
+            (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
+            (folder / "config.json").write_text(json.dumps(hf_config(architecture, dtype, eos_id, pad_id), indent=2))
+
+
+def hf_config(architecture: Architecture, dtype: str, eos_id: int | None, pad_id: int | None) -> dict[str, object]:
+    """config.json: transformers' names are ours; `rope_parameters` is where its version 5 looks for rope_theta."""
+    return {
+        **architecture.model_dump(),
+        "architectures": [CLASS_NAMES[architecture.model_type]],
+        "rope_parameters": {"rope_type": "default", "rope_theta": architecture.rope_theta},
+        "hidden_act": "silu",
+        "attention_bias": False,
+        "dtype": {"bf16": "bfloat16", "fp32": "float32"}[dtype],
+        "eos_token_id": eos_id,
+        "pad_token_id": pad_id,
+    }

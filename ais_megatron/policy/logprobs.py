@@ -1,0 +1,106 @@
+"""Log-probabilities and entropy from vocabulary-parallel logits, at the sampling temperature.
+
+    log p(y) = z_y - log sum_v exp z_v,   H = log sum_v exp z_v - sum_v p_v z_v,   z = logits / temperature
+
+Each tensor-parallel rank holds ``[tokens, vocab/tp]`` logits and reduces its own columns to four numbers per token; one
+all-gather of ``[4, tokens]`` joins them, so no rank ever sees another's logits. float32 exists for one chunk of tokens
+at a time, forward and backward; the saved tensor is the logits themselves. Columns that pad the vocabulary are left out.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def vocab_parallel_logprobs(
+    logits: Tensor,
+    targets: Tensor,
+    *,
+    vocab_size: int,
+    temperature: float = 1.0,
+    group: dist.ProcessGroup | None = None,
+    chunk_tokens: int = 2048,
+) -> tuple[Tensor, Tensor]:
+    """Log-probability of each target, and entropy of each distribution, in nats.
+
+    Args:
+        logits: ``[..., vocab/tp]``, any float dtype; this rank's columns of the padded vocabulary.
+        targets: int64 ``[...]``, token ids in [0, vocab_size).
+        vocab_size: the true vocabulary; columns from there on are padding.
+        group: the tensor-parallel group, None for one rank.
+    Returns:
+        (logprobs, entropy), float32 ``[...]`` each, equal on all ranks of the group; both differentiable.
+    """
+    shard = logits.shape[-1]
+    offset = (dist.get_rank(group) if group is not None else 0) * shard
+    flat = logits.reshape(-1, shard)
+    logprobs, entropy = _VocabParallelLogprobs.apply(
+        flat, targets.reshape(-1), offset, min(shard, max(0, vocab_size - offset)), temperature, group, chunk_tokens
+    )
+    return logprobs.view(targets.shape), entropy.view(targets.shape)
+
+
+class _VocabParallelLogprobs(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, logits, targets, offset, num_valid, temperature, group, chunk_tokens):
+        # Rows: max, sum exp(z - max), sum z exp(z - max), z of the target (0 where another rank owns it).
+        local = torch.zeros(4, logits.shape[0], dtype=torch.float32, device=logits.device)
+        local_targets = targets - offset
+        owned = (local_targets >= 0) & (local_targets < num_valid)
+        local_targets = local_targets.clamp(0, max(num_valid - 1, 0))
+        if num_valid == 0:
+            local[0] = -float("inf")
+        for rows in _chunks(logits.shape[0], chunk_tokens) if num_valid else ():
+            z = _scaled(logits[rows, :num_valid], temperature)
+            largest = z.amax(-1)
+            exp = (z - largest[:, None]).exp_()
+            local[0, rows], local[1, rows] = largest, exp.sum(-1)
+            local[2, rows] = torch.linalg.vecdot(exp, z)
+            local[3, rows] = z.gather(1, local_targets[rows, None]).squeeze(1) * owned[rows]
+        log_sum, mean_z, target_z = _join(local, group)
+        entropy = log_sum - mean_z
+        ctx.save_for_backward(logits, local_targets, owned, log_sum, entropy)
+        ctx.constants = num_valid, temperature, chunk_tokens
+        return target_z - log_sum, entropy
+
+    @staticmethod
+    def backward(ctx, grad_logprobs, grad_entropy):
+        logits, local_targets, owned, log_sum, entropy = ctx.saved_tensors
+        num_valid, temperature, chunk_tokens = ctx.constants
+        grad = torch.zeros_like(logits) if num_valid < logits.shape[1] else torch.empty_like(logits)
+        for rows in _chunks(logits.shape[0], chunk_tokens):
+            # dlogp_y/dz = 1[y] - p,  dH/dz = -p (log p + H),  dz/dlogits = 1 / temperature
+            g = grad_logprobs[rows, None] / temperature
+            logp = _scaled(logits[rows, :num_valid], temperature).sub_(log_sum[rows, None])
+            p = logp.exp()
+            slope = logp.add_(entropy[rows, None]).mul_(grad_entropy[rows, None] / temperature).add_(g)
+            dz = p.mul_(slope).neg_()
+            dz.scatter_add_(1, local_targets[rows, None], g * owned[rows, None])
+            grad[rows, :num_valid] = dz.to(grad.dtype)
+        return grad, None, None, None, None, None, None
+
+
+def _chunks(num_tokens: int, size: int) -> list[slice]:
+    return [slice(start, min(start + size, num_tokens)) for start in range(0, num_tokens, size)]
+
+
+def _scaled(logits: Tensor, temperature: float) -> Tensor:
+    """A float32 copy of one chunk, divided by the temperature."""
+    return logits.to(torch.float32, copy=True).div_(temperature)
+
+
+def _join(local: Tensor, group: dist.ProcessGroup | None) -> tuple[Tensor, Tensor, Tensor]:
+    """(log sum exp z, E[z], z of the target) over the whole vocabulary from each rank's four rows."""
+    if group is None or dist.get_world_size(group) == 1:
+        parts = local[None]
+    else:
+        gathered = [torch.empty_like(local) for _ in range(dist.get_world_size(group))]
+        dist.all_gather(gathered, local, group=group)
+        parts = torch.stack(gathered)
+    largest = parts[:, 0].amax(0)
+    shares = (parts[:, 0] - largest).exp()
+    total = (parts[:, 1] * shares).sum(0)
+    mean_z = (parts[:, 2] * shares).sum(0) / total
+    return largest + total.log(), mean_z, parts[:, 3].sum(0)

@@ -1,0 +1,55 @@
+"""Splitting rows into microbatches by a token budget: sort by length, fill, pad to the longest.
+
+The split changes memory and speed only: losses are sums with one global normaliser, so gradients do not depend on it.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ais_megatron.batch import Batch
+
+
+def split_by_tokens(lengths: Tensor, budget: int, at_least: int = 1) -> list[Tensor]:
+    """Row numbers of each microbatch.
+
+    Args:
+        lengths: int64 ``[batch]``.
+        budget: padded tokens (rows times longest row) that a microbatch may hold; a longer single row gets its own.
+        at_least: microbatches wanted, for ranks that must run equally many; at most one per row.
+    Returns:
+        index tensors that together name every row once, longest rows first.
+    """
+    order = torch.argsort(lengths, descending=True, stable=True)
+    groups: list[Tensor] = []
+    start = 0
+    while start < len(order):
+        longest = int(lengths[order[start]])
+        rows = max(1, budget // longest)
+        groups.append(order[start : start + rows])
+        start += rows
+    while len(groups) < min(at_least, len(lengths)):
+        largest = max(range(len(groups)), key=lambda i: len(groups[i]))
+        half = len(groups[largest]) // 2
+        groups[largest : largest + 1] = [groups[largest][:half], groups[largest][half:]]
+    return groups
+
+
+def make_microbatches(batch: Batch, budget: int, multiple: int = 1, at_least: int = 1) -> list[tuple[Batch, Tensor]]:
+    """(rows cut to their longest, their row numbers) for each microbatch; lengths are rounded up to `multiple`, to
+    which the batch has been padded before (`pad_columns`)."""
+    microbatches = []
+    for index in split_by_tokens(batch.lengths, budget, at_least):
+        longest = int(batch.lengths[index].max())
+        microbatches.append((batch.rows(index, longest + -longest % multiple), index))
+    return microbatches
+
+
+def pad_columns(batch: Batch, multiple: int) -> Batch:
+    """The batch with its columns padded to a multiple: sequence parallelism shards them over the TP group."""
+    short = -batch.tokens.shape[1] % multiple
+    if not short:
+        return batch
+    pad = torch.nn.functional.pad
+    return Batch(**{name: pad(tensor, (0, short)) if tensor.dim() == 2 else tensor for name, tensor in vars(batch).items()})

@@ -1,0 +1,161 @@
+"""The Qwen3 policy as a Megatron-Core model that answers with log-probabilities.
+
+`build_model` makes this rank's part of the network. Where Transformer Engine and CUDA are present it uses Megatron's
+Transformer Engine layers; elsewhere the local layers, with two of ours in place of Megatron's: an `RMSNorm` that allows
+sequence parallelism, and `SDPAttention`, which leaves the choice of kernel to torch instead of materialising scores.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+
+import torch
+import torch.nn.functional as F
+from megatron.core import parallel_state
+from megatron.core.models.gpt import GPTModel
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec, get_gpt_layer_with_transformer_engine_spec
+from megatron.core.transformer import ModuleSpec, TransformerConfig
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from torch import Tensor, nn
+
+from ais_megatron.config import Architecture, Config
+from ais_megatron.policy.logprobs import vocab_parallel_logprobs
+
+
+def uses_transformer_engine() -> bool:
+    return torch.cuda.is_available() and importlib.util.find_spec("transformer_engine") is not None
+
+
+def build_model(config: Config, temperature: float, on_cpu: bool) -> PolicyModel:
+    """This rank's pipeline stage, with random weights, on its device, in the configured dtype."""
+    architecture = config.architecture
+    transformer_config = transformer_config_of(config, on_cpu)
+    model = PolicyModel(
+        config=transformer_config,
+        transformer_layer_spec=_layer_spec(transformer_config),
+        vocab_size=padded_vocab_size(architecture, config.parallel.tp),
+        max_sequence_length=architecture.max_position_embeddings,
+        pre_process=parallel_state.is_pipeline_first_stage(),
+        post_process=parallel_state.is_pipeline_last_stage(),
+        share_embeddings_and_output_weights=architecture.tie_word_embeddings,
+        position_embedding_type="rope",
+        rotary_base=architecture.rope_theta,
+    )
+    model.true_vocab_size = architecture.vocab_size
+    model.temperature = temperature
+    model.logprob_chunk_tokens = config.train.logprob_chunk_tokens
+    model = model.to(transformer_config.params_dtype)
+    return model if on_cpu else model.cuda()
+
+
+class PolicyModel(GPTModel):
+    """A `GPTModel` whose "loss" is the pair (log-probability, entropy) of every token of its input.
+
+    Called with ``labels=input_ids`` (int64 ``[batch, seq]``), the last pipeline stage returns float32
+    ``[2, batch, seq]`` in which index t describes token t; column 0, which nothing predicts, is 0.
+    """
+
+    true_vocab_size: int
+    temperature: float
+    logprob_chunk_tokens: int
+
+    def compute_language_model_loss(self, labels: Tensor, logits: Tensor) -> Tensor:
+        # logits are [seq, batch, vocab/tp]; those at t predict token t + 1. Slicing dim 0 copies nothing.
+        pair = vocab_parallel_logprobs(
+            logits[:-1],
+            labels[:, 1:].t().contiguous(),
+            vocab_size=self.true_vocab_size,
+            temperature=self.temperature,
+            group=parallel_state.get_tensor_model_parallel_group(),
+            chunk_tokens=self.logprob_chunk_tokens,
+        )
+        return F.pad(torch.stack(pair).transpose(1, 2), (1, 0))
+
+
+def padded_vocab_size(architecture: Architecture, tp: int) -> int:
+    """The vocabulary rounded up to a multiple of tp; the columns added are never part of a softmax."""
+    return -(-architecture.vocab_size // tp) * tp
+
+
+def transformer_config_of(config: Config, on_cpu: bool) -> TransformerConfig:
+    """Megatron's configuration of the architecture and layout."""
+    architecture, parallel = config.architecture, config.parallel
+    dtype = torch.bfloat16 if config.model.dtype == "bf16" else torch.float32
+    recompute = dict(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1)
+    return TransformerConfig(
+        num_layers=architecture.num_hidden_layers,
+        hidden_size=architecture.hidden_size,
+        ffn_hidden_size=architecture.intermediate_size,
+        num_attention_heads=architecture.num_attention_heads,
+        num_query_groups=architecture.num_key_value_heads,
+        kv_channels=architecture.head_dim,
+        normalization="RMSNorm",
+        layernorm_epsilon=architecture.rms_norm_eps,
+        qk_layernorm=True,
+        gated_linear_unit=True,
+        activation_func=F.silu,
+        add_bias_linear=False,
+        hidden_dropout=0.0,  # Megatron's defaults are 0.1: a policy with dropout is another policy at every call
+        attention_dropout=0.0,
+        init_method_std=architecture.initializer_range,
+        bf16=dtype is torch.bfloat16,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        attention_softmax_in_fp32=True,
+        tensor_model_parallel_size=parallel.tp,
+        pipeline_model_parallel_size=parallel.pp,
+        context_parallel_size=parallel.cp,
+        sequence_parallel=parallel.sequence_parallel,
+        calculate_per_token_loss=True,
+        variable_seq_lengths=True,  # microbatches differ in length; Megatron wants alltoall with it, dense models too
+        moe_token_dispatcher_type="alltoall",
+        use_cpu_initialization=on_cpu,
+        gradient_accumulation_fusion=False,  # needs NVIDIA Apex's or Transformer Engine's fused kernel
+        masked_softmax_fusion=False,
+        bias_dropout_fusion=False,
+        **(recompute if config.model.recompute == "full" else {}),
+    )
+
+
+def _layer_spec(config: TransformerConfig) -> ModuleSpec | TransformerBlockSubmodules:
+    if uses_transformer_engine():
+        return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=True)
+    layer = get_gpt_layer_local_spec(qk_layernorm=True, normalization="RMSNorm")
+    layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = RMSNorm
+    attention = layer.submodules.self_attention.submodules
+    attention.q_layernorm = attention.k_layernorm = RMSNorm
+    attention.core_attention = SDPAttention
+    layers_here = config.num_layers // config.pipeline_model_parallel_size
+    return TransformerBlockSubmodules(layer_specs=[layer] * layers_here, layer_norm=RMSNorm)
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm. Megatron's `WrappedTorchNorm` refuses sequence parallelism; this marks its weight instead,
+    so that `finalize_model_grads` sums the gradient over the tensor-parallel group."""
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-6, **_: object) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
+        self.weight.sequence_parallel = config.sequence_parallel
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+
+
+class SDPAttention(nn.Module):
+    """Causal attention over ``[seq, batch, heads/tp, head_dim]`` through torch's scaled_dot_product_attention.
+
+    Rows are padded on the right, so the causal mask alone keeps padding out of every real token's view.
+    """
+
+    def __init__(self, config: TransformerConfig, layer_number: int, softmax_scale: float | None = None, **_: object) -> None:
+        super().__init__()
+        self.layer_number = layer_number
+        self.softmax_scale = softmax_scale  # None: 1 / sqrt(head_dim)
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None = None, **_: object) -> Tensor:
+        """Returns ``[seq, batch, heads/tp * head_dim]``."""
+        q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
+        context = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.softmax_scale, enable_gqa=True)
+        return context.permute(2, 0, 1, 3).flatten(2)

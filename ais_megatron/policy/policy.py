@@ -1,0 +1,288 @@
+"""`Policy`: the trainer's side of the house. The only door to Megatron-Core.
+
+    logprobs(batch)                      BF16 forward passes, no gradient
+    train_step(batch, old, scaler)       clipped loss, gradients reduced in FP32, optimizer on FP32 master weights
+    export_buckets()                     weights under Hugging Face names, streamed
+    calibrate(batch)                     ranges of Q, K, V
+
+All methods are collective over the job. Tensors in and out are those of this data-parallel rank's rows, the same on all
+ranks of its model-parallel group (`model_parallel_group`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+from ais_megatron.algorithm.loss import POLICY_METRICS, clipped_policy_loss, masked_sum
+from ais_megatron.algorithm.scaler import AISLossScaler
+from ais_megatron.batch import Batch
+from ais_megatron.config import Config, OptimizerConfig
+from ais_megatron.distributed import all_reduce_sum, device, rank_consistent
+from ais_megatron.policy import cpu_backend
+
+ON_CPU = not torch.cuda.is_available()
+if ON_CPU:
+    cpu_backend.install()
+
+from megatron.core import parallel_state  # noqa: E402
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads  # noqa: E402
+from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig  # noqa: E402
+from megatron.core.optimizer import get_megatron_optimizer  # noqa: E402
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler  # noqa: E402
+from megatron.core.pipeline_parallel import get_forward_backward_func  # noqa: E402
+from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed  # noqa: E402
+
+from ais_megatron.policy.calibration import Calibration, Calibrator  # noqa: E402
+from ais_megatron.policy.hf_weights import Bucket, export_buckets, load_hf  # noqa: E402
+from ais_megatron.policy.microbatches import make_microbatches, pad_columns  # noqa: E402
+from ais_megatron.policy.model import build_model, uses_transformer_engine  # noqa: E402
+
+# (microbatch, its row numbers, logprobs, entropy) -> (loss sum with grad, number of tokens, float64 metric sums)
+LossFunction = Callable[[Batch, Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
+
+
+def initialize_parallel(config: Config) -> None:
+    """Build Megatron's process groups over the running job.
+
+    Raises:
+        ValueError: the number of ranks is not tp * pp * cp * dp.
+    """
+    parallel, world = config.parallel, dist.get_world_size()
+    size = parallel.model_parallel_size
+    if world % size or (parallel.dp and world != size * parallel.dp):
+        raise ValueError(
+            f"this job has {world} ranks, but parallel.tp={parallel.tp} * pp={parallel.pp} * cp={parallel.cp} * "
+            f"dp={parallel.dp or 'any'} needs {'a multiple of ' if not parallel.dp else ''}{size * (parallel.dp or 1)}"
+        )
+    with cpu_backend.active(ON_CPU):
+        parallel_state.initialize_model_parallel(
+            tensor_model_parallel_size=parallel.tp,
+            pipeline_model_parallel_size=parallel.pp,
+            context_parallel_size=parallel.cp,
+            expert_model_parallel_size=parallel.ep,
+            create_gloo_process_groups=False,
+        )
+        model_parallel_cuda_manual_seed(config.run.seed)
+
+
+def model_parallel_group() -> dist.ProcessGroup:
+    """The ranks that together hold one copy of the model (TP x PP), and so one data-parallel rank's rows."""
+    return parallel_state.get_model_parallel_group()
+
+
+def data_parallel_group() -> dist.ProcessGroup:
+    """DP x CP: the ranks over which sums of a batch are global."""
+    return parallel_state.get_data_parallel_group(with_context_parallel=True)
+
+
+class Policy:
+    """A Qwen3 model under training.
+
+    Args:
+        optimizer: learning rate and the rest; `total_steps` of it, for the schedule.
+        temperature: log-probabilities are those at this temperature.
+        path: Hugging Face folder to load; None keeps random weights.
+    """
+
+    def __init__(self, config: Config, optimizer: OptimizerConfig, total_steps: int, temperature: float, path: str | None) -> None:
+        self.config = config
+        self.seq_multiple = config.parallel.tp if config.parallel.sequence_parallel else 1
+        torch.manual_seed(config.run.seed)
+        with cpu_backend.active(ON_CPU):
+            self.model = build_model(config, temperature, ON_CPU)
+            with rank_consistent():
+                if path is not None:
+                    load_hf(self.model, config.architecture, path, uses_transformer_engine())
+            ddp_config = DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=True)
+            self.ddp = DistributedDataParallel(self.model.config, ddp_config, self.model)
+            self.ddp.broadcast_params()
+            self.optimizer = get_megatron_optimizer(_optimizer_config(config, optimizer), [self.ddp], use_gloo_process_groups=False)
+            self.schedule = _schedule(self.optimizer, optimizer, total_steps)
+        self.optimizer.get_grad_norm = _refuse_non_finite(self.optimizer.get_grad_norm)
+        self.model.config.finalize_model_grads_func = finalize_model_grads
+        self.model.config.grad_scale_func = self.optimizer.scale_loss
+        self.calibrator = Calibrator(self.model, config.architecture.num_hidden_layers, config.calibration.margin)
+
+    @property
+    def is_last_stage(self) -> bool:
+        return parallel_state.is_pipeline_last_stage()
+
+    def logprobs(self, batch: Batch) -> Tensor:
+        """log pi of every token, float32 ``[batch, seq]`` on the CPU, equal on all ranks of the model-parallel group."""
+        padded = pad_columns(batch, self.seq_multiple)
+        result = torch.zeros(padded.tokens.shape, dtype=torch.float32)
+
+        def collect(rows: Batch, index: Tensor, logprobs: Tensor, entropy: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            result[index, : logprobs.shape[1]] = logprobs.cpu()
+            return logprobs.sum(), rows.loss_mask.sum(), torch.zeros(0)
+
+        with torch.no_grad():
+            self._run(padded, collect, forward_only=True)
+        return self._from_last_stage(result)[:, : batch.tokens.shape[1]]
+
+    def logprobs_and_calibration(self, batch: Batch) -> tuple[Tensor, Calibration]:
+        """`logprobs`, and the ranges of Q, K and V seen on the way."""
+        with self.calibrator.recording():
+            logprobs = self.logprobs(batch)
+        return logprobs, self.calibrator.result()
+
+    def calibrate(self, batch: Batch) -> Calibration:
+        """The ranges of Q, K and V under the present weights, over `calibration.fresh_tokens` tokens of each DP rank's rows."""
+        rows = max(1, int((batch.lengths.cumsum(0) <= self.config.calibration.fresh_tokens).sum()))
+        return self.logprobs_and_calibration(batch.rows(torch.arange(rows), int(batch.lengths[:rows].max())))[1]
+
+    def train_step(self, batch: Batch, old_logprobs: Tensor, scaler: AISLossScaler) -> dict[str, float]:
+        """`train.updates_per_batch` optimizer steps over this batch.
+
+        Returns:
+            means over the updates of loss, entropy, policy_ratio_mean, clip_fraction, grad_norm, and lr.
+        Raises:
+            RuntimeError: loss or gradient not finite; raised on all ranks before the optimizer touches a weight.
+        """
+        updates = torch.arange(len(batch)).chunk(self.config.train.updates_per_batch)
+        results = [self._update(batch.rows(rows), old_logprobs[rows], scaler) for rows in updates]
+        return {name: sum(r[name] for r in results) / len(results) for name in results[0]}
+
+    def _update(self, batch: Batch, old_logprobs: Tensor, scaler: AISLossScaler) -> dict[str, float]:
+        batch = pad_columns(batch, self.seq_multiple)
+        old_logprobs = F.pad(old_logprobs, (0, batch.tokens.shape[1] - old_logprobs.shape[1]))
+        objective = self.config.objective
+        if scaler.aggregation == "sequence":
+            local = torch.stack([batch.loss_mask.sum(), batch.loss_mask.any(1).sum()]).double()
+            scaler = scaler.for_update(*all_reduce_sum(local, data_parallel_group()).tolist())
+
+        def loss_function(rows: Batch, index: Tensor, logprobs: Tensor, entropy: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            mask = rows.loss_mask
+            old = old_logprobs[index, : mask.shape[1]].to(logprobs.device)
+            weights = scaler.token_weights(old, rows.rollout_logprobs, mask)
+            loss, ratio, clipped = clipped_policy_loss(
+                logprobs, old, rows.advantages, mask, weights, objective.clip_low, objective.clip_high
+            )
+            sums = [loss.detach().double(), masked_sum(entropy, mask), masked_sum(ratio, mask), clipped.sum().double()]
+            return loss, mask.sum(), torch.stack(sums)
+
+        return self._optimize(batch, loss_function, POLICY_METRICS)
+
+    def sft_step(self, batch: Batch) -> dict[str, float]:
+        """One optimizer step on the cross-entropy of the masked tokens; returns loss (nats per token), grad_norm, lr."""
+
+        def loss_function(rows: Batch, index: Tensor, logprobs: Tensor, entropy: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            loss = -logprobs.masked_fill(~rows.loss_mask, 0.0).sum()
+            return loss, rows.loss_mask.sum(), loss.detach().double()[None]
+
+        return self._optimize(pad_columns(batch, self.seq_multiple), loss_function, ("loss",))
+
+    def _optimize(self, batch: Batch, loss_function: LossFunction, names: tuple[str, ...]) -> dict[str, float]:
+        """Forward and backward over all microbatches, then one optimizer step; metric means per token, over the whole job."""
+        with cpu_backend.active(ON_CPU):
+            self.ddp.zero_grad_buffer()
+            self.optimizer.zero_grad()
+        sums = self._run(batch, loss_function, forward_only=False)
+        local = sums.sum(0) if self.is_last_stage else torch.zeros(len(names) + 1, dtype=torch.float64)
+        totals = self._from_last_stage(all_reduce_sum(local.cpu(), data_parallel_group())).tolist()
+        metrics = {name: value / max(totals[-1], 1.0) for name, value in zip(names, totals, strict=False)}
+        with cpu_backend.active(ON_CPU):
+            self.schedule.step(1)  # before the update: with warm-up, the first one must not run at learning rate 0
+            _, grad_norm, _ = self.optimizer.step()
+        return {**metrics, "grad_norm": float(grad_norm), "lr": self.schedule.get_lr(self.optimizer.param_groups[0])}
+
+    def _run(self, batch: Batch, loss_function: LossFunction, forward_only: bool) -> Tensor:
+        """All microbatches through Megatron's schedule; on the last stage the float64 ``[microbatches, metrics + 1]``
+        metric sums, whose last column is the number of tokens."""
+        microbatches = make_microbatches(batch, self.config.train.tokens_per_microbatch, self.seq_multiple)
+        with cpu_backend.active(ON_CPU):
+            results = get_forward_backward_func()(
+                forward_step_func=partial(self._forward_step, loss_function),
+                data_iterator=iter([(rows.to(device()), index) for rows, index in microbatches]),
+                model=[self.ddp],
+                num_microbatches=len(microbatches),
+                seq_length=batch.tokens.shape[1],
+                micro_batch_size=1,  # both are only hints under variable_seq_lengths
+                forward_only=forward_only,
+            )
+        return torch.stack(results) if results else torch.zeros(0)
+
+    def _forward_step(self, loss_function: LossFunction, microbatches: Iterator[tuple[Batch, Tensor]], model: torch.nn.Module):  # noqa: ANN202
+        rows, index = next(microbatches)
+        self.calibrator.lengths = rows.lengths
+        positions = torch.arange(rows.tokens.shape[1], device=rows.tokens.device).expand_as(rows.tokens)
+        output = model(rows.tokens, positions, None, labels=rows.tokens)
+
+        def loss(pair: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            total, num_tokens, sums = loss_function(rows, index, *pair.unbind(0))
+            return total, num_tokens.int(), torch.cat([sums.double(), num_tokens.double()[None]])
+
+        return output, loss
+
+    def _from_last_stage(self, tensor: Tensor) -> Tensor:
+        """The last pipeline stage's tensor, on every stage."""
+        if parallel_state.get_pipeline_model_parallel_world_size() == 1:
+            return tensor
+        shared = tensor.to(device())
+        group = parallel_state.get_pipeline_model_parallel_group()
+        dist.broadcast(shared, src=parallel_state.get_pipeline_model_parallel_last_rank(), group=group)
+        return shared.to(tensor.device)
+
+    def export_buckets(self, bucket_bytes: int) -> Iterator[Bucket]:
+        """See `hf_weights.export_buckets`."""
+        return export_buckets(self.model, self.config.architecture, bucket_bytes, uses_transformer_engine())
+
+    def load_hf(self, path: str | Path) -> None:
+        """Replace all weights; the optimizer's master weights follow."""
+        with rank_consistent():
+            load_hf(self.model, self.config.architecture, path, uses_transformer_engine())
+        self.optimizer.reload_model_params()
+
+
+def _optimizer_config(config: Config, optimizer: OptimizerConfig) -> MegatronOptimizerConfig:
+    bf16 = config.model.dtype == "bf16"
+    return MegatronOptimizerConfig(
+        optimizer="adam",
+        lr=optimizer.lr,
+        min_lr=optimizer.lr * optimizer.min_lr_ratio,
+        weight_decay=optimizer.weight_decay,
+        adam_beta1=optimizer.beta1,
+        adam_beta2=optimizer.beta2,
+        adam_eps=optimizer.eps,
+        clip_grad=optimizer.grad_clip,
+        bf16=bf16,
+        params_dtype=torch.bfloat16 if bf16 else torch.float32,
+        use_distributed_optimizer=True,
+    )
+
+
+def _refuse_non_finite(get_grad_norm: Callable[[], float]) -> Callable[[], float]:
+    """Megatron asks for the global norm, equal on all ranks, before it clips and steps: the moment to stop a NaN.
+    (Clipping would multiply every gradient by it; the loss scaler that could skip the step exists for FP16 only.)"""
+
+    def guarded() -> float:
+        norm = float(get_grad_norm())
+        if not math.isfinite(norm):
+            raise RuntimeError(f"gradient norm is {norm}: this update was refused on all ranks before any weight changed")
+        return norm
+
+    return guarded
+
+
+def _schedule(megatron_optimizer: object, optimizer: OptimizerConfig, total_steps: int) -> OptimizerParamScheduler:
+    return OptimizerParamScheduler(
+        megatron_optimizer,
+        init_lr=0.0,
+        max_lr=optimizer.lr,
+        min_lr=optimizer.lr * optimizer.min_lr_ratio,
+        lr_warmup_steps=optimizer.warmup_steps,
+        lr_decay_steps=total_steps + 1,
+        lr_decay_style=optimizer.decay,
+        start_wd=optimizer.weight_decay,
+        end_wd=optimizer.weight_decay,
+        wd_incr_steps=total_steps + 1,
+        wd_incr_style="constant",
+    )

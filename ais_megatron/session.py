@@ -1,0 +1,92 @@
+"""Everything a command works with, built from a configuration on every rank: task, tokenizer, policy, engine."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from ais_megatron.batch import Rollout
+from ais_megatron.config import Config
+from ais_megatron.distributed import device, rank_consistent, reduce_metrics
+from ais_megatron.policy.policy import Policy, data_parallel_group, initialize_parallel, model_parallel_group
+from ais_megatron.prompts import Share, held_out_prompts
+from ais_megatron.rollout.engine import RolloutEngine, SamplingParams
+from ais_megatron.rollout.local import LocalEngine
+from ais_megatron.sft import starting_policy
+from ais_megatron.tasks import Reward, Task, make_task
+from ais_megatron.tokenizer import Tokenizer, make_tokenizer
+
+
+@dataclass(frozen=True)
+class Session:
+    config: Config
+    task: Task
+    tokenizer: Tokenizer
+    policy: Policy
+    engine: RolloutEngine
+    share: Share
+
+    def score(self, rollouts: list[Rollout]) -> list[Reward]:
+        """The task's verdict on each response."""
+        return [self.task.reward(r.prompt.truth, self.tokenizer.decode(r.token_ids)) for r in rollouts]
+
+    def sampling(self, step: int) -> SamplingParams:
+        """How to sample the training responses of a step."""
+        rollout = self.config.rollout
+        return SamplingParams(
+            num_samples=rollout.group_size,
+            max_tokens=rollout.max_response_tokens,
+            temperature=rollout.temperature,
+            top_p=rollout.top_p,
+            top_k=rollout.top_k,
+            seed=self.config.run.seed,
+        )
+
+    def held_out_accuracy(self) -> float:
+        """pass@1 on the held-out problems with the engine's present weights: the mean over `eval.samples` responses to each. Collective."""
+        evaluation = self.config.eval
+        with rank_consistent():
+            prompts = held_out_prompts(self.task, self.tokenizer, evaluation.num_prompts, self.share)
+            sampling = SamplingParams(
+                evaluation.samples, self.config.rollout.max_response_tokens, evaluation.temperature, seed=self.config.run.seed
+            )
+            rewards = self.score(self.engine.generate(prompts, sampling) if prompts else [])
+        return reduce_metrics({"accuracy": (sum(r.correct for r in rewards), len(rewards))})["accuracy"]
+
+
+def build_task(config: Config) -> tuple[Task, Tokenizer]:
+    """Task and tokenizer, with errors on all ranks together."""
+    with rank_consistent():
+        task = make_task(config.task, config.run.seed)
+        tokenizer = make_tokenizer(config, task)
+    return task, tokenizer
+
+
+def build_policy(config: Config, from_checkpoint: bool = False) -> tuple[Policy, Task, Tokenizer]:
+    """Process groups, task, tokenizer and the starting policy, which is made first if need be.
+
+    from_checkpoint: leave random weights in place, because the caller loads a checkpoint over them.
+    """
+    initialize_parallel(config)
+    task, tokenizer = build_task(config)
+    path = None if from_checkpoint else starting_policy(config, task, tokenizer)
+    updates = config.train.steps * config.train.updates_per_batch
+    return Policy(config, config.train.optimizer, updates, config.rollout.temperature, path), task, tokenizer
+
+
+def build_session(config: Config, from_checkpoint: bool = False) -> Session:
+    """`build_policy` and an engine, which has no weights yet."""
+    policy, task, tokenizer = build_policy(config, from_checkpoint)
+    with rank_consistent():
+        dtype = torch.bfloat16 if config.model.dtype == "bf16" else torch.float32
+        engine = LocalEngine(
+            config.architecture, config.rollout, eos_id=tokenizer.eos_id, pad_id=tokenizer.pad_id, device=device(), dtype=dtype
+        )
+    return Session(config, task, tokenizer, policy, engine, share_of_this_rank())
+
+
+def share_of_this_rank() -> Share:
+    dp, mp = data_parallel_group(), model_parallel_group()
+    return Share(dist.get_rank(dp), dist.get_world_size(dp), dist.get_rank(mp), dist.get_world_size(mp))

@@ -1,0 +1,171 @@
+"""Countdown: reach a target using three numbers exactly once each, with + - * / and exact rational arithmetic.
+
+    prompt    93 30 16=79:
+    response  <answer>93-30+16</answer>
+
+At most 36 single-character tokens. The file format is that of dllm-reasoning/d1 (arXiv:2504.12216): ``input`` "30,100,93",
+``output`` "23"; as in its grader, a sign in front of a number or a parenthesis is allowed.
+"""
+
+from __future__ import annotations
+
+import ast
+import operator
+import random
+import re
+from collections.abc import Mapping, Sequence
+from fractions import Fraction
+from typing import Any
+
+from ais_megatron.tasks.reading import Row
+from ais_megatron.tasks.streams import StreamTask
+from ais_megatron.tasks.task import Problem, Reward, extract_answer, make_reward, wrap_answer
+
+MAX_ANSWER_CHARS = 64  # bounds the parser's depth and the size of every integer
+_BINARY = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv}
+_UNARY = {ast.UAdd: operator.pos, ast.USub: operator.neg}
+_EXPRESSION = re.compile(r"[0-9+\-*/() ]+")  # [0-9] and not \d: that would let other scripts' digits in
+
+# Signs of a >= b >= c, and the text. The other three sign patterns are never positive.
+_SUMS = (
+    (1, 1, 1, "{0}+{1}+{2}"),
+    (1, 1, -1, "{0}+{1}-{2}"),
+    (1, -1, 1, "{0}-{1}+{2}"),
+    (1, -1, -1, "{0}-{1}-{2}"),
+    (-1, 1, 1, "{1}+{2}-{0}"),
+)
+
+
+class Countdown(StreamTask):
+    name = "countdown"
+    alphabet = "0123456789 +-*/()=:"
+
+    def parse(self, row: Row) -> Problem:
+        numbers = [_positive_int(row, "input", part) for part in row.text("input").split(",")]
+        if len(numbers) != 3:
+            raise ValueError(f"{row.where}: column 'input' must hold three numbers such as '30,100,93', got {row.text('input')!r}")
+        target = _positive_int(row, "output", row.text("output"))
+        problem = make_problem(numbers, target)
+        if problem is None:
+            raise ValueError(f"{row.where}: no expression of {numbers} reaches {target}")
+        return problem
+
+    def draw(self, rng: random.Random) -> Problem | None:
+        """A random expression of three random numbers, kept if every step is an integer and the result is in range."""
+        top = self.config.max_number
+        x, y, z = (rng.randint(1, top) for _ in range(3))
+        inner = _apply(rng.choice("+-*/"), x, y)
+        if inner is None:
+            return None
+        left, right = (inner, z) if rng.random() < 0.5 else (z, inner)
+        target = _apply(rng.choice("+-*/"), left, right)
+        return make_problem((x, y, z), target) if target is not None and 1 <= target <= top else None
+
+    def reward(self, problem_truth: Mapping[str, Any], response: str) -> Reward:
+        answer = extract_answer(response, MAX_ANSWER_CHARS)
+        tree = _parse(answer) if answer is not None else None
+        if tree is None:
+            return make_reward(self.config.format_weight, False, False)
+        numbers: list[int] = []
+        try:
+            value = _evaluate(tree, numbers)
+        except ZeroDivisionError:
+            return make_reward(self.config.format_weight, True, False)
+        correct = value == problem_truth["target"] and sorted(numbers) == sorted(problem_truth["numbers"])
+        return make_reward(self.config.format_weight, True, correct)
+
+
+def make_problem(numbers: Sequence[int], target: int) -> Problem | None:
+    """The puzzle with its canonical solution; None if it has no solution.
+
+    The numbers are shown largest first, whatever their order in the file: the order means nothing, and one text per puzzle
+    makes "the same puzzle" a comparison of texts.
+    """
+    solution = solve(numbers, target)
+    if solution is None:
+        return None
+    shown = sorted(numbers, reverse=True)
+    return Problem(f"{' '.join(map(str, shown))}={target}:", {"numbers": shown, "target": target}, wrap_answer(solution))
+
+
+def solve(numbers: Sequence[int], target: int) -> str | None:
+    """The canonical expression of three positive numbers for a positive target; None if there is none.
+
+    Convention, chosen for what a small model learns fast: plain sums first (nine puzzles in ten of d1's file have one),
+    with the numbers copied in the order of the prompt, so that the model has two signs to choose and nothing to permute;
+    products and quotients only where no sum exists, without parentheses where possible.
+    """
+    a, b, c = sorted(numbers, reverse=True)
+    for i, j, k, text in _SUMS:
+        if i * a + j * b + k * c == target:
+            return text.format(a, b, c)
+    return _solve_with_products(a, b, c, target)
+
+
+def _solve_with_products(a: int, b: int, c: int, t: int) -> str | None:
+    """Every expression with a product or a quotient, up to equal values, as integer equations; a >= b >= c >= 1, t >= 1."""
+    for x, y, z in ((a, b, c), (a, c, b), (b, c, a)):
+        p = x * y
+        candidates = (
+            (p + z == t, "{0}*{1}+{2}"),
+            (p - z == t, "{0}*{1}-{2}"),
+            (z - p == t, "{2}-{0}*{1}"),
+            (x == (t - z) * y, "{0}/{1}+{2}"),
+            (x == (t + z) * y, "{0}/{1}-{2}"),
+            (x == (z - t) * y, "{2}-{0}/{1}"),
+            (p == t * z, "{0}*{1}/{2}"),
+            (z == t * p, "{2}/{0}/{1}"),
+            (p * z == t, "{0}*{1}*{2}"),
+            ((x + y) * z == t, "({0}+{1})*{2}"),
+            ((x - y) * z == t, "({0}-{1})*{2}"),
+            (x + y == t * z, "({0}+{1})/{2}"),
+            (x - y == t * z, "({0}-{1})/{2}"),
+            (z == t * (x + y), "{2}/({0}+{1})"),
+            (z == t * (x - y), "{2}/({0}-{1})"),
+        )
+        for holds, text in candidates:
+            if holds:
+                return text.format(x, y, z)
+    return None
+
+
+def _apply(op: str, x: int, y: int) -> int | None:
+    if op == "/":
+        return x // y if y and x % y == 0 else None
+    return x + y if op == "+" else x - y if op == "-" else x * y
+
+
+def _parse(answer: str) -> ast.expr | None:
+    """The syntax tree of an arithmetic expression; None for anything else. Nothing is ever executed."""
+    if not _EXPRESSION.fullmatch(answer):
+        return None
+    try:
+        tree = ast.parse(answer, mode="eval").body
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return None
+    return tree if _is_arithmetic(tree) else None
+
+
+def _is_arithmetic(node: ast.expr) -> bool:
+    if isinstance(node, ast.BinOp):  # "**" and "//" parse too, and are not in the table
+        return type(node.op) in _BINARY and _is_arithmetic(node.left) and _is_arithmetic(node.right)
+    if isinstance(node, ast.UnaryOp):
+        return type(node.op) in _UNARY and _is_arithmetic(node.operand)
+    return isinstance(node, ast.Constant)  # the characters allow no constant but an integer
+
+
+def _evaluate(node: ast.expr, numbers: list[int]) -> Fraction:
+    """The exact value; appends the numbers used. Raises ZeroDivisionError."""
+    if isinstance(node, ast.BinOp):
+        return _BINARY[type(node.op)](_evaluate(node.left, numbers), _evaluate(node.right, numbers))
+    if isinstance(node, ast.UnaryOp):
+        return _UNARY[type(node.op)](_evaluate(node.operand, numbers))
+    assert isinstance(node, ast.Constant)
+    numbers.append(node.value)
+    return Fraction(node.value)
+
+
+def _positive_int(row: Row, column: str, text: str) -> int:
+    if not re.fullmatch(r"\s*0*[1-9][0-9]{0,8}\s*", text):
+        raise ValueError(f"{row.where}: column {column!r} must hold positive integers, got {text!r}")
+    return int(text)

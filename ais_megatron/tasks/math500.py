@@ -1,0 +1,81 @@
+r"""MATH-500 (arXiv:2103.03874, the split of arXiv:2305.20050): competition problems with LaTeX answers.
+
+Two answers are equal if their normalised LaTeX is the same text, or if math-verify finds the same mathematical object in
+both (in a process of its own, see `equivalence`). Rows without an ``answer`` column, as in MATH's training files, take it
+from the last ``\boxed{…}`` of their ``solution``.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from ais_megatron.tasks.equivalence import are_equivalent
+from ais_megatron.tasks.reading import Row
+from ais_megatron.tasks.streams import StreamTask
+from ais_megatron.tasks.task import Problem, Reward, extract_answer, make_reward, wrap_answer
+
+MAX_ANSWER_CHARS = 512
+INSTRUCTION = "\nReason step by step, then write the final answer as LaTeX within <answer> and </answer>."
+_SAME_LOOK = {r"\dfrac": r"\frac", r"\tfrac": r"\frac", r"\left": "", r"\right": "", r"\!": "", r"\,": "", r"\ ": "", r"\$": ""}
+_REPLACED = re.compile("|".join(re.escape(text) + ("(?![a-zA-Z])" if text[-1].isalpha() else "") for text in _SAME_LOOK))
+
+
+class Math500(StreamTask):
+    name = "math500"
+
+    def parse(self, row: Row) -> Problem:
+        solution = row.text("solution").strip()
+        answer = row.text("answer").strip() if "answer" in row.values else last_boxed(solution)
+        if not answer or len(answer) > MAX_ANSWER_CHARS:
+            raise ValueError(f"{row.where}: no answer of at most {MAX_ANSWER_CHARS} characters in 'answer' or in \\boxed{{}} of 'solution'")
+        return Problem(row.text("problem").strip() + INSTRUCTION, {"answer": answer}, f"{solution}\n{wrap_answer(answer)}")
+
+    def reward(self, problem_truth: Mapping[str, Any], response: str) -> Reward:
+        answer = extract_answer(response, MAX_ANSWER_CHARS)
+        if answer is None or not answer.isprintable() and not answer.replace("\n", "").isprintable():
+            return make_reward(self.config.format_weight, False, False)
+        return make_reward(self.config.format_weight, True, is_equal(problem_truth["answer"], answer))
+
+
+def is_equal(gold: str, answer: str) -> bool:
+    """Whether two LaTeX answers mean the same; the cheap comparison of texts goes first."""
+    gold, answer = strip_wrapping(gold), strip_wrapping(answer)
+    if normalize(gold) == normalize(answer):
+        return True
+    # What still holds a formula's borders holds several formulas; math-verify would pick the one that suits.
+    if not answer.isascii() or re.search(r"(?<!\\)\$|\\boxed|\\\(|\\\[", answer):
+        return False
+    return are_equivalent(gold, answer)
+
+
+def strip_wrapping(answer: str) -> str:
+    r"""Without one outer ``\boxed{}``, ``$``, ``\( \)`` or ``\[ \]``, in any nesting, and without a final full stop."""
+    answer, before = answer.strip(), None
+    while answer != before:
+        before = answer
+        if answer.startswith(r"\boxed{") and last_boxed(answer) == answer[7:-1]:
+            answer = answer[7:-1]
+        for left, right in (("$$", "$$"), ("$", "$"), (r"\(", r"\)"), (r"\[", r"\]")):
+            if answer.startswith(left) and answer.endswith(right) and not answer.endswith("\\" + right):
+                inner = answer[len(left) : -len(right)]
+                answer = inner if len(answer) > len(left) and left not in inner else answer
+        answer = answer.strip().removesuffix(".")
+    return answer
+
+
+def normalize(answer: str) -> str:
+    """LaTeX without what changes only its look: spacing, the size of brackets and fractions, currency signs."""
+    return re.sub(r"\s+", "", _REPLACED.sub(lambda match: _SAME_LOOK[match[0]], answer))
+
+
+def last_boxed(text: str) -> str | None:
+    r"""The contents of the last ``\boxed{…}``, braces balanced; None without one."""
+    start = text.rfind(r"\boxed{")
+    depth = 0
+    for position in range(start + 6, len(text)) if start >= 0 else ():
+        depth += {"{": 1, "}": -1}.get(text[position], 0)
+        if depth == 0:
+            return text[start + 7 : position].strip()
+    return None

@@ -1,0 +1,95 @@
+"""4x4 Sudoku: fill the zeros so that every row, column and 2x2 box holds 1, 2, 3 and 4.
+
+    prompt    3102200002100320:
+    response  <answer>3142243142131324</answer>
+
+36 tokens with the final end-of-sequence. The file format is that of dllm-reasoning/d1 (arXiv:2504.12216): a CSV with the
+columns ``Puzzle`` and ``Solution``, 16 digits each, row-major, 0 = empty.
+"""
+
+from __future__ import annotations
+
+import itertools
+import random
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from ais_megatron.config import TaskConfig
+from ais_megatron.tasks.reading import Row
+from ais_megatron.tasks.streams import StreamTask
+from ais_megatron.tasks.task import Problem, Reward, extract_answer, make_reward, wrap_answer
+
+CELLS = 16
+MAX_EMPTY_CELLS = 12  # four givens are the fewest that determine a 4x4 grid
+
+
+def _all_grids() -> tuple[str, ...]:
+    """The 288 complete grids, sorted: rows are permutations; columns and boxes are checked."""
+    rows = [("".join(p)) for p in itertools.permutations("1234")]
+    bands = [r + s for r in rows for s in rows if _differ(r, s) and len({*r[:2], *s[:2]}) == 4]
+    return tuple(u + d for u in bands for d in bands if all(_differ(r, s) for r in (u[:4], u[4:]) for s in (d[:4], d[4:])))
+
+
+def _differ(row: str, other: str) -> bool:
+    return all(x != y for x, y in zip(row, other, strict=True))
+
+
+_GRIDS = _all_grids()
+# Bit g of _HOLDS[cell][digit] says that grid g has that digit there; digit "0" excludes nothing. Solving is then 16 ANDs.
+_HOLDS = [{d: sum(1 << g for g, grid in enumerate(_GRIDS) if d in ("0", grid[cell])) for d in "01234"} for cell in range(CELLS)]
+
+
+class Sudoku(StreamTask):
+    name = "sudoku"
+    alphabet = "0123456789:"
+
+    def __init__(self, config: TaskConfig, seed: int) -> None:
+        if config.empty_cells > MAX_EMPTY_CELLS:
+            raise ValueError(
+                f"task.empty_cells={config.empty_cells}: no such 4x4 Sudoku has a unique solution; allowed: 1 to {MAX_EMPTY_CELLS}"
+            )
+        super().__init__(config, seed)
+
+    def parse(self, row: Row) -> Problem:
+        puzzle, solution = (row.text(column).strip() for column in ("Puzzle", "Solution"))
+        if not re.fullmatch("[0-4]{16}", puzzle):
+            raise ValueError(f"{row.where}: column 'Puzzle' must be 16 digits from 0 to 4, got {puzzle!r}")
+        if not is_solution(puzzle, solution):
+            raise ValueError(f"{row.where}: column 'Solution' {solution!r} does not solve the puzzle {puzzle!r}")
+        return _make_problem(puzzle, solution)
+
+    def draw(self, rng: random.Random) -> Problem | None:
+        """A random grid with `task.empty_cells` random cells emptied, kept if its solution is unique."""
+        grid = rng.choice(_GRIDS)
+        empty = frozenset(rng.sample(range(CELLS), self.config.empty_cells))
+        puzzle = "".join("0" if cell in empty else digit for cell, digit in enumerate(grid))
+        return _make_problem(puzzle, grid) if len(solutions(puzzle)) == 1 else None
+
+    def reward(self, problem_truth: Mapping[str, Any], response: str) -> Reward:
+        answer = extract_answer(response, CELLS)
+        well_formed = answer is not None and re.fullmatch("[1-4]{16}", answer) is not None
+        correct = well_formed and is_solution(problem_truth["puzzle"], answer)
+        return make_reward(self.config.format_weight, well_formed, correct)
+
+
+def is_solution(puzzle: str, answer: str) -> bool:
+    """Whether `answer` is a complete valid grid that keeps the puzzle's givens; any such completion counts."""
+    return answer in solutions(puzzle)
+
+
+def solutions(puzzle: str) -> list[str]:
+    """All completions of a 16-digit puzzle, sorted."""
+    left = -1
+    for cell, digit in enumerate(puzzle):
+        left &= _HOLDS[cell][digit]
+    found = []
+    while left:
+        lowest = left & -left
+        found.append(_GRIDS[lowest.bit_length() - 1])
+        left ^= lowest
+    return found
+
+
+def _make_problem(puzzle: str, solution: str) -> Problem:
+    return Problem(f"{puzzle}:", {"puzzle": puzzle}, wrap_answer(solution))

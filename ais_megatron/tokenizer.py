@@ -1,0 +1,212 @@
+"""Text <-> token ids: a small SentencePiece model for models trained from scratch, or a Hugging Face tokenizer.
+
+Prompt and response are always encoded apart, because the policy's tokens are the ones the rollout engine sampled after the
+prompt: no piece may ever straddle the border. `decode(encode_prompt(p) + encode_response(r)) == p + r` holds exactly for
+SentencePiece; a Hugging Face chat template adds its own turns to the prompt.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, Protocol
+
+from ais_megatron.config import Config
+from ais_megatron.tasks.task import Task
+
+if TYPE_CHECKING:
+    from sentencepiece import SentencePieceProcessor
+    from transformers import PreTrainedTokenizerBase
+
+MODEL_FILE = "tokenizer.model"
+CORPUS_LINES = 2000
+MAX_CHAR_ALPHABET = 64  # up to here one piece per character; above, word pieces
+
+ModelType = Literal["char", "unigram"]
+
+
+class Tokenizer(Protocol):
+    """vocab_size: number of ids, at most the model's. eos_id ends a response. pad_id fills a batch; it may equal eos_id."""
+
+    vocab_size: int
+    eos_id: int
+    pad_id: int
+
+    def encode_prompt(self, text: str) -> list[int]:
+        """Token ids of a prompt, without an end-of-sequence."""
+
+    def encode_response(self, text: str) -> list[int]:
+        """Token ids of a response, the last one eos_id."""
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of any ids at all, eos_id and pad_id dropped; ids that stand for nothing become visible rubbish."""
+
+    def save(self, folder: str | Path) -> None:
+        """Write all that `load_tokenizer(folder)` needs."""
+
+
+class SentencePieceTokenizer:
+    """One `.model` file, which holds everything, the special ids included."""
+
+    def __init__(self, model: bytes, source: str = "tokenizer") -> None:
+        """Args: model: the contents of a .model file; source: its name, for messages. Raises ValueError if it is unusable."""
+        from sentencepiece import SentencePieceProcessor
+
+        try:
+            self._processor: SentencePieceProcessor = SentencePieceProcessor(model_proto=model)
+        except RuntimeError as error:
+            raise ValueError(f"{source}: not a SentencePiece model ({error})") from error
+        self._model = model
+        self.vocab_size = self._processor.get_piece_size()
+        self.eos_id = self._processor.eos_id()
+        if self.eos_id < 0:
+            raise ValueError(f"{source}: the model has no end-of-sequence piece; train it with eos_id >= 0")
+        pad_id = self._processor.pad_id()
+        self.pad_id = pad_id if pad_id >= 0 else self.eos_id
+        if self.decode(self.encode_prompt(" 1 ") + self.encode_response("  2")) != " 1   2":
+            raise ValueError(
+                f"{source}: the model changes white space or does not know digits; train it with "
+                "normalization_rule_name=identity, add_dummy_prefix=false, remove_extra_whitespaces=false"
+            )
+
+    @classmethod
+    def load(cls, path: str | Path) -> SentencePieceTokenizer:
+        path = Path(path)
+        if not path.is_file():
+            raise ValueError(f"tokenizer.path={path}: no such file; give a SentencePiece .model file, or leave it empty to train one")
+        return cls(path.read_bytes(), source=f"tokenizer.path={path}")
+
+    @classmethod
+    def train(
+        cls, lines: Sequence[str], vocab_size: int, special_pieces: Sequence[str], path: str | Path, model_type: ModelType = "char"
+    ) -> SentencePieceTokenizer:
+        """Train on `lines`, write the model to `path` and return it. The same arguments give the same bytes.
+
+        Args:
+            vocab_size: the most pieces there may be; a small corpus gives fewer.
+            special_pieces: texts that are always one piece, such as "<answer>".
+            model_type: "char": one piece per character of `lines`; "unigram": word pieces, and bytes for characters that
+                `lines` do not show, so that nothing is ever unknown.
+        Raises:
+            ValueError: no text, or `vocab_size` too small for the characters of `lines`.
+        """
+        tokenizer = cls(_train(lines, vocab_size, special_pieces, model_type), source=str(path))
+        _write_atomically(Path(path), tokenizer._model)
+        return tokenizer
+
+    def encode_prompt(self, text: str) -> list[int]:
+        return self._processor.encode(text)
+
+    def encode_response(self, text: str) -> list[int]:
+        return [*self._processor.encode(text), self.eos_id]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        # A model's vocabulary may be larger than ours; an id beyond it is unknown, not a crash.
+        unknown = self._processor.unk_id()
+        kept = [int(i) if 0 <= i < self.vocab_size else unknown for i in ids if i not in (self.eos_id, self.pad_id)]
+        return self._processor.decode(kept)
+
+    def save(self, folder: str | Path) -> None:
+        _write_atomically(Path(folder) / MODEL_FILE, self._model)
+
+
+class HFTokenizer:
+    """A tokenizer folder of a Hugging Face checkpoint, used offline; its chat template, if any, wraps every prompt."""
+
+    def __init__(self, folder: str | Path) -> None:
+        """Raises ValueError if the folder has no usable tokenizer, or the tokenizer no end-of-sequence token."""
+        from transformers import AutoTokenizer
+
+        if not Path(folder).is_dir():
+            raise ValueError(f"tokenizer.path={folder}: no such folder; give the folder of a Hugging Face tokenizer (nothing is downloaded)")
+        try:
+            self._tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+        except (OSError, ValueError, KeyError, ImportError, AttributeError, TypeError) as error:
+            raise ValueError(f"tokenizer.path={folder}: cannot be loaded as a Hugging Face tokenizer ({error})") from error
+        if self._tokenizer.eos_token_id is None:
+            raise ValueError(f"tokenizer.path={folder}: the tokenizer names no eos_token; set it in tokenizer_config.json")
+        self.vocab_size = len(self._tokenizer)
+        self.eos_id = int(self._tokenizer.eos_token_id)
+        pad_id = self._tokenizer.pad_token_id
+        self.pad_id = self.eos_id if pad_id is None else int(pad_id)
+
+    def encode_prompt(self, text: str) -> list[int]:
+        if self._tokenizer.chat_template is None:
+            return self._tokenizer.encode(text)
+        turns = [{"role": "user", "content": text}]
+        return list(self._tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=True, return_dict=False))
+
+    def encode_response(self, text: str) -> list[int]:
+        return [*self._tokenizer.encode(text, add_special_tokens=False), self.eos_id]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        kept = [int(i) for i in ids if i not in (self.eos_id, self.pad_id)]
+        return self._tokenizer.decode(kept, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+    def save(self, folder: str | Path) -> None:
+        self._tokenizer.save_pretrained(str(folder))
+
+
+def load_tokenizer(path: str | Path) -> Tokenizer:
+    """The tokenizer in a .model file or in a folder that `save` wrote (or in any Hugging Face checkpoint folder)."""
+    path = Path(path)
+    if path.is_dir() and ((path / "tokenizer_config.json").is_file() or (path / "tokenizer.json").is_file()):
+        return HFTokenizer(path)
+    if path.is_dir() and not (path / MODEL_FILE).is_file():
+        raise ValueError(f"{path}: the folder holds none of tokenizer_config.json, tokenizer.json, {MODEL_FILE}")
+    return SentencePieceTokenizer.load(path / MODEL_FILE if path.is_dir() else path)
+
+
+def make_tokenizer(config: Config, task: Task) -> Tokenizer:
+    """The tokenizer that `config` describes; without tokenizer.path, SentencePiece learns one from the task's own texts.
+
+    A learned model is kept in sft.cache_dir under a hash of all that makes it; every rank may call this at the same time.
+
+    Raises:
+        ValueError: unusable file or folder, or more tokens than model.architecture.vocab_size.
+    """
+    limit = config.architecture.vocab_size
+    path = config.tokenizer.path
+    if config.tokenizer.kind == "hf":
+        folder = path or config.model.path
+        assert folder is not None  # the configuration's own check
+        tokenizer: Tokenizer = HFTokenizer(folder)
+    elif path is not None:
+        tokenizer = SentencePieceTokenizer.load(path)
+    else:
+        tokenizer = _train_or_load(task, limit, Path(config.sft.cache_dir))
+    if tokenizer.vocab_size > limit:
+        raise ValueError(
+            f"model.architecture.vocab_size={limit}: smaller than the tokenizer's {tokenizer.vocab_size} tokens "
+            f"(tokenizer.kind={config.tokenizer.kind}, tokenizer.path={path}); raise it to at least {tokenizer.vocab_size}"
+        )
+    return tokenizer
+
+
+def _train_or_load(task: Task, vocab_size: int, cache: Path) -> SentencePieceTokenizer:
+    import sentencepiece
+
+    lines = task.tokenizer_corpus(CORPUS_LINES)
+    # Puzzles are written in some twenty characters: with one token each, a tiny model sees every digit in its place.
+    model_type: ModelType = "char" if len(set().union(*lines)) <= MAX_CHAR_ALPHABET else "unigram"
+    recipe = json.dumps([lines, vocab_size, list(task.special_pieces), model_type, sentencepiece.__version__])
+    path = cache / f"tokenizer-{task.name}-{hashlib.sha256(recipe.encode()).hexdigest()[:16]}.model"
+    if path.is_file():
+        return SentencePieceTokenizer.load(path)
+    return SentencePieceTokenizer.train(lines, vocab_size, task.special_pieces, path, model_type)
+
+
+def _train(lines: Sequence[str], vocab_size: int, special_pieces: Sequence[str], model_type: ModelType) -> bytes:
+    """A trained model's bytes; see `SentencePieceTokenizer.train`."""
+    from sentencepiece import SentencePieceTrainer
+
+    fixed = [piece for piece in special_pieces]
+    alphabet = set("".join(lines))
+    for piece in fixed:
+        alphabet |= set("".join(line for line in lines)) - set(piece)
+    return b""

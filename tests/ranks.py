@@ -1,0 +1,103 @@
+"""A pool of real processes over gloo, shared by all distributed tests: importing Megatron-Core takes seconds.
+
+`RankPool.run(num_ranks, function, **arguments)` runs a module-level function as ``function(rank, **arguments)`` on the
+first `num_ranks` processes, each time in a fresh process group of just those, and returns their results in rank order.
+An exception on a rank comes back as `RankError` with that rank's traceback; so does a rank that does not answer in time.
+"""
+
+from __future__ import annotations
+
+import importlib
+import multiprocessing
+import os
+import socket
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection, wait
+from typing import Any
+
+
+class RankError(AssertionError):
+    """A rank failed; the message is its traceback."""
+
+
+class RankPool:
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self._start()
+
+    def _start(self) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._pipes: list[Connection] = []
+        self._processes = []
+        for number in range(self.size):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_serve, args=(number, theirs), daemon=True)
+            process.start()
+            self._pipes.append(ours)
+            self._processes.append(process)
+
+    def run(self, num_ranks: int, function: Callable[..., Any], timeout: float = 240.0, **arguments: Any) -> list[Any]:
+        port = _free_port()
+        name = (function.__module__, function.__qualname__)
+        for pipe in self._pipes[:num_ranks]:
+            pipe.send((name, num_ranks, port, arguments))
+        waiting = {pipe: number for number, pipe in enumerate(self._pipes[:num_ranks])}
+        results: dict[int, Any] = {}
+        failures: dict[int, str] = {}
+        while waiting:
+            ready = wait(list(waiting), timeout=10.0 if failures else timeout)
+            if not ready:
+                failures.setdefault(-1, f"ranks {sorted(waiting.values())} did not answer")
+                break
+            for pipe in ready:
+                number = waiting.pop(pipe)
+                ok, value = pipe.recv()
+                (results if ok else failures)[number] = value
+        if failures:
+            self.restart()  # ranks may be stuck in a collective that will never complete
+            raise RankError("\n".join(f"rank {number}: {text}" for number, text in sorted(failures.items())))
+        return [results[number] for number in range(num_ranks)]
+
+    def restart(self) -> None:
+        self.close()
+        self._start()
+
+    def close(self) -> None:
+        for process in self._processes:
+            process.kill()
+            process.join()
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def _serve(number: int, pipe: Connection) -> None:
+    os.environ["OMP_NUM_THREADS"] = "1"
+    import torch
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    while True:
+        try:
+            (module, name), world_size, port, arguments = pipe.recv()
+        except EOFError:
+            return
+        try:
+            from megatron.core import parallel_state
+
+            function = getattr(importlib.import_module(module), name)
+            store = dist.TCPStore("127.0.0.1", port, world_size, is_master=number == 0)
+            dist.init_process_group("gloo", store=store, rank=number, world_size=world_size)
+            try:
+                answer = (True, function(number, **arguments))
+                dist.barrier()
+            finally:
+                parallel_state.destroy_model_parallel()
+                dist.destroy_process_group()
+        except BaseException:
+            answer = (False, traceback.format_exc())
+        pipe.send(answer)

@@ -1,0 +1,152 @@
+"""The run folder: what it records, what it refuses, and that files are replaced whole."""
+
+import os
+import stat
+import subprocess
+
+import pytest
+
+from ais_megatron import run_folder
+from ais_megatron.config import Config, ConfigError, build_config, load_config
+from ais_megatron.run_folder import encode_json, git_revision, open_run_folder, package_versions, write_json_atomic, write_text_atomic
+
+ARCHITECTURE = {
+    "vocab_size": 64,
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 8,
+}
+
+
+def make_config(folder, resume: bool = False, lr: float = 1e-6) -> Config:
+    return build_config(
+        {
+            "run": {"dir": str(folder), "resume": resume},
+            "model": {"architecture": ARCHITECTURE},
+            "train": {"optimizer": {"lr": lr}},
+        }
+    )
+
+
+def test_config_yaml_loads_back_equal(tmp_path):
+    config = make_config(tmp_path / "runs" / "a: #1", lr=3.3e-7)  # a folder name that YAML must quote
+    folder = open_run_folder(config, is_main=True)
+    assert folder == tmp_path / "runs" / "a: #1"
+    assert [entry.name for entry in folder.iterdir()] == ["config.yaml"]
+    assert load_config(folder / "config.yaml") == config
+
+
+def test_config_yaml_opens_with_date_revision_and_versions(tmp_path, monkeypatch):
+    monkeypatch.setattr(run_folder, "git_revision", lambda: "abc123+dirty")
+    monkeypatch.setattr(run_folder, "package_versions", lambda: {"python": "3.11.7", "torch": "2.0"})
+    open_run_folder(make_config(tmp_path), is_main=True)
+    lines = (tmp_path / "config.yaml").read_text().splitlines()
+    assert lines[0].startswith("# date: 20") and lines[0].endswith("+00:00")
+    assert lines[1:5] == ["# git revision: abc123+dirty", "# python: 3.11.7", "# torch: 2.0", "run:"]
+
+
+def test_an_earlier_run_is_refused_and_left_alone(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
+    with pytest.raises(ConfigError, match="choose another run.dir, delete it, or set run.resume=true"):
+        open_run_folder(make_config(tmp_path), is_main=True)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+def test_resuming_keeps_an_earlier_record_that_differs(tmp_path, monkeypatch):
+    monkeypatch.setattr(run_folder, "git_revision", lambda: "abc")
+    first = make_config(tmp_path, resume=True, lr=1e-6)
+    open_run_folder(first, is_main=True)
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
+    original = (tmp_path / "config.yaml").read_text()
+    open_run_folder(first, is_main=True)  # the same again: nothing changes, not even the date
+    assert (tmp_path / "config.yaml").read_text() == original
+    second = make_config(tmp_path, resume=True, lr=2e-6)
+    open_run_folder(second, is_main=True)
+    open_run_folder(first, is_main=True)
+    assert (tmp_path / "config.1.yaml").read_text() == original
+    assert load_config(tmp_path / "config.2.yaml") == second
+    assert load_config(tmp_path / "config.yaml") == first
+
+
+def test_other_ranks_neither_look_nor_write(tmp_path):
+    assert open_run_folder(make_config(tmp_path / "new"), is_main=False) == tmp_path / "new"
+    assert not (tmp_path / "new").exists()
+    (tmp_path / "metrics.jsonl").write_text("")
+    assert open_run_folder(make_config(tmp_path), is_main=False) == tmp_path
+
+
+def test_a_file_in_the_way_is_a_config_error(tmp_path):
+    (tmp_path / "taken").write_text("")
+    with pytest.raises(ConfigError, match="cannot be used as a run folder"):
+        open_run_folder(make_config(tmp_path / "taken"), is_main=True)
+
+
+def git(folder, *arguments):
+    identity = ["-c", "user.name=t", "-c", "user.email=t@example.org", "-c", "commit.gpgsign=false"]
+    return subprocess.run(["git", "-C", str(folder), *identity, *arguments], check=True, capture_output=True, text=True).stdout.strip()
+
+
+def test_git_revision_clean_dirty_and_unknown(tmp_path):
+    repository = tmp_path / "repository"
+    package, installed = repository / "package", repository / "venv"
+    package.mkdir(parents=True)
+    installed.mkdir()
+    git(repository, "init", "-q")
+    (package / "a.py").write_text("x = 1\n")
+    assert git_revision(package) == "unknown"  # no commit yet
+    git(repository, "add", ".")
+    git(repository, "commit", "-q", "-m", "first")
+    commit = git(repository, "rev-parse", "HEAD")
+    assert git_revision(package) == commit
+    (repository / "notes.txt").write_text("outside the package\n")
+    assert git_revision(package) == commit
+    (package / "b.py").write_text("new\n")
+    assert git_revision(package) == commit + "+dirty"
+    (installed / "c.py").write_text("not tracked here\n")
+    assert git_revision(installed) == "unknown"
+
+
+def test_git_revision_without_git(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert git_revision() == "unknown"
+
+
+def test_package_versions_start_with_python_and_leave_out_the_absent(monkeypatch):
+    monkeypatch.setattr(run_folder, "RECORDED_PACKAGES", ("pydantic", "no-such-distribution"))
+    assert list(package_versions()) == ["python", "pydantic"]
+
+
+def test_json_is_strict_and_exact(tmp_path):
+    assert encode_json({"b": [float("nan"), 0.1 + 0.2], "a": (float("inf"), 1)}) == '{"b": [null, 0.30000000000000004], "a": [null, 1]}'
+    write_json_atomic(tmp_path / "summary.json", {"x": None, "y": 1.5})
+    assert (tmp_path / "summary.json").read_text() == '{\n  "x": null,\n  "y": 1.5\n}\n'
+
+
+def test_writing_replaces_whole_with_ordinary_permissions(tmp_path):
+    path = tmp_path / "a.txt"
+    earlier_umask = os.umask(0o027)
+    try:
+        write_text_atomic(path, "one\r\n")
+        write_text_atomic(path, "zwei ü\n")
+    finally:
+        os.umask(earlier_umask)
+    assert path.read_bytes() == "zwei ü\n".encode()
+    assert stat.S_IMODE(path.stat().st_mode) == 0o640
+    assert [entry.name for entry in tmp_path.iterdir()] == ["a.txt"]
+
+
+def test_a_failed_write_leaves_the_old_file_and_no_litter(tmp_path, monkeypatch):
+    path = tmp_path / "a.txt"
+    write_text_atomic(path, "old")
+
+    def fail(descriptor):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(run_folder.os, "fsync", fail)
+    with pytest.raises(OSError, match="disk full"):
+        write_text_atomic(path, "new")
+    assert path.read_text() == "old"
+    assert [entry.name for entry in tmp_path.iterdir()] == ["a.txt"]
