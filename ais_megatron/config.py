@@ -8,11 +8,12 @@ received, what is allowed and what to change. Nothing here imports torch, so a t
 from __future__ import annotations
 
 import difflib
+import importlib.util
 import json
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
@@ -244,6 +245,8 @@ def _layout_problems(config: Config) -> list[str]:
         problems.append("parallel.sequence_parallel=true: there is nothing to shard with parallel.tp=1; set it to false or raise parallel.tp")
     if parallel.ep > 1:
         problems.append(f"parallel.ep={parallel.ep}: a dense model has no experts to spread; set parallel.ep=1")
+    if parallel.cp > 1 and importlib.util.find_spec("transformer_engine") is None:
+        problems.append(f"parallel.cp={parallel.cp}: context parallelism needs Transformer Engine, which is not installed; set parallel.cp=1")
     if arch is None:
         return problems
     for key, heads in (("num_attention_heads", arch.num_attention_heads), ("num_key_value_heads", arch.num_key_value_heads)):
@@ -275,6 +278,12 @@ def _batch_problems(config: Config) -> list[str]:
             f"train.updates_per_batch={train.updates_per_batch}: does not divide the {responses} responses of one data-parallel rank "
             f"(rollout.prompts_per_step * rollout.group_size / parallel.dp)"
         )
+    for key, optimizer, steps in (
+        ("train", train.optimizer, train.steps * train.updates_per_batch),
+        ("sft", config.sft.optimizer, config.sft.steps),
+    ):
+        if steps and optimizer.warmup_steps > steps:
+            problems.append(f"{key}.optimizer.warmup_steps={optimizer.warmup_steps}: longer than the {steps} updates of {key}.steps")
     if rollout.group_size == 1:
         problems.append("rollout.group_size=1: group-relative advantages of one response are always zero; use 2 or more")
     if arch is not None and rollout.max_response_tokens >= arch.max_position_embeddings:
@@ -333,16 +342,19 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
     if bad:
         raise ConfigError(f"override {bad[0]!r}: write key=value, for example train.steps=10")
     try:
-        merged = OmegaConf.merge(OmegaConf.load(path), OmegaConf.from_dotlist(list(overrides)))
+        loaded = OmegaConf.load(path)
+        if not isinstance(loaded, DictConfig):
+            raise ConfigError(f"{path}: expected a mapping of sections, got {type(loaded).__name__}")
+        merged = OmegaConf.merge(loaded, OmegaConf.from_dotlist(list(overrides)))
         data = OmegaConf.to_container(merged, resolve=True)
-    except (OmegaConfBaseException, OSError, ValueError, AttributeError) as error:
+    except ConfigError:
+        raise
+    except (OmegaConfBaseException, OSError, ValueError, AttributeError, TypeError) as error:
         raise ConfigError(f"{path}: {error}") from error
     except Exception as error:  # PyYAML's errors share no public base class with OmegaConf's
         if type(error).__module__.startswith("yaml"):
             raise ConfigError(f"{path}: not valid YAML: {error}") from error
         raise
-    if not isinstance(data, dict):
-        raise ConfigError(f"{path}: expected a mapping of sections, got {type(data).__name__}")
     return build_config(data)
 
 

@@ -11,6 +11,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -123,7 +124,9 @@ class HFTokenizer:
         from transformers import AutoTokenizer
 
         if not Path(folder).is_dir():
-            raise ValueError(f"tokenizer.path={folder}: no such folder; give the folder of a Hugging Face tokenizer (nothing is downloaded)")
+            raise ValueError(
+                f"tokenizer.path={folder}: no such folder; give the folder of a Hugging Face tokenizer (nothing is downloaded)"
+            )
         try:
             self._tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
         except (OSError, ValueError, KeyError, ImportError, AttributeError, TypeError) as error:
@@ -193,7 +196,7 @@ def _train_or_load(task: Task, vocab_size: int, cache: Path) -> SentencePieceTok
 
     lines = task.tokenizer_corpus(CORPUS_LINES)
     # Puzzles are written in some twenty characters: with one token each, a tiny model sees every digit in its place.
-    model_type: ModelType = "char" if len(set().union(*lines)) <= MAX_CHAR_ALPHABET else "unigram"
+    model_type: ModelType = "char" if len(_characters(lines, task.special_pieces)) <= MAX_CHAR_ALPHABET else "unigram"
     recipe = json.dumps([lines, vocab_size, list(task.special_pieces), model_type, sentencepiece.__version__])
     path = cache / f"tokenizer-{task.name}-{hashlib.sha256(recipe.encode()).hexdigest()[:16]}.model"
     if path.is_file():
@@ -201,12 +204,64 @@ def _train_or_load(task: Task, vocab_size: int, cache: Path) -> SentencePieceTok
     return SentencePieceTokenizer.train(lines, vocab_size, task.special_pieces, path, model_type)
 
 
-def _train(lines: Sequence[str], vocab_size: int, special_pieces: Sequence[str], model_type: ModelType) -> bytes:
-    """A trained model's bytes; see `SentencePieceTokenizer.train`."""
-    from sentencepiece import SentencePieceTrainer
+def _characters(lines: Sequence[str], special_pieces: Sequence[str]) -> set[str]:
+    """The characters of `lines` outside the special pieces."""
+    return set().union(*(re.sub("|".join(map(re.escape, special_pieces)), "", line) if special_pieces else line for line in lines))
 
-    fixed = [piece for piece in special_pieces]
-    alphabet = set("".join(lines))
-    for piece in fixed:
-        alphabet |= set("".join(line for line in lines)) - set(piece)
-    return b""
+
+def _train(lines: Sequence[str], vocab_size: int, special_pieces: Sequence[str], model_type: ModelType) -> bytes:
+    """The bytes of a trained model; see `SentencePieceTokenizer.train`."""
+    from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
+
+    if not any(lines):
+        raise ValueError("cannot train a tokenizer without text")
+    buffer = io.BytesIO()
+    try:
+        SentencePieceTrainer.train(
+            sentence_iterator=iter(lines),
+            model_writer=buffer,
+            model_type=model_type,
+            vocab_size=vocab_size,
+            hard_vocab_limit=False,  # small corpora have fewer pieces
+            user_defined_symbols=list(special_pieces),
+            pad_id=0,  # what `Batch` pads with
+            eos_id=1,
+            unk_id=2,
+            bos_id=-1,
+            byte_fallback=model_type != "char",
+            character_coverage=1.0,
+            split_digits=True,
+            # The next three make decoding exact.
+            normalization_rule_name="identity",
+            add_dummy_prefix=False,
+            remove_extra_whitespaces=False,
+            max_sentence_length=1 << 20,  # bytes; longer lines would be skipped
+            num_threads=1,  # the order of summation, and with it the model, then does not vary
+            minloglevel=2,
+        )
+    except RuntimeError as error:
+        raise ValueError(f"model.architecture.vocab_size={vocab_size}: no tokenizer for the task's text ({error}); raise it") from error
+    processor = SentencePieceProcessor(model_proto=buffer.getvalue())
+    # "char" keeps the most frequent characters that fit and drops the others without a word.
+    plain = _characters(lines, special_pieces)
+    lost = {character for character in plain if processor.unk_id() in processor.encode(character)}
+    if lost:
+        raise ValueError(
+            f"model.architecture.vocab_size={vocab_size}: too small for the task's text, which also needs {''.join(sorted(lost))!r}; "
+            f"raise it to at least {vocab_size + len(lost)}"
+        )
+    return buffer.getvalue()
+
+
+def _write_atomically(path: Path, data: bytes) -> None:
+    """Another process sees the old file or the new one, never half of one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+        os.chmod(temporary, 0o644)  # mkstemp's 0600 would hide a shared cache from colleagues
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise

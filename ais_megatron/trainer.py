@@ -17,7 +17,7 @@ from ais_megatron.algorithm.advantages import group_relative_advantages, num_zer
 from ais_megatron.algorithm.diagnostics import diagnose
 from ais_megatron.batch import Batch, Rollout, assemble
 from ais_megatron.config import Config
-from ais_megatron.distributed import gather_batch, rank, rank_consistent, reduce_metrics
+from ais_megatron.distributed import device, gather_batch, rank, rank_consistent, reduce_metrics
 from ais_megatron.metrics import PhaseTimer, Sinks, print_table, read_metrics, summarize
 from ais_megatron.policy import checkpoint
 from ais_megatron.policy.calibration import Calibration
@@ -41,17 +41,17 @@ def train(config: Config) -> Path:
     started = time.perf_counter()
     with rank_consistent():
         run_dir = open_run_folder(config, is_main=rank() == 0)
+        sinks = Sinks(config, run_dir, is_main=rank() == 0)
     session = build_session(config)
-    policy, engine = session.policy, session.engine
-    timer = PhaseTimer()
-    with Sinks(config, run_dir, is_main=rank() == 0) as sinks:
-        checkpoints = run_dir / "checkpoints"
-        first, start_accuracy = begin(session, checkpoint.newest(checkpoints) if config.run.resume else None)
-        sinks.truncate_after(first)
-        if start_accuracy is None:
-            start_accuracy = session.held_out_accuracy()
-        _say(f"held-out pass@1 at the start: {start_accuracy:.1%}")
-        accuracy = start_accuracy
+    checkpoints = run_dir / "checkpoints"
+    first, start_accuracy = begin(session, checkpoint.newest(checkpoints) if config.run.resume else None)
+    if start_accuracy is None:
+        start_accuracy = session.held_out_accuracy()
+    _say(f"held-out pass@1 at the start: {start_accuracy:.1%}")
+    sinks.truncate_after(first)
+    accuracy = start_accuracy
+    timer = PhaseTimer(torch.cuda.synchronize if device().type == "cuda" else None)
+    with sinks:
         for step in range(first, config.train.steps):
             row = train_step(session, step, timer)
             done, is_last = step + 1, step + 1 == config.train.steps
@@ -63,7 +63,7 @@ def train(config: Config) -> Path:
                     _save(session, checkpoints / f"step_{done:06d}", done, start_accuracy)
             sinks.log(done, row | timer.take())
     _finish(run_dir, start_accuracy, accuracy, time.perf_counter() - started)
-    engine.close()
+    session.engine.close()
     return run_dir
 
 

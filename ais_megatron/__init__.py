@@ -1,0 +1,14 @@
+"""GRPO on Megatron-Core with FP8 rollouts, corrected by adaptive importance sampling.
+
+The data's way through the package:
+
+    tasks, prompts     problems -> prompts
+    rollout            prompts -> rollouts, sampled by an engine in FP8
+    tasks              rollouts -> rewards
+    batch              rollouts, rewards -> one aligned batch
+    policy             batch -> log-probabilities of the BF16 policy
+    algorithm          log-probabilities -> diagnostics -> alpha -> loss scaler
+    policy             batch, scaler -> gradients -> new weights, and ranges of K and V
+    weight_sync        weights, scales -> quantised -> engine
+    trainer            says these lines in this order
+"""

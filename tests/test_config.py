@@ -1,0 +1,115 @@
+"""Configurations load, round-trip, and refuse what cannot work with a message that says what to change."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from ais_megatron.config import Config, ConfigError, build_config, dump_config, load_config
+
+CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
+ARCHITECTURE = dict(
+    vocab_size=64, hidden_size=64, intermediate_size=128, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2, head_dim=16
+)
+
+
+def build(**sections: object) -> Config:
+    model = {"architecture": ARCHITECTURE, **sections.pop("model", {})}
+    return build_config({"model": model, **sections})
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
+def test_every_shipped_config_loads_and_survives_being_written(path: Path, tmp_path: Path) -> None:
+    config = load_config(path)
+    (tmp_path / "again.yaml").write_text(dump_config(config))
+    assert load_config(tmp_path / "again.yaml") == config
+
+
+def test_overrides_apply_in_order_with_their_types(tmp_path: Path) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text(dump_config(build()))
+    config = load_config(path, ["train.steps=7", "ais.tau=1e-3", "task.name=sudoku", "train.steps=8", "rollout.quantization=fp8"])
+    assert (config.train.steps, config.ais.tau, config.task.name, config.rollout.quantization) == (8, 1e-3, "sudoku", "fp8_e4m3")
+
+
+@pytest.mark.parametrize(
+    ("sections", "message"),
+    [
+        ({"ais": {"taau": 1}}, r"ais.taau: unknown key; did you mean ais.tau\?"),
+        ({"trian": {}}, r"trian: unknown key; did you mean train\?"),
+        ({"ais": {"temperature": 1}}, r"ais.temperature: unknown key; did you mean rollout.temperature\?"),
+        ({"parallel": {"tp": 3}}, r"parallel.tp=3: does not divide .*num_attention_heads=4; use one of \[1, 2\]"),
+        ({"parallel": {"tp": 4}}, r"parallel.tp=4: does not divide .*num_key_value_heads=2; use one of \[1, 2\]"),
+        ({"parallel": {"pp": 3}}, r"parallel.pp=3: .*num_hidden_layers=4; use one of \[1, 2, 4\]"),
+        ({"parallel": {"cp": 2}}, r"parallel.cp=2: .*Transformer Engine"),
+        ({"parallel": {"ep": 2}}, r"parallel.ep=2: a dense model"),
+        ({"parallel": {"sequence_parallel": True}}, r"parallel.sequence_parallel=true: .*parallel.tp=1"),
+        ({"parallel": {"dp": 3}}, r"rollout.prompts_per_step=32: must be a multiple of parallel.dp=3"),
+        ({"train": {"updates_per_batch": 3}}, r"train.updates_per_batch=3: does not divide the 256 responses"),
+        ({"rollout": {"group_size": 1}}, r"rollout.group_size=1: .*always zero"),
+        ({"rollout": {"max_response_tokens": 40_000}}, r"max_response_tokens=40000: .*max_position_embeddings=32768"),
+        ({"rollout": {"quantization": "int4"}}, r"rollout.quantization='int4': input should be 'none' or 'fp8_e4m3'"),
+        ({"train": {"steps": 0}}, r"train.steps=0: input should be greater than or equal to 1"),
+        ({"train": {"steps": 5, "optimizer": {"warmup_steps": 9}}}, r"train.optimizer.warmup_steps=9: .*train.steps"),
+        ({"task": {"name": "gsm8k"}}, r"task.name=gsm8k: .*task.test_path"),
+        ({"ais": {"alpha_min": 0.8, "alpha_max": 0.5}}, r"ais: alpha_min=0.8 must not exceed alpha_max=0.5"),
+        ({"tokenizer": {"kind": "hf"}}, r"tokenizer.kind=hf: set tokenizer.path"),
+    ],
+)
+def test_refusals(sections: dict[str, object], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        build(**sections)
+
+
+def test_without_a_model() -> None:
+    with pytest.raises(ConfigError, match="set model.path to a Hugging Face checkpoint folder, or describe model.architecture"):
+        build_config({})
+
+
+def test_architecture_comes_from_the_checkpoint(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen3", **ARCHITECTURE, "rope_parameters": {"rope_theta": 5e5}}))
+    config = build_config({"model": {"path": str(tmp_path)}})
+    assert config.architecture.rope_theta == 5e5 and config.architecture.num_hidden_layers == 4
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "there is no config.json"),
+        ("{", "not valid JSON"),
+        (json.dumps({"model_type": "llama"}), "model_type='llama' is not supported; allowed: qwen3"),
+        (json.dumps({"model_type": "qwen3", "vocab_size": 5}), "hidden_size: missing"),
+        (json.dumps({"model_type": "qwen3", **ARCHITECTURE, "rope_scaling": {"type": "yarn"}}), "scaled RoPE"),
+    ],
+)
+def test_checkpoints_that_cannot_be_used(tmp_path: Path, content: str | None, message: str) -> None:
+    if content is not None:
+        (tmp_path / "config.json").write_text(content)
+    with pytest.raises(ConfigError, match=message):
+        build_config({"model": {"path": str(tmp_path)}})
+
+
+@pytest.mark.parametrize(
+    ("content", "overrides", "message"),
+    [
+        ("a: [", [], "not valid YAML"),
+        ("- 1", [], "expected a mapping"),
+        ("run: {}", ["train.steps"], "write key=value"),
+        (None, [], "does not exist"),
+    ],
+)
+def test_files_that_cannot_be_read(tmp_path: Path, content: str | None, overrides: list[str], message: str) -> None:
+    path = tmp_path / "c.yaml"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(ConfigError, match=message):
+        load_config(path, overrides)
+
+
+def test_a_typo_costs_no_torch() -> None:
+    code = "import sys; from ais_megatron import config; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
