@@ -73,7 +73,9 @@ def dequantize_block(q: Tensor, scale_inv: Tensor, dtype: torch.dtype = torch.fl
     rows, columns = q.shape
     expected = (-(-rows // block), -(-columns // block))
     if tuple(scale_inv.shape) != expected:
-        raise ValueError(f"scale_inv has shape {list(scale_inv.shape)}; a weight {list(q.shape)} in blocks of {block} needs {list(expected)}")
+        raise ValueError(
+            f"scale_inv has shape {list(scale_inv.shape)}; a weight {list(q.shape)} in blocks of {block} needs {list(expected)}"
+        )
     scale = scale_inv.float().repeat_interleave(block, 0)[:rows].repeat_interleave(block, 1)[:, :columns]
     return (q.float() * scale).to(dtype)
 

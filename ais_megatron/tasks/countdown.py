@@ -3,8 +3,9 @@
     prompt    93 30 16=79:
     response  <answer>93-30+16</answer>
 
-At most 36 single-character tokens. The file format is that of dllm-reasoning/d1 (arXiv:2504.12216): ``input`` "30,100,93",
-``output`` "23"; as in its grader, a sign in front of a number or a parenthesis is allowed.
+At most 32 tokens (one per character, the tags one each, end-of-sequence included) for numbers up to 100. The file format is
+that of dllm-reasoning/d1 (arXiv:2504.12216): ``input`` "30,100,93", ``output`` "23"; as in its grader, a sign in front of a
+number or a parenthesis is allowed.
 """
 
 from __future__ import annotations

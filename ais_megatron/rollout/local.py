@@ -1,0 +1,225 @@
+"""The embedded rollout engine: transformers' Qwen3 in this process, in float32, BF16 or emulated FP8.
+
+It takes the same tensors under the same names as an SGLang server and computes what its FP8 kernels compute (block-128
+weights, 1x128 activations, an E4M3 KV cache with per-layer scales), so that rollout and training policy differ for the same
+reasons, on any machine. It is no substitute for a server's speed on a GPU; there it has not been run.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor, nn
+from transformers import Qwen3Config, Qwen3ForCausalLM
+
+from ais_megatron.batch import Prompt, Rollout
+from ais_megatron.config import Architecture, RolloutConfig
+from ais_megatron.quantization.kv_scales import kv_scale_name
+from ais_megatron.rollout.decoding import Model, Row, decode_wave, plan_waves
+from ais_megatron.rollout.engine import Bucket, SamplingParams
+from ais_megatron.rollout.fp8_linear import FP8Linear, InputQuantizer, replace_linears
+from ais_megatron.rollout.kv_cache import ATTENTION, set_kv_scales
+from ais_megatron.rollout.sampling import check_sampling
+
+logger = logging.getLogger(__name__)
+
+_TIED_HEAD = "lm_head.weight"
+
+
+class LocalEngine:
+    """A `RolloutEngine`; see there for what its methods promise.
+
+    Args:
+        architecture: the model's; no weights are loaded, they all come through `update_weights`.
+        rollout: quantization, kv_cache and max_batch are read.
+        eos_id: the token that ends a response.
+        pad_id: any valid token, put where a prompt is shorter than its neighbours; nothing attends to it.
+        dtype: bfloat16 or float32, of activations and of the weights that are not quantised.
+    """
+
+    def __init__(
+        self,
+        architecture: Architecture,
+        rollout: RolloutConfig,
+        *,
+        eos_id: int,
+        pad_id: int,
+        device: torch.device | str,
+        dtype: torch.dtype = torch.bfloat16,
+    ) -> None:
+        device = torch.device(device)
+        self._architecture = architecture
+        self._max_batch = rollout.max_batch
+        self._version = -1
+        self._closed = False
+        self._warned_about_scales = False
+        self._kv_scales = torch.ones(architecture.num_hidden_layers, 2, device=device)  # of k and v; 1.0 is exact and free
+        self._kv_is_fp8 = rollout.kv_cache_is_fp8
+        causal_lm, self._quantizer = _build(architecture, rollout, device, dtype)
+        scales = self._kv_scales if self._kv_is_fp8 else None
+        self._model = Model(causal_lm, architecture, scales, dtype, device, eos_id, pad_id)
+        self._weights, self._optional = self._destinations()
+
+    @property
+    def version(self) -> int:
+        """Version of the weights in force; -1 before the first update, during one, and after one that failed."""
+        return self._version
+
+    def health(self) -> bool:
+        return self._version >= 0 and not self._closed
+
+    def close(self) -> None:
+        if not self._closed:
+            self._closed, self._version = True, -1
+            del self._model, self._weights, self._optional, self._quantizer
+
+    @torch.inference_mode()
+    def generate(self, prompts: Sequence[Prompt], sampling: SamplingParams) -> list[Rollout]:
+        if self._closed or self._version < 0:
+            state = "is closed" if self._closed else "has no complete weights: none were pushed, or the last update failed"
+            raise RuntimeError(f"the local rollout engine {state}; generate after a successful update_weights")
+        check_sampling(sampling)
+        for prompt in prompts:
+            self._check_prompt(prompt, sampling)
+        rollouts: dict[Row, Rollout] = {}
+        for wave in plan_waves(prompts, sampling.num_samples, self._max_batch):
+            tokens, logprobs = decode_wave(self._model, prompts, wave, sampling)
+            rollouts.update(self._collect(prompts, wave, tokens, logprobs))
+        if self._quantizer is not None:
+            self._quantizer.forget()
+        return [rollouts[i, sample] for i in range(len(prompts)) for sample in range(sampling.num_samples)]
+
+    def _check_prompt(self, prompt: Prompt, sampling: SamplingParams) -> None:
+        length, limit = len(prompt.token_ids), self._architecture.max_position_embeddings
+        if not length:
+            raise ValueError(f"prompt {prompt.index} is empty; a response needs at least one token to follow")
+        if length + sampling.max_tokens > limit:
+            raise ValueError(
+                f"prompt {prompt.index} has {length} tokens, which with max_tokens={sampling.max_tokens} exceeds "
+                f"max_position_embeddings={limit}; lower rollout.max_response_tokens or drop prompts of more than "
+                f"{max(limit - sampling.max_tokens, 0)} tokens"
+            )
+        if not 0 <= min(prompt.token_ids) <= max(prompt.token_ids) < self._architecture.vocab_size:
+            raise ValueError(
+                f"prompt {prompt.index} has token ids outside 0..{self._architecture.vocab_size - 1}: the tokenizer is not this model's"
+            )
+
+    def _collect(self, prompts: Sequence[Prompt], wave: Sequence[Row], tokens: Tensor, logprobs: Tensor) -> dict[Row, Rollout]:
+        """Cut each row behind its first end-of-sequence token. tokens, logprobs: ``[rows, max_tokens]``, see `decode_wave`."""
+        is_end = tokens == self._model.eos_id
+        stopped = is_end.any(-1)
+        lengths = torch.where(stopped, is_end.int().argmax(-1) + 1, tokens.shape[1])
+        bad = ~torch.isfinite(logprobs) & (torch.arange(tokens.shape[1]) < lengths[:, None])
+        if bad.any():
+            row, position = bad.nonzero()[0].tolist()
+            raise RuntimeError(
+                f"prompt {prompts[wave[row][0]].index}: the logits at response token {position} are not finite (weight version "
+                f"{self._version}); the weights or KV scales are corrupt, so push them again before generating"
+            )
+        rollouts = {}
+        for row, count, stop, ids, values in zip(wave, lengths.tolist(), stopped.tolist(), tokens.tolist(), logprobs.tolist(), strict=True):
+            reason = "stop" if stop else "length"
+            rollouts[row] = Rollout(prompts[row[0]], tuple(ids[:count]), tuple(values[:count]), reason, self._version)
+        return rollouts
+
+    @torch.no_grad()
+    def update_weights(self, buckets: Iterable[Bucket], version: int) -> None:
+        """See `RolloutEngine.update_weights`. All copies are in place; on failure the engine refuses to generate until refitted.
+
+        KV scales come all or none; without them an FP8 cache has scale 1.0, which is warned about once.
+        """
+        if self._closed:
+            raise RuntimeError("the local rollout engine is closed")
+        if version < 0:
+            raise ValueError(f"version={version}: must be 0 or more; -1 means that there are no weights")
+        self._version = -1
+        self._kv_scales.fill_(1.0)
+        arrived: set[str] = set()
+        for bucket in buckets:
+            for name, tensor in bucket:
+                self._take(name, tensor, arrived)
+        self._check_complete(arrived)
+        for module in self._model.causal_lm.modules():
+            if isinstance(module, FP8Linear):
+                module.refresh()
+        set_kv_scales(self._model.causal_lm, self._kv_scales)
+        self._version = version
+
+    def _take(self, name: str, tensor: Tensor, arrived: set[str]) -> None:
+        destination = self._weights.get(name, self._optional.get(name))
+        if destination is None:
+            raise ValueError(f"{name}: {self._why_unknown(name)}")
+        if name in arrived:
+            raise ValueError(f"{name}: arrived twice in one update")
+        if tensor.shape != destination.shape or tensor.dtype != destination.dtype:
+            raise ValueError(
+                f"{name}: got {tensor.dtype} {list(tensor.shape)}, expected {destination.dtype} {list(destination.shape)}; "
+                "push whole tensors, quantised exactly when rollout.quantization says so"
+            )
+        destination.copy_(tensor)
+        arrived.add(name)
+
+    def _why_unknown(self, name: str) -> str:
+        if name.endswith(("attn.k_scale", "attn.v_scale")):
+            return "KV scales are of no use here, since the KV cache is not FP8 (rollout.kv_cache) or has no such layer"
+        if name.endswith("weight_scale_inv"):
+            return "FP8 scales are of no use here: rollout.quantization=none, or a layer that is not quantised"
+        return "the model has no such tensor"
+
+    def _check_complete(self, arrived: set[str]) -> None:
+        """Every weight, and of the KV scales all, finite and positive, or none."""
+        missing = sorted(self._weights.keys() - arrived)
+        scales = self._optional.keys() - {_TIED_HEAD}
+        if arrived & scales:
+            missing += sorted(scales - arrived)
+        if missing:
+            others = f", as are {len(missing) - 1} others" if len(missing) > 1 else ""
+            raise ValueError(f"{missing[0]}: missing from the update{others}; push one full set of weights")
+        bad = [name for name in sorted(scales) if not 0.0 < self._optional[name].item() < float("inf")]
+        if bad:
+            raise ValueError(f"{bad[0]}: is {self._optional[bad[0]].item()}; a KV scale must be finite and above 0")
+        if self._kv_is_fp8 and not arrived & scales and not self._warned_about_scales:
+            self._warned_about_scales = True
+            logger.warning(
+                "FP8 KV cache without pushed scales: k_scale and v_scale are 1.0 in every layer (calibration.mode=off does that)"
+            )
+
+    def state_tensors(self) -> dict[str, Tensor]:
+        """What was pushed, as it is kept: views of the engine's own memory, under the names it was pushed with.
+
+        With an FP8 KV cache the scales in force are among them, pushed or not.
+        """
+        return self._weights | {name: tensor for name, tensor in self._optional.items() if name != _TIED_HEAD}
+
+    def _destinations(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Where each tensor goes by name: those that must arrive, and those that may."""
+        weights = dict(self._model.causal_lm.state_dict())
+        optional = {}
+        if self._architecture.tie_word_embeddings:
+            optional[_TIED_HEAD] = weights.pop(_TIED_HEAD)  # the embedding's own memory; both names carry the same values
+        if self._kv_is_fp8:
+            for layer, kinds in enumerate(self._kv_scales):
+                optional |= {kv_scale_name(layer, kind): scale for kind, scale in zip("kv", kinds, strict=True)}
+        return weights, optional
+
+
+def _build(
+    architecture: Architecture, rollout: RolloutConfig, device: torch.device, dtype: torch.dtype
+) -> tuple[nn.Module, InputQuantizer | None]:
+    """The model with uninitialised weights, and the FP8 layers' shared quantiser."""
+    config = Qwen3Config(
+        **architecture.model_dump(exclude={"model_type", "rope_theta", "initializer_range"}),
+        rope_parameters={"rope_type": "default", "rope_theta": architecture.rope_theta},
+        attn_implementation=ATTENTION,
+    )
+    with torch.device("meta"):
+        causal_lm = Qwen3ForCausalLM(config).to(dtype)
+        quantizer = replace_linears(causal_lm) if rollout.quantization != "none" else None
+    causal_lm = causal_lm.to_empty(device=device).eval().requires_grad_(False)
+    # RoPE's frequencies are computed, not pushed: made anew where the model is, and in float32.
+    causal_lm.model.rotary_emb = type(causal_lm.model.rotary_emb)(config).to(device)
+    causal_lm.tie_weights()
+    set_kv_scales(causal_lm, torch.ones(architecture.num_hidden_layers, 2))
+    return causal_lm, quantizer

@@ -1,0 +1,98 @@
+"""One GRPO step beside TRL's, on the same model and batch: 256 responses x 48 tokens, BF16 rollouts, one update.
+
+    python benchmarks/grpo_step.py                                        ours alone
+    python benchmarks/grpo_step.py --peer-python PATH --peer-script PATH  and TRL, alternating, in one run
+
+The model is a 0.9 M parameter Qwen3 (hidden 128, 4 layers, vocabulary 512) with random weights, so responses run to their
+limit. TRL is installed in an environment of its own (torch==2.13.0, trl==1.16.0, transformers, accelerate, datasets); the
+peer script is any program that prints ``steps [seconds, ...]``. Both use all cores. The first step of each is warm-up and left out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+STEPS = 6
+MODEL = dict(
+    vocab_size=512,
+    hidden_size=128,
+    intermediate_size=384,
+    num_hidden_layers=4,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=32,
+    max_position_embeddings=128,
+)
+
+
+def config_data(folder: Path, **rollout: object) -> dict[str, object]:
+    return {
+        "run": {"dir": str(folder / "run")},
+        "parallel": {"dp": os.cpu_count()},
+        "model": {"architecture": MODEL},
+        "task": {"name": "countdown"},
+        "rollout": {"quantization": "none", "prompts_per_step": 32, "group_size": 8, "max_response_tokens": 48, **rollout},
+        "train": {"steps": STEPS, "optimizer": {"lr": 1e-4}},
+        "sft": {"cache_dir": str(folder / "cache")},
+        "eval": {"num_prompts": 2},
+        "metrics": {"progress_bar": False},
+    }
+
+
+def ours(**rollout: object) -> list[dict[str, float]]:
+    """The metrics rows of a run, without the first."""
+    from omegaconf import OmegaConf
+
+    with tempfile.TemporaryDirectory() as folder:
+        config = Path(folder) / "config.yaml"
+        config.write_text(OmegaConf.to_yaml(OmegaConf.create(config_data(Path(folder), **rollout))))
+        subprocess.run([sys.executable, "-m", "ais_megatron", "train", str(config)], check=True, stdout=subprocess.DEVNULL)
+        rows = [json.loads(line) for line in (Path(folder) / "run" / "metrics.jsonl").read_text().splitlines()]
+    return rows[1:]
+
+
+def peer(python: str, script: str) -> list[float]:
+    output = subprocess.run([python, script], check=True, capture_output=True, text=True).stdout
+    line = next(line for line in output.splitlines() if line.startswith("steps "))
+    return ast.literal_eval(line.removeprefix("steps "))[1:]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--peer-python")
+    parser.add_argument("--peer-script")
+    parser.add_argument("--rounds", type=int, default=3)
+    arguments = parser.parse_args()
+    rows: list[dict[str, float]] = []
+    fp8: list[dict[str, float]] = []
+    theirs: list[float] = []
+    for _ in range(arguments.rounds):
+        rows += ours()
+        fp8 += ours(quantization="fp8_e4m3")
+        if arguments.peer_python:
+            theirs += peer(arguments.peer_python, arguments.peer_script)
+
+    step = statistics.median(row["time/step"] for row in rows)
+    print(f"machine: {platform.processor() or platform.machine()}, {os.cpu_count()} cores; {arguments.rounds} rounds of {STEPS - 1} steps, medians")
+    print(f"ours, BF16 rollouts   {step:.3f} s per step")
+    print(f"ours, FP8 rollouts    {statistics.median(row['time/step'] for row in fp8):.3f} s per step (FP8 is emulated on a CPU)")
+    for name in ("generate", "reward", "logprobs", "diagnose", "train", "calibrate", "sync"):
+        seconds = statistics.median(row[f"time/{name}"] for row in rows)
+        print(f"    {name:<10} {seconds:.4f} s  {seconds / step:6.2%}")
+    if theirs:
+        their_step = statistics.median(theirs)
+        print(f"TRL                   {their_step:.3f} s per step")
+        print(f"ratio TRL / ours      {their_step / step:.2f}  (above 1: ours is faster)")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,170 @@
+"""Tokenizers: exact round trips, reproducible training, saving and loading, and what the user may get wrong."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from ais_megatron.config import Config, TaskConfig, build_config
+from ais_megatron.tasks import make_task
+from ais_megatron.tokenizer import HFTokenizer, SentencePieceTokenizer, load_tokenizer, make_tokenizer
+
+TAGS = ("<answer>", "</answer>")
+
+
+def config_of(tmp_path: Path, vocab_size: int = 64, **tokenizer: object) -> Config:
+    sizes = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim")
+    architecture = {"vocab_size": vocab_size, **dict.fromkeys(sizes, 1)}
+    return build_config({"model": {"architecture": architecture}, "sft": {"cache_dir": str(tmp_path)}, "tokenizer": tokenizer})
+
+
+def test_countdown_tokens_are_characters_and_tags(tmp_path: Path):
+    task = make_task(TaskConfig(name="countdown"), 0)
+    tokenizer = make_tokenizer(config_of(tmp_path), task)
+    assert (tokenizer.vocab_size, tokenizer.pad_id, tokenizer.eos_id) == (24, 0, 1)  # pad, eos, unk, 2 tags, 19 characters
+    prompt, response = tokenizer.encode_prompt("93 30 16=79:"), tokenizer.encode_response("<answer>93-30+16</answer>")
+    assert len(prompt) == 12 and len(response) == 1 + 8 + 1 + 1 and response[-1] == 1
+    longest = tokenizer.encode_prompt("100 100 100=100:") + tokenizer.encode_response("<answer>(100+100)/100</answer>")
+    assert len(longest) == 32
+
+
+@pytest.mark.parametrize("name", ["countdown", "sudoku"])
+def test_prompt_and_response_decode_to_exactly_their_texts(tmp_path: Path, name: str):
+    task = make_task(TaskConfig(name=name), 0)
+    tokenizer = make_tokenizer(config_of(tmp_path), task)
+    for problem in [task.train_problem(index) for index in range(200)] + task.test_problems(50):
+        prompt, response = tokenizer.encode_prompt(problem.text), tokenizer.encode_response(problem.solution)
+        assert tokenizer.decode(prompt + response) == problem.text + problem.solution
+        assert tokenizer.decode(response) == problem.solution
+        assert len(prompt + response) < 48
+
+
+def test_word_pieces_keep_every_character(tmp_path: Path):
+    lines = ["How many eggs are there?\n  She has 16 eggs,\tand €3. <answer>16</answer>"] * 20
+    tokenizer = SentencePieceTokenizer.train(lines, 400, TAGS, tmp_path / "a.model", model_type="unigram")
+    for text in (lines[0], " leading", "trailing  ", "\n\n a", "never seen: \u2028 é 漢 🙂", "123", "<answer>", ""):
+        assert tokenizer.decode(tokenizer.encode_prompt(text)) == text
+        assert tokenizer.decode([*tokenizer.encode_prompt(" x "), *tokenizer.encode_response(text)]) == " x " + text
+    assert len(tokenizer.encode_prompt("2024")) >= 4  # one token a digit
+    assert len(tokenizer.encode_response("<answer>")) == 2
+
+
+def test_training_is_reproducible_and_racing_ranks_agree(tmp_path: Path):
+    lines = make_task(TaskConfig(name="countdown"), 0).tokenizer_corpus(50)
+    for name in "ab":
+        SentencePieceTokenizer.train(lines, 64, TAGS, tmp_path / name)
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+
+    cache = tmp_path / "cache"
+    with ThreadPoolExecutor(4) as pool:
+        task = make_task(TaskConfig(name="countdown"), 0)
+        tokenizers = list(pool.map(lambda _: make_tokenizer(config_of(cache), task), range(4)))
+    assert len({tuple(t.encode_prompt("1 2 3=6:")) for t in tokenizers}) == 1
+    (model,) = cache.iterdir()  # one model, no temporary files
+    modified = model.stat().st_mtime_ns
+    make_tokenizer(config_of(cache), task)
+    assert model.stat().st_mtime_ns == modified  # used again, not trained again
+
+
+def test_sentencepiece_survives_a_trip_through_a_folder(tmp_path: Path):
+    trained = SentencePieceTokenizer.train(["0123456789 +"], 64, TAGS, tmp_path / "a.model")
+    trained.save(tmp_path / "saved")
+    for path in (tmp_path / "a.model", tmp_path / "saved"):
+        loaded = load_tokenizer(path)
+        assert isinstance(loaded, SentencePieceTokenizer)
+        assert loaded.encode_response("<answer>1 + 2</answer>") == trained.encode_response("<answer>1 + 2</answer>")
+
+
+def test_any_ids_decode(tmp_path: Path):
+    tokenizer = SentencePieceTokenizer.train(["0123456789 +"], 64, TAGS, tmp_path / "a.model")
+    one = tokenizer.encode_prompt("1")
+    assert tokenizer.decode([0, *one, 1, *one, 0, 0]) == "11"
+    assert tokenizer.decode([]) == ""
+    beyond = tokenizer.decode([*one, tokenizer.vocab_size + 7, *one])  # models may have more ids than the tokenizer
+    assert beyond != "11" and beyond[0] == beyond[-1] == "1"
+
+
+def test_vocabulary_limits_name_both_sizes(tmp_path: Path):
+    task = make_task(TaskConfig(name="countdown"), 0)
+    with pytest.raises(ValueError, match=r"model\.architecture\.vocab_size=20.*raise it to at least 24"):
+        make_tokenizer(config_of(tmp_path, vocab_size=20), task)
+    make_tokenizer(config_of(tmp_path, vocab_size=24), task).save(tmp_path / "t")
+    with pytest.raises(ValueError, match=r"vocab_size=23: smaller than the tokenizer's 24 tokens"):
+        make_tokenizer(config_of(tmp_path, vocab_size=23, path=str(tmp_path / "t" / "tokenizer.model")), task)
+
+
+def test_unusable_sentencepiece_files(tmp_path: Path):
+    with pytest.raises(ValueError, match="no such file"):
+        SentencePieceTokenizer.load(tmp_path / "none.model")
+    (tmp_path / "junk.model").write_bytes(b"junk")
+    with pytest.raises(ValueError, match="not a SentencePiece model"):
+        load_tokenizer(tmp_path / "junk.model")
+    with pytest.raises(ValueError, match=r"none of tokenizer_config\.json"):
+        load_tokenizer(tmp_path)
+    with pytest.raises(ValueError, match="without text"):
+        SentencePieceTokenizer.train([""], 64, TAGS, tmp_path / "a.model")
+
+
+def test_sentencepiece_model_that_changes_white_space_is_refused(tmp_path: Path):
+    from sentencepiece import SentencePieceTrainer
+
+    lines = ["0 1 2 3", "4 5 6 7", "8 9"]
+    SentencePieceTrainer.train(
+        sentence_iterator=iter(lines), model_prefix=str(tmp_path / "default"), vocab_size=20, model_type="char", hard_vocab_limit=False
+    )
+    with pytest.raises(ValueError, match="add_dummy_prefix=false"):
+        SentencePieceTokenizer.load(tmp_path / "default.model")
+
+
+def hf_folder(folder: Path, chat_template: str | None = None, **special: str) -> Path:
+    """A byte-level Hugging Face tokenizer without merges: one token per byte, plus the given special tokens."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {character: index for index, character in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    core = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    core.decoder = decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, **special)
+    tokenizer.chat_template = chat_template
+    tokenizer.save_pretrained(str(folder))
+    return folder
+
+
+def test_hf_tokenizer_without_a_chat_template(tmp_path: Path):
+    tokenizer = HFTokenizer(hf_folder(tmp_path, eos_token="<eos>", pad_token="<pad>"))
+    assert tokenizer.vocab_size == 258 and {tokenizer.eos_id, tokenizer.pad_id} == {256, 257}
+    text = "a  b\n é <answer> , ."
+    prompt, response = tokenizer.encode_prompt(text), tokenizer.encode_response(" 1")
+    assert len(prompt) == len(text.encode()) and response[-1] == tokenizer.eos_id
+    assert tokenizer.decode([*prompt, *response, tokenizer.pad_id]) == text + " 1"
+    assert tokenizer.decode([*response, 999]).startswith(" 1")
+
+
+def test_hf_tokenizer_applies_its_chat_template_to_prompts_only(tmp_path: Path):
+    template = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
+    tokenizer = HFTokenizer(hf_folder(tmp_path / "a", template, eos_token="<eos>"))
+    assert tokenizer.pad_id == tokenizer.eos_id
+    assert tokenizer.decode(tokenizer.encode_prompt("hi")) == "[user]hi[assistant]"
+    assert tokenizer.decode(tokenizer.encode_response("hi")) == "hi"
+
+    tokenizer.save(tmp_path / "b")
+    loaded = load_tokenizer(tmp_path / "b")
+    assert isinstance(loaded, HFTokenizer) and loaded.encode_prompt("hi") == tokenizer.encode_prompt("hi")
+
+    config = config_of(tmp_path, vocab_size=300, kind="hf", path=str(tmp_path / "b"))
+    assert make_tokenizer(config, make_task(TaskConfig(), 0)).vocab_size == 257
+    with pytest.raises(ValueError, match=r"vocab_size=64: smaller than the tokenizer's 257 tokens.*kind=hf"):
+        make_tokenizer(config_of(tmp_path, kind="hf", path=str(tmp_path / "b")), make_task(TaskConfig(), 0))
+
+
+def test_unusable_hf_folders(tmp_path: Path):
+    with pytest.raises(ValueError, match="no such folder"):
+        HFTokenizer(tmp_path / "none")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="cannot be loaded"):
+        HFTokenizer(tmp_path / "empty")
+    with pytest.raises(ValueError, match="no eos_token"):
+        HFTokenizer(hf_folder(tmp_path / "no_eos", pad_token="<pad>"))
