@@ -22,7 +22,9 @@ app = typer.Typer(
 )
 
 ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="a YAML file, see configs/")]
-Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="for example train.steps=10 rollout.quantization=none")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="for example train.steps=10 rollout.quantization=none")
+]
 RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="a run folder")]
 
 USER_ERROR, INTERRUPTED = 2, 130
@@ -42,7 +44,9 @@ def sft(config: ConfigPath, overrides: Overrides = None) -> None:
 
 @app.command("eval")
 def evaluate(
-    target: Annotated[Path, typer.Argument(metavar="CONFIG|RUN", help="a YAML file (its starting policy) or a run folder (its checkpoint)")],
+    target: Annotated[
+        Path, typer.Argument(metavar="CONFIG|RUN", help="a YAML file (its starting policy) or a run folder (its checkpoint)")
+    ],
     overrides: Overrides = None,
 ) -> None:
     """Measure pass@1 on the held-out problems with the rollout engine."""

@@ -149,7 +149,9 @@ class ObjectiveConfig(Section):
     clip_low: Fraction = 0.2
     clip_high: float = Field(0.2, ge=0.0)
     std_floor: float = Field(1e-6, gt=0.0, description="added to a group's reward deviation before dividing by it")
-    aggregation: Literal["token", "sequence"] = Field("token", description="token: mean over tokens; sequence: mean of the responses' means")
+    aggregation: Literal["token", "sequence"] = Field(
+        "token", description="token: mean over tokens; sequence: mean of the responses' means"
+    )
 
 
 class OptimizerConfig(Section):
@@ -242,11 +244,15 @@ def _layout_problems(config: Config) -> list[str]:
     parallel, arch = config.parallel, config.model.architecture
     problems = []
     if parallel.sequence_parallel and parallel.tp == 1:
-        problems.append("parallel.sequence_parallel=true: there is nothing to shard with parallel.tp=1; set it to false or raise parallel.tp")
+        problems.append(
+            "parallel.sequence_parallel=true: there is nothing to shard with parallel.tp=1; set it to false or raise parallel.tp"
+        )
     if parallel.ep > 1:
         problems.append(f"parallel.ep={parallel.ep}: a dense model has no experts to spread; set parallel.ep=1")
     if parallel.cp > 1 and importlib.util.find_spec("transformer_engine") is None:
-        problems.append(f"parallel.cp={parallel.cp}: context parallelism needs Transformer Engine, which is not installed; set parallel.cp=1")
+        problems.append(
+            f"parallel.cp={parallel.cp}: context parallelism needs Transformer Engine, which is not installed; set parallel.cp=1"
+        )
     if arch is None:
         return problems
     for key, heads in (("num_attention_heads", arch.num_attention_heads), ("num_key_value_heads", arch.num_key_value_heads)):
@@ -255,9 +261,8 @@ def _layout_problems(config: Config) -> list[str]:
             problems.append(f"parallel.tp={parallel.tp}: does not divide model.architecture.{key}={heads}; use one of {allowed}")
     if arch.num_hidden_layers % parallel.pp:
         allowed = [n for n in range(1, arch.num_hidden_layers + 1) if arch.num_hidden_layers % n == 0]
-        problems.append(
-            f"parallel.pp={parallel.pp}: does not divide model.architecture.num_hidden_layers={arch.num_hidden_layers}; use one of {allowed}"
-        )
+        layers = f"model.architecture.num_hidden_layers={arch.num_hidden_layers}"
+        problems.append(f"parallel.pp={parallel.pp}: does not divide {layers}; use one of {allowed}")
     for key, size in (("hidden_size", arch.hidden_size), ("intermediate_size", arch.intermediate_size)):
         if size % parallel.tp:
             problems.append(f"parallel.tp={parallel.tp}: does not divide model.architecture.{key}={size}")

@@ -9,13 +9,12 @@ disk can tear the last one, and the readers here ignore it.
 from __future__ import annotations
 
 import json
-import math
 import os
 import re
 import sys
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
@@ -315,84 +314,3 @@ def _parse_rows(path: Path) -> list[tuple[str, Row]]:
             raise ValueError(f"{path}: line {number} is not a row of metrics ({error}); repair or delete the line") from error
         parsed.append((line, row))
     return parsed
-
-
-def summarize(
-    rows: Sequence[Mapping[str, Any]], start_accuracy: float | None, final_accuracy: float | None, wall_seconds: float
-) -> dict[str, float | None]:
-    """A run in seven figures; None where no row has the metric.
-
-    Args:
-        rows: from `read_metrics`.
-        start_accuracy, final_accuracy: pass@1 on the held-out problems, in [0, 1], before the first and after the last step.
-        wall_seconds: of the whole run, start to end.
-
-    Returns:
-        Means are over steps. ``tokens_per_second`` is all response tokens over all step seconds: the mean of the steps'
-        own rates would let short steps count as much as long ones.
-    """
-    timed = [row for row in rows if is_number(row.get("num_response_tokens")) and is_number(row.get("time/step"))]
-    tokens = math.fsum(row["num_response_tokens"] for row in timed)
-    seconds = math.fsum(row["time/step"] for row in timed)
-    return {
-        "start_accuracy": start_accuracy,
-        "final_accuracy": final_accuracy,
-        "mean_alpha": _mean(rows, "alpha"),
-        "mean_weight_reliability": _mean(rows, "weight_reliability"),
-        "mean_divergence_severity": _mean(rows, "divergence_severity"),
-        "tokens_per_second": tokens / seconds if seconds > 0.0 else None,
-        "wall_seconds": wall_seconds,
-    }
-
-
-def is_number(value: Any) -> bool:
-    """Whether `value` is a finite number and no bool."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _mean(rows: Sequence[Mapping[str, Any]], key: str) -> float | None:
-    values = [row[key] for row in rows if is_number(row.get(key))]
-    return math.fsum(values) / len(values) if values else None
-
-
-def summary_lines(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """(name, figure with unit) for every line of the closing table; ``-`` where a figure was not measured."""
-
-    def figure(key: str, form: str) -> str:
-        return form.format(summary[key]) if is_number(summary.get(key)) else "-"
-
-    start, final = summary.get("start_accuracy"), summary.get("final_accuracy")
-    change = f"{100.0 * (final - start):+.1f} points" if is_number(start) and is_number(final) else "-"
-    wall = summary.get("wall_seconds")
-    return [
-        ("held-out pass@1 at the start", figure("start_accuracy", "{:.1%}")),
-        ("held-out pass@1 at the end", figure("final_accuracy", "{:.1%}")),
-        ("change", change),
-        ("mean alpha", figure("mean_alpha", "{:.3f}")),
-        ("mean ESS ratio (weight reliability)", figure("mean_weight_reliability", "{:.4f}")),
-        ("mean KL (divergence severity)", figure("mean_divergence_severity", "{:.2e} nats/token")),
-        ("response tokens per second", figure("tokens_per_second", "{:,.0f}")),
-        ("wall time (h:mm:ss)", format_duration(wall) if is_number(wall) else "-"),
-    ]
-
-
-def format_duration(seconds: float) -> str:
-    """``h:mm:ss``."""
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}"
-
-
-def print_table(summary: Mapping[str, Any], report_path: Path | None = None) -> None:
-    """Print the closing table of a run to stdout: `summary` from `summarize`, and where the report lies, if it was written."""
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(title="Run summary", show_header=False, title_justify="left")
-    table.add_column(style="bold")
-    table.add_column(justify="right")
-    for name, text in summary_lines(summary):
-        table.add_row(name, text)
-    console = Console(force_terminal=sys.stdout.isatty(), highlight=False)
-    console.print(table)
-    if report_path is not None:  # below the table: a path folded into a narrow column cannot be copied
-        console.print(f"report: {report_path}", markup=False, soft_wrap=True)

@@ -15,8 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ais_megatron.metrics import PHASES, is_number, read_metrics, summarize, summary_lines
+from ais_megatron.metrics import PHASES, read_metrics
 from ais_megatron.run_folder import CONFIG_FILE, METRICS_FILE, SUMMARY_FILE, write_text_atomic
+from ais_megatron.summary import is_number, summarize, summary_lines
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

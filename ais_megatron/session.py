@@ -32,8 +32,9 @@ class Session:
         """The task's verdict on each response."""
         return [self.task.reward(r.prompt.truth, self.tokenizer.decode(r.token_ids)) for r in rollouts]
 
-    def sampling(self, step: int) -> SamplingParams:
-        """How to sample the training responses of a step."""
+    @property
+    def sampling(self) -> SamplingParams:
+        """How to sample training responses. (The stream's prompt numbers never repeat, so one seed serves all steps.)"""
         rollout = self.config.rollout
         return SamplingParams(
             num_samples=rollout.group_size,

@@ -18,7 +18,7 @@ from ais_megatron.algorithm.diagnostics import diagnose
 from ais_megatron.batch import Batch, Rollout, assemble
 from ais_megatron.config import Config
 from ais_megatron.distributed import device, gather_batch, rank, rank_consistent, reduce_metrics
-from ais_megatron.metrics import PhaseTimer, Sinks, print_table, read_metrics, summarize
+from ais_megatron.metrics import PhaseTimer, Sinks, read_metrics
 from ais_megatron.policy import checkpoint
 from ais_megatron.policy.calibration import Calibration
 from ais_megatron.policy.policy import data_parallel_group, model_parallel_group
@@ -27,6 +27,7 @@ from ais_megatron.quantization.kv_scales import KVScales
 from ais_megatron.report import write_report
 from ais_megatron.run_folder import SUMMARY_FILE, open_run_folder, write_json_atomic
 from ais_megatron.session import Session, build_session
+from ais_megatron.summary import print_table, summarize
 from ais_megatron.tasks import Reward
 from ais_megatron.weight_sync import push
 
@@ -73,7 +74,7 @@ def train_step(session: Session, step: int, timer: PhaseTimer) -> dict[str, obje
     began = time.perf_counter()
     with timer.phase("generate"), rank_consistent():
         prompts = training_prompts(session.task, session.tokenizer, step, config.rollout.prompts_per_step, session.share)
-        rollouts = engine.generate(prompts, session.sampling(step)) if prompts else []
+        rollouts = engine.generate(prompts, session.sampling) if prompts else []
     with timer.phase("reward"):
         with rank_consistent():
             rewards = session.score(rollouts)

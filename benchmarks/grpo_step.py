@@ -82,7 +82,8 @@ def main() -> None:
             theirs += peer(arguments.peer_python, arguments.peer_script)
 
     step = statistics.median(row["time/step"] for row in rows)
-    print(f"machine: {platform.processor() or platform.machine()}, {os.cpu_count()} cores; {arguments.rounds} rounds of {STEPS - 1} steps, medians")
+    machine = f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores"
+    print(f"machine: {machine}; {arguments.rounds} rounds of {STEPS - 1} steps, medians")
     print(f"ours, BF16 rollouts   {step:.3f} s per step")
     print(f"ours, FP8 rollouts    {statistics.median(row['time/step'] for row in fp8):.3f} s per step (FP8 is emulated on a CPU)")
     for name in ("generate", "reward", "logprobs", "diagnose", "train", "calibrate", "sync"):

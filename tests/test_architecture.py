@@ -11,7 +11,8 @@ PACKAGE = Path(__file__).parents[1] / "ais_megatron"
 FLOORS = [
     {"config", "batch"},
     {"run_folder"},
-    {"distributed", "metrics", "report", "doctor", "launcher"},
+    {"distributed", "metrics", "summary", "doctor", "launcher"},
+    {"report"},
     {"algorithm", "tasks", "quantization", "tokenizer"},
     {"prompts"},
     {"policy", "rollout"},

@@ -41,9 +41,7 @@ def sharded(rank: int, temperature: float, chunk: int) -> list[Tensor]:
     mine = padded.chunk(world, dim=1)[rank].contiguous()
 
     def function(leaf: Tensor) -> tuple[Tensor, Tensor]:
-        return vocab_parallel_logprobs(
-            leaf, targets, vocab_size=VOCAB, temperature=temperature, group=dist.group.WORLD, chunk_tokens=chunk
-        )
+        return vocab_parallel_logprobs(leaf, targets, vocab_size=VOCAB, temperature=temperature, group=dist.group.WORLD, chunk_tokens=chunk)
 
     return with_gradients(mine, function)
 

@@ -9,7 +9,8 @@ import pytest
 
 from ais_megatron import metrics
 from ais_megatron.config import Config, ConfigError, build_config
-from ais_megatron.metrics import PhaseTimer, Sinks, print_table, read_metrics, step_line, summarize
+from ais_megatron.metrics import PhaseTimer, Sinks, read_metrics, step_line
+from ais_megatron.summary import print_table, summarize
 
 ARCHITECTURE = {
     "vocab_size": 64,

@@ -14,12 +14,15 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
+from megatron.core.optimizer import ChainedOptimizer
+from torch import Tensor
 
 from ais_megatron.distributed import rank_consistent
 from ais_megatron.policy import cpu_backend
 from ais_megatron.policy.calibration import Calibration
-from ais_megatron.policy.policy import ON_CPU, Policy
+from ais_megatron.policy.policy import Policy
 from ais_megatron.quantization.kv_scales import KVScales
+
 
 @dataclass(frozen=True)
 class TrainingState:
@@ -62,7 +65,7 @@ def save(policy: Policy, folder: Path, state: TrainingState, keep: int) -> None:
         if dist.get_rank() == 0:
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
-    with cpu_backend.active(ON_CPU):
+    with cpu_backend.active():
         dist_checkpointing.save(_sharded_state(policy, is_loading=False), str(partial), content_metadata=_OPTIMIZER_FORMAT)
     with rank_consistent():
         if dist.get_rank() == 0:
@@ -83,12 +86,12 @@ def load(policy: Policy, folder: Path, with_optimizer: bool) -> TrainingState:
         if not (folder / STATE_FILE).is_file():
             raise ValueError(f"{folder}: not a checkpoint ({STATE_FILE} is missing)")
         state = TrainingState.from_json((folder / STATE_FILE).read_text())
-    with cpu_backend.active(ON_CPU):
+    with cpu_backend.active():
         wanted = _sharded_state(policy, is_loading=True) if with_optimizer else {"model": policy.model.sharded_state_dict()}
         loaded = dist_checkpointing.load(wanted, str(folder))
         policy.model.load_state_dict(loaded["model"])
         if with_optimizer:
-            policy.optimizer.load_state_dict(loaded["optimizer"])
+            _load_optimizer(policy.optimizer, loaded["optimizer"])
             policy.schedule.load_state_dict(loaded["schedule"])
         else:
             policy.optimizer.reload_model_params()
@@ -108,7 +111,32 @@ def newest(folder: Path) -> Path | None:
     return found[-1] if found else None
 
 
+def _load_optimizer(optimizer: ChainedOptimizer, state: dict[str, object]) -> None:
+    """`load_state_dict`, mended for torch's Adam, which Megatron 0.16 uses without Transformer Engine: its step count is
+    asked of tensors that never hold it, and then one tensor is shared by all parameters, so that each would advance it."""
+    for part in optimizer.chained_optimizers:
+        original = part._set_main_param_and_optimizer_states
+
+        def with_step(model_param: Tensor, tensors: dict[str, Tensor], part=part, original=original) -> None:  # noqa: ANN001
+            group, position = part.model_param_group_index_map[model_param]
+            own = part.optimizer.state[part.optimizer.param_groups[group]["params"][position]]
+            original(model_param, tensors | ({"step": own["step"]} if "step" in own else {}))
+
+        part._set_main_param_and_optimizer_states = with_step
+    optimizer.load_state_dict(state)
+    for part in optimizer.chained_optimizers:
+        del part._set_main_param_and_optimizer_states
+        for own in part.optimizer.state.values():
+            if "step" in own:
+                own["step"] = own["step"].clone()
+
+
 def _sharded_state(policy: Policy, is_loading: bool) -> dict[str, object]:
+    if is_loading:
+        # Megatron asks torch's optimizer for its step and moments before it fills them in: let it make some.
+        for optimizer in policy.optimizer.chained_optimizers:
+            if not optimizer.optimizer.state:
+                optimizer._init_optimizer_states_with_dummy_values()
     model = policy.model.sharded_state_dict()
     optimizer = policy.optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=_OPTIMIZER_FORMAT)
     return {"model": model, "optimizer": optimizer, "schedule": policy.schedule.state_dict()}

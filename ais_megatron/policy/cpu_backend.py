@@ -8,6 +8,7 @@ ones. Only the policy uses this module, and only where there is no CUDA device; 
 
 from __future__ import annotations
 
+import warnings
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 CPU = torch.device("cpu")
+ON_CPU = not torch.cuda.is_available()
 
 
 class _NoStream:
@@ -57,16 +59,18 @@ def _is_cuda(value: object) -> bool:
     return (isinstance(value, str) and value.startswith("cuda")) or (isinstance(value, torch.device) and value.type == "cuda")
 
 
-def active(on_cpu: bool) -> AbstractContextManager[object]:
-    """The context in which Megatron may be called."""
-    return _CudaMeansCpu() if on_cpu else nullcontext()
+def active() -> AbstractContextManager[object]:
+    """The context in which Megatron may be called; it does nothing where there is a CUDA device."""
+    return _CudaMeansCpu() if ON_CPU else nullcontext()
 
 
 def install() -> None:
     """Answer Megatron's process-wide questions about CUDA; idempotent. Called only where there is no CUDA device."""
     if getattr(install, "done", False):
         return
-    assert not torch.cuda.is_available()
+    assert ON_CPU
+    # Megatron's optimizer asks for .grad of the views it keeps; torch remarks on it once, to no one's use.
+    warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf")
     _import_without_compiler()
     _replace_device_functions()
     _replace_random_states()

@@ -114,9 +114,7 @@ def join(entry: Entry, shards: list[Tensor], architecture: Architecture) -> Tens
         return torch.cat(shards)
     width = shards[0].shape[-1]
     per_group = architecture.num_attention_heads // architecture.num_key_value_heads
-    grouped = [
-        x.view(-1, heads, architecture.head_dim, width) for x, heads in zip(shards, (per_group, 1, 1), strict=True)
-    ]
+    grouped = [x.view(-1, heads, architecture.head_dim, width) for x, heads in zip(shards, (per_group, 1, 1), strict=True)]
     return torch.cat(grouped, dim=1).reshape(-1, width)
 
 

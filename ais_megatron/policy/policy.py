@@ -19,6 +19,13 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from megatron.core import parallel_state
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
+from megatron.core.optimizer import get_megatron_optimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 from torch import Tensor
 
 from ais_megatron.algorithm.loss import POLICY_METRICS, clipped_policy_loss, masked_sum
@@ -27,23 +34,11 @@ from ais_megatron.batch import Batch
 from ais_megatron.config import Config, OptimizerConfig
 from ais_megatron.distributed import all_reduce_sum, device, rank_consistent
 from ais_megatron.policy import cpu_backend
-
-ON_CPU = not torch.cuda.is_available()
-if ON_CPU:
-    cpu_backend.install()
-
-from megatron.core import parallel_state  # noqa: E402
-from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads  # noqa: E402
-from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig  # noqa: E402
-from megatron.core.optimizer import get_megatron_optimizer  # noqa: E402
-from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler  # noqa: E402
-from megatron.core.pipeline_parallel import get_forward_backward_func  # noqa: E402
-from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed  # noqa: E402
-
-from ais_megatron.policy.calibration import Calibration, Calibrator  # noqa: E402
-from ais_megatron.policy.hf_weights import Bucket, export_buckets, load_hf  # noqa: E402
-from ais_megatron.policy.microbatches import make_microbatches, pad_columns  # noqa: E402
-from ais_megatron.policy.model import build_model, uses_transformer_engine  # noqa: E402
+from ais_megatron.policy.calibration import Calibration, Calibrator
+from ais_megatron.policy.cpu_backend import ON_CPU
+from ais_megatron.policy.hf_weights import Bucket, export_buckets, load_hf
+from ais_megatron.policy.microbatches import make_microbatches, pad_columns
+from ais_megatron.policy.model import build_model, uses_transformer_engine
 
 # (microbatch, its row numbers, logprobs, entropy) -> (loss sum with grad, number of tokens, float64 metric sums)
 LossFunction = Callable[[Batch, Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
@@ -62,7 +57,7 @@ def initialize_parallel(config: Config) -> None:
             f"this job has {world} ranks, but parallel.tp={parallel.tp} * pp={parallel.pp} * cp={parallel.cp} * "
             f"dp={parallel.dp or 'any'} needs {'a multiple of ' if not parallel.dp else ''}{size * (parallel.dp or 1)}"
         )
-    with cpu_backend.active(ON_CPU):
+    with cpu_backend.active():
         parallel_state.initialize_model_parallel(
             tensor_model_parallel_size=parallel.tp,
             pipeline_model_parallel_size=parallel.pp,
@@ -96,7 +91,7 @@ class Policy:
         self.config = config
         self.seq_multiple = config.parallel.tp if config.parallel.sequence_parallel else 1
         torch.manual_seed(config.run.seed)
-        with cpu_backend.active(ON_CPU):
+        with cpu_backend.active():
             self.model = build_model(config, temperature, ON_CPU)
             with rank_consistent():
                 if path is not None:
@@ -182,14 +177,14 @@ class Policy:
 
     def _optimize(self, batch: Batch, loss_function: LossFunction, names: tuple[str, ...]) -> dict[str, float]:
         """Forward and backward over all microbatches, then one optimizer step; metric means per token, over the whole job."""
-        with cpu_backend.active(ON_CPU):
+        with cpu_backend.active():
             self.ddp.zero_grad_buffer()
             self.optimizer.zero_grad()
         sums = self._run(batch, loss_function, forward_only=False)
         local = sums.sum(0) if self.is_last_stage else torch.zeros(len(names) + 1, dtype=torch.float64)
         totals = self._from_last_stage(all_reduce_sum(local.cpu(), data_parallel_group())).tolist()
         metrics = {name: value / max(totals[-1], 1.0) for name, value in zip(names, totals, strict=False)}
-        with cpu_backend.active(ON_CPU):
+        with cpu_backend.active():
             self.schedule.step(1)  # before the update: with warm-up, the first one must not run at learning rate 0
             _, grad_norm, _ = self.optimizer.step()
         return {**metrics, "grad_norm": float(grad_norm), "lr": self.schedule.get_lr(self.optimizer.param_groups[0])}
@@ -198,7 +193,7 @@ class Policy:
         """All microbatches through Megatron's schedule; on the last stage the float64 ``[microbatches, metrics + 1]``
         metric sums, whose last column is the number of tokens."""
         microbatches = make_microbatches(batch, self.config.train.tokens_per_microbatch, self.seq_multiple)
-        with cpu_backend.active(ON_CPU):
+        with cpu_backend.active():
             results = get_forward_backward_func()(
                 forward_step_func=partial(self._forward_step, loss_function),
                 data_iterator=iter([(rows.to(device()), index) for rows, index in microbatches]),

@@ -1,0 +1,254 @@
+"""Whole runs: the command line as a user types it, and bad input on all ranks together."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+import yaml
+
+from ais_megatron.config import Config, build_config, load_config
+from tests.ranks import RankPool
+
+ROOT = Path(__file__).parents[1]
+ROW_KEYS = set(
+    "step alpha weight_reliability weight_reliability_raw divergence_severity variance_amplification k1_kl ppl_ratio chi2_token "
+    "is_weight_mean is_weight_min is_weight_max fraction_truncated prob_diff_mean prob_diff_max reward_mean reward_std accuracy "
+    "response_length_mean finished_fraction zero_signal_groups loss entropy grad_norm lr clip_fraction policy_ratio_mean "
+    "num_response_tokens tokens_per_second weight_version q_amax kv_saturated_fraction time/generate time/reward time/logprobs "
+    "time/diagnose time/train time/calibrate time/sync time/step".split()
+)
+
+
+def small(folder: Path, **changes: object) -> dict[str, object]:
+    """A run of seconds."""
+    data = {
+        "run": {"dir": str(folder / "run")},
+        "parallel": {"dp": 2},
+        "model": {
+            "architecture": {
+                "vocab_size": 32,
+                "hidden_size": 32,
+                "intermediate_size": 64,
+                "num_hidden_layers": 2,
+                "num_attention_heads": 2,
+                "num_key_value_heads": 2,
+                "head_dim": 16,
+                "max_position_embeddings": 64,
+            }
+        },
+        "rollout": {"prompts_per_step": 4, "group_size": 2, "max_response_tokens": 12},
+        "train": {"steps": 3, "optimizer": {"lr": 1e-3}},
+        "sft": {"steps": 3, "batch_size": 8, "cache_dir": str(folder / "cache")},
+        "eval": {"num_prompts": 8},
+        "checkpoint": {"every": 2},
+    }
+    return data | changes
+
+
+def write(folder: Path, **changes: object) -> Path:
+    path = folder / "config.yaml"
+    path.write_text(yaml.safe_dump(small(folder, **changes)))
+    return path
+
+
+def command(*arguments: object) -> list[str]:
+    return [sys.executable, "-m", "ais_megatron", *map(str, arguments)]
+
+
+def run(*arguments: object, status: int = 0) -> str:
+    done = subprocess.run(command(*arguments), cwd=ROOT, capture_output=True, text=True, timeout=180, check=False)
+    assert done.returncode == status, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+def rows_of(folder: Path) -> list[dict[str, object]]:
+    return [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """A run of three steps on two ranks that `train` started itself."""
+    folder = tmp_path_factory.mktemp("finished")
+    return folder, run("train", write(folder))
+
+
+def test_the_run_folder_holds_what_scripts_rely_on(finished: tuple[Path, str]) -> None:
+    folder, output = finished
+    run_dir = folder / "run"
+    assert load_config(run_dir / "config.yaml") == load_config(folder / "config.yaml")
+    rows = rows_of(folder)
+    assert [row["step"] for row in rows] == [1, 2, 3]
+    for row in rows:
+        assert row.keys() >= ROW_KEYS
+    assert "held_out_accuracy" in rows[-1]
+    summary = json.loads((run_dir / "summary.json").read_text())
+    assert set(summary) == {
+        *("start_accuracy", "final_accuracy", "mean_alpha", "mean_weight_reliability"),
+        *("mean_divergence_severity", "tokens_per_second", "wall_seconds"),
+    }
+    assert [path.name for path in sorted((run_dir / "checkpoints").iterdir())] == ["step_000002", "step_000003"]
+    assert (run_dir / "report" / "index.html").is_file() and list((run_dir / "report").glob("*.png"))
+    assert "held-out pass@1 at the end" in output and str(run_dir / "report" / "index.html") in output
+    assert "Warning" not in output, output
+
+
+def test_figures_of_a_row_fit_together(finished: tuple[Path, str]) -> None:
+    for row in rows_of(finished[0]):
+        assert 0.0 < row["alpha"] < 1.0 and 0.0 < row["weight_reliability"] <= 1.0 and row["divergence_severity"] > 0.0
+        assert row["policy_ratio_mean"] == pytest.approx(1.0, abs=1e-6), "one update per batch starts on the policy"
+        assert row["num_response_tokens"] == pytest.approx(row["response_length_mean"] * 8)
+        assert row["weight_version"] == row["step"] - 1
+
+
+def test_the_same_command_makes_the_same_run(finished: tuple[Path, str], tmp_path: Path) -> None:
+    """Same seed, same cache: every figure that is not a time is equal to the last bit; and the warm start is reused."""
+    folder, _ = finished
+    output = run("train", write(tmp_path, sft={**small(folder)["sft"]}), "train.steps=2", "checkpoint.every=0")
+    assert "from the cache" in output
+    assert_same_rows(tmp_path, folder)
+
+
+def assert_same_rows(ours: Path, theirs: Path) -> None:
+    """Every figure that is not a time, equal to the last bit. (Held-out accuracy stands only in a run's last row.)"""
+    for mine, other in zip(rows_of(ours), rows_of(theirs), strict=False):
+        same = {key for key in other if not key.startswith("time/") and key not in ("tokens_per_second", "held_out_accuracy")}
+        assert {key: mine[key] for key in same} == {key: other[key] for key in same}
+
+
+def test_a_run_is_not_overwritten_but_continued(finished: tuple[Path, str], tmp_path: Path) -> None:
+    """Resumed from step 2 of 3, with every row and weight as if it had never stopped."""
+    folder, _ = finished
+    shutil.copytree(folder / "run", tmp_path / "run")
+    config = write(tmp_path, sft=small(folder)["sft"])
+    assert "already holds a run" in run("train", config, status=2)
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step_000003")
+    run("train", config, "run.resume=true")
+    assert [row["step"] for row in rows_of(tmp_path)] == [1, 2, 3]
+    assert_same_rows(tmp_path, folder)
+
+
+def test_export_and_eval_of_a_run(finished: tuple[Path, str], tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    from ais_megatron.tokenizer import load_tokenizer
+
+    folder, _ = finished
+    out = tmp_path / "hf"
+    assert str(out) in run("export", folder / "run", out)
+    model = AutoModelForCausalLM.from_pretrained(out)
+    tokenizer = load_tokenizer(out)
+    assert model.dtype is torch.bfloat16 and model.generation_config.eos_token_id == tokenizer.eos_id
+    logits = model(torch.tensor([tokenizer.encode_prompt("3 2 1=6:")])).logits
+    assert torch.isfinite(logits).all()
+    assert "held-out pass@1: 0." in run("eval", folder / "run")
+
+
+def test_torchrun_joins_with_tensor_parallelism(tmp_path: Path) -> None:
+    config = write(tmp_path, parallel={"tp": 2, "sequence_parallel": True})
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "ais_megatron"]
+    done = subprocess.run(
+        [*torchrun, "train", str(config), "train.steps=1"], cwd=ROOT, capture_output=True, text=True, timeout=180, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert len(rows_of(tmp_path)) == 1
+
+
+def test_an_interrupt_ends_every_rank(tmp_path: Path) -> None:
+    process = subprocess.Popen(
+        command("train", write(tmp_path), "train.steps=100000"), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    )
+    assert process.stdout is not None
+    while not process.stdout.readline().startswith("step"):
+        assert process.poll() is None
+    family = psutil.Process(process.pid).children(recursive=True)
+    assert len([child for child in family if "ais_megatron" in " ".join(child.cmdline())]) >= 2
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=60) == 130
+    deadline = time.monotonic() + 10
+    while any(child.is_running() and child.status() != psutil.STATUS_ZOMBIE for child in family):
+        assert time.monotonic() < deadline, "a rank outlived the interrupt"
+        time.sleep(0.1)
+
+
+def test_report_and_doctor_and_a_typo(finished: tuple[Path, str]) -> None:
+    folder, _ = finished
+    assert "index.html" in run("report", folder / "run")
+    doctor = run("doctor")
+    assert all(word in doctor for word in ("torch", "megatron-core", "Transformer Engine", "NVIDIA Apex", "SGLang", "Slurm", "nemo-run"))
+    started = time.monotonic()
+    assert "did you mean train.steps?" in run("train", folder / "config.yaml", "train.step=1", status=2)
+    assert time.monotonic() - started < 10
+
+
+def refusal(rank: int, config: Config, poison: str | None = None) -> str:
+    """What `train` raises on this rank; with `poison`, rank 1's engine misbehaves."""
+    from ais_megatron import session, trainer
+    from ais_megatron.batch import Rollout
+
+    class Poisoned(session.LocalEngine):
+        def generate(self, prompts, sampling):  # noqa: ANN001, ANN202
+            first, *others = super().generate(prompts, sampling)
+            if rank == 1 and poison == "nan":
+                first = Rollout(first.prompt, first.token_ids, (float("nan"),) * len(first.token_ids), "stop", 0)
+            if rank == 1 and poison == "empty":
+                first = Rollout(first.prompt, (), (), "stop", 0)
+            return [first, *others]
+
+    original = session.LocalEngine
+    session.LocalEngine = Poisoned
+    try:
+        trainer.train(config)
+    except (ValueError, RuntimeError) as error:
+        return f"{type(error).__name__}: {error}"
+    finally:
+        session.LocalEngine = original
+    return "finished"
+
+
+def refusals(ranks: RankPool, folder: Path, poison: str | None = None, **changes: object) -> str:
+    """The one message that both ranks raised."""
+    config = build_config(small(folder, sft={"steps": 0, "cache_dir": str(folder / "cache")}, **changes))
+    first, second = ranks.run(2, refusal, config=config, poison=poison, timeout=120)
+    assert first.removeprefix("ConfigError").removeprefix("ValueError") == second.removeprefix("ConfigError").removeprefix("ValueError")
+    return first
+
+
+def test_bad_input_is_one_error_on_all_ranks(ranks: RankPool, tmp_path: Path, untied_checkpoint: Path) -> None:
+    assert "task.name='countdwn': unknown task" in refusals(ranks, tmp_path, task={"name": "countdwn"})
+    assert "no such file or folder" in refusals(ranks, tmp_path, task={"name": "countdown", "test_path": str(tmp_path / "none.jsonl")})
+    assert "prompt" in (long := refusals(ranks, tmp_path, rollout={**small(tmp_path)["rollout"], "max_response_tokens": 60}))
+    assert "max_position_embeddings=64" in long
+    message = refusals(ranks, tmp_path, parallel={"dp": 3}, rollout={"prompts_per_step": 6, "max_response_tokens": 12})
+    assert "this job has 2 ranks" in message
+
+
+@pytest.mark.parametrize(("poison", "message"), [("nan", "logprob nan at response token 0"), ("empty", "the response is empty")])
+def test_a_corrupt_engine_stops_all_ranks(ranks: RankPool, tmp_path: Path, poison: str, message: str) -> None:
+    error = refusals(ranks, tmp_path, poison=poison)
+    assert "[rank 1]" in error and message in error
+
+
+def test_checkpoints_that_cannot_be_loaded(ranks: RankPool, tmp_path: Path, untied_checkpoint: Path) -> None:
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    config = json.loads((untied_checkpoint / "config.json").read_text())
+    (broken / "config.json").write_text(json.dumps(config))
+    assert "neither model.safetensors nor model.safetensors.index.json" in refusals(ranks, tmp_path, model={"path": str(broken)})
+    (broken / "model.safetensors").write_bytes(b"not safetensors")
+    assert "cannot read model.safetensors" in refusals(ranks, tmp_path, model={"path": str(broken)})
+    (broken / "config.json").write_text(json.dumps(config | {"intermediate_size": 128}))
+    os.replace(untied_checkpoint / "model.safetensors", broken / "model.safetensors")
+    try:
+        assert "has shape (96, 64), its config.json implies (128, 64)" in refusals(ranks, tmp_path, model={"path": str(broken)})
+    finally:
+        os.replace(broken / "model.safetensors", untied_checkpoint / "model.safetensors")

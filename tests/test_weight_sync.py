@@ -1,0 +1,100 @@
+"""Policy and engine together: what arrives is what was exported, and where nothing is quantised the two agree."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from ais_megatron.algorithm.ais import product_coefficient
+from ais_megatron.algorithm.diagnostics import diagnose
+from ais_megatron.algorithm.scaler import AISLossScaler
+from ais_megatron.batch import Prompt, assemble
+from ais_megatron.config import AISConfig
+from ais_megatron.quantization.fp8 import quantize_bucket
+from ais_megatron.quantization.kv_scales import kv_scale_name
+from tests.ranks import RankPool
+from tests.test_policy import LAYOUTS, make_batch, make_config, make_policy, my_rows
+
+PROMPTS = [Prompt(i, "", tuple(range(3 + i, 3 + i + length)), {}) for i, length in enumerate((4, 9, 1))]
+
+
+def make_engine(config, dtype: torch.dtype):  # noqa: ANN001, ANN201
+    from ais_megatron.rollout.local import LocalEngine
+
+    return LocalEngine(config.architecture, config.rollout, eos_id=1, pad_id=0, device="cpu", dtype=dtype)
+
+
+def pushed_state(rank: int, path: Path, quantization: str, **layout):  # noqa: ANN201
+    from ais_megatron.weight_sync import push
+
+    rollout = {"quantization": quantization, "sync_bucket_mb": 0.02, "max_response_tokens": 20}
+    config = make_config(path, dtype="bf16", **layout)
+    config = config.model_copy(update={"rollout": config.rollout.model_copy(update=rollout)})
+    policy, engine = make_policy(config, path), make_engine(config, torch.bfloat16)
+    calibration = policy.calibrate(my_rows(make_batch())[0])
+    push(policy, engine, config.rollout, calibration.scales, version=5)
+    assert engine.version == 5
+    scales = {kv_scale_name(layer, kind): getattr(calibration.scales, f"{kind}_scale")[layer] for layer in range(4) for kind in "kv"}
+    return {name: tensor.clone() for name, tensor in engine.state_tensors().items()}, scales if quantization != "none" else {}
+
+
+@pytest.mark.parametrize("layout", ["TP1", "TP2", "TP2xPP2"])
+@pytest.mark.parametrize("quantization", ["none", "fp8_e4m3"])
+def test_the_engine_holds_exactly_the_quantised_export(ranks: RankPool, checkpoint: Path, layout: str, quantization: str) -> None:
+    from safetensors.torch import load_file
+
+    world, tp, pp, sp = LAYOUTS[layout]
+    original = [(name, tensor.bfloat16()) for name, tensor in load_file(checkpoint / "model.safetensors").items()]
+    expected = dict(quantize_bucket(original) if quantization != "none" else original)
+    for state, scales in ranks.run(world, pushed_state, path=checkpoint, quantization=quantization, tp=tp, pp=pp, sp=sp):
+        assert state.keys() == (expected | scales).keys()
+        for name, tensor in (expected | scales).items():
+            assert state[name].dtype == tensor.dtype, name
+            assert torch.equal(state[name].float(), tensor.float()), name
+
+
+def agreement(rank: int, path: Path) -> None:
+    """float32 without FP8: engine and trainer are the same policy, so AIS must leave every token's weight at exactly 1."""
+    from ais_megatron.rollout.engine import SamplingParams
+    from ais_megatron.weight_sync import push
+
+    config = make_config(path)
+    config = config.model_copy(update={"rollout": config.rollout.model_copy(update={"quantization": "none"})})
+    policy, engine = make_policy(config, path), make_engine(config, torch.float32)
+    push(policy, engine, config.rollout, None, version=0)
+    sampling = SamplingParams(num_samples=4, max_tokens=20, temperature=config.rollout.temperature)
+    rollouts = engine.generate(PROMPTS, sampling)
+    batch = assemble(rollouts, torch.zeros(12), torch.linspace(-1, 1, 12))
+    old_logprobs = policy.logprobs(batch)
+    assert ((old_logprobs - batch.rollout_logprobs) * batch.loss_mask).abs().max() < 1e-5
+    diagnostics = diagnose(old_logprobs, batch.rollout_logprobs, batch.advantages, batch.loss_mask, 2.0)
+    alpha = product_coefficient(diagnostics, AISConfig())
+    assert 0.0 <= alpha < 1e-6
+    weights = AISLossScaler(alpha, 2.0, "token").token_weights(old_logprobs, batch.rollout_logprobs, batch.loss_mask)
+    assert torch.equal(weights, batch.loss_mask.float())
+
+
+def test_engine_and_trainer_agree_in_float32(ranks: RankPool, checkpoint: Path) -> None:
+    ranks.run(1, agreement, path=checkpoint)
+
+
+def refused_on_one_rank(rank: int, path: Path) -> str:
+    from ais_megatron.weight_sync import push
+
+    config = make_config(path, tp=2, dtype="bf16")
+    policy, engine = make_policy(config, path), make_engine(config, torch.bfloat16)
+    if rank == 1:
+        engine._weights.pop("model.norm.weight")
+    try:
+        push(policy, engine, config.rollout, None, version=0)
+    except ValueError as error:
+        return f"{error} / version {engine.version}"
+    return "accepted"
+
+
+def test_an_engine_that_refuses_stops_all_ranks(ranks: RankPool, untied_checkpoint: Path) -> None:
+    first, second = ranks.run(2, refused_on_one_rank, path=untied_checkpoint)
+    assert first == "[rank 1] model.norm.weight: the model has no such tensor / version 0"
+    assert second == "[rank 1] model.norm.weight: the model has no such tensor / version -1", "the engine must ask to be refitted"
