@@ -7,11 +7,12 @@ never carries a value, and no later code shifts anything by one.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -39,6 +40,8 @@ class Rollout:
     logprobs: log mu of each of those tokens, float, at the sampling temperature.
     finish_reason: "stop" (end of sequence) or "length" (cut at the limit).
     weight_version: the version of the weights that the engine sampled with.
+    routed_experts: int32 ``[prompt + response - 1, num_layers, experts_per_token]``, the experts that the engine chose for
+        every token it was given (all but the last one sampled); None from a dense model or an engine that does not tell.
     """
 
     prompt: Prompt
@@ -46,6 +49,7 @@ class Rollout:
     logprobs: tuple[float, ...]
     finish_reason: str
     weight_version: int
+    routed_experts: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -58,6 +62,8 @@ class Batch:
     rollout_logprobs: float32 ``[batch, seq]``, 0 outside loss_mask.
     advantages: float32 ``[batch]``, one for all tokens of a response.
     rewards: float32 ``[batch]``.
+    routed_experts: int32 ``[batch, seq, num_layers, experts_per_token]``, the experts the engine chose for each token, -1
+        where it chose none (padding, and the last token of a response); None where routing is not replayed.
     """
 
     tokens: Tensor
@@ -66,17 +72,32 @@ class Batch:
     rollout_logprobs: Tensor
     advantages: Tensor
     rewards: Tensor
+    routed_experts: Tensor | None = None
 
     def __len__(self) -> int:
         return self.tokens.shape[0]
 
     def rows(self, index: Tensor, seq: int | None = None) -> Batch:
         """The given rows, cut to the first `seq` columns (all of them if None)."""
-        cut = {f.name: getattr(self, f.name)[index] for f in fields(self)}
-        return Batch(**{name: t[:, :seq] if t.dim() == 2 else t for name, t in cut.items()})
+        return self._map(lambda t: t[index][:, :seq] if t.dim() > 1 else t[index])
+
+    def pad_columns(self, width: int) -> Batch:
+        """The batch with its columns padded to `width`."""
+        short = width - self.tokens.shape[1]
+        if not short:
+            return self
+
+        def pad(tensor: Tensor) -> Tensor:
+            filler = -1 if tensor.dim() == 4 else 0
+            return tensor if tensor.dim() == 1 else F.pad(tensor, (0, 0) * (tensor.dim() - 2) + (0, short), value=filler)
+
+        return self._map(pad)
 
     def to(self, device: torch.device) -> Batch:
-        return replace(self, **{f.name: getattr(self, f.name).to(device) for f in fields(self)})
+        return self._map(lambda t: t.to(device))
+
+    def _map(self, function: Callable[[Tensor], Tensor]) -> Batch:
+        return replace(self, **{f.name: function(t) for f in fields(self) if (t := getattr(self, f.name)) is not None})
 
 
 def assemble(rollouts: Sequence[Rollout], rewards: Tensor, advantages: Tensor) -> Batch:
@@ -101,7 +122,18 @@ def assemble(rollouts: Sequence[Rollout], rewards: Tensor, advantages: Tensor) -
         tokens[row, :end] = torch.tensor(rollout.prompt.token_ids + rollout.token_ids)
         loss_mask[row, start:end] = True
         rollout_logprobs[row, start:end] = torch.tensor(rollout.logprobs)
-    return Batch(tokens, loss_mask, lengths, rollout_logprobs, advantages.float(), rewards.float())
+    routed_experts = _align_experts(rollouts, seq)
+    return Batch(tokens, loss_mask, lengths, rollout_logprobs, advantages.float(), rewards.float(), routed_experts)
+
+
+def _align_experts(rollouts: Sequence[Rollout], seq: int) -> Tensor | None:
+    """`Batch.routed_experts`, if every rollout brings its routing."""
+    if not rollouts or any(r.routed_experts is None for r in rollouts):
+        return None
+    aligned = torch.full((len(rollouts), seq, *rollouts[0].routed_experts.shape[1:]), -1, dtype=torch.int32)
+    for row, rollout in enumerate(rollouts):
+        aligned[row, : len(rollout.routed_experts)] = rollout.routed_experts
+    return aligned
 
 
 def _check(rollout: Rollout) -> None:

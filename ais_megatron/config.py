@@ -17,7 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
-SUPPORTED_MODEL_TYPES = ("qwen3",)
+SUPPORTED_MODEL_TYPES = ("qwen3", "qwen3_moe")
 
 
 class ConfigError(ValueError):
@@ -45,7 +45,8 @@ class ParallelConfig(Section):
     tp: PositiveInt = Field(1, description="tensor-parallel size")
     pp: PositiveInt = Field(1, description="pipeline-parallel size")
     cp: PositiveInt = Field(1, description="context-parallel size (needs Transformer Engine)")
-    ep: PositiveInt = Field(1, description="expert-parallel size (MoE models)")
+    ep: PositiveInt = Field(1, description="expert-parallel size (MoE models): experts are spread over data-parallel ranks")
+    etp: PositiveInt = Field(1, description="tensor-parallel size inside an expert (MoE models)")
     dp: PositiveInt | None = Field(None, description="data-parallel size; empty: whatever the number of ranks leaves, 1 without torchrun")
     sequence_parallel: bool = Field(False, description="shard norms and residuals over the sequence inside a TP group")
 
@@ -63,7 +64,7 @@ class ParallelConfig(Section):
 class Architecture(Section):
     """A Qwen3 model under the names of its Hugging Face ``config.json``."""
 
-    model_type: Literal["qwen3"] = "qwen3"
+    model_type: Literal["qwen3", "qwen3_moe"] = "qwen3"
     vocab_size: PositiveInt
     hidden_size: PositiveInt
     intermediate_size: PositiveInt
@@ -76,6 +77,26 @@ class Architecture(Section):
     rope_theta: float = 1_000_000.0
     tie_word_embeddings: bool = False
     initializer_range: float = 0.02
+    num_experts: int = Field(0, ge=0, description="qwen3_moe: experts in every layer; 0 in a dense model")
+    num_experts_per_tok: int = Field(0, ge=0)
+    moe_intermediate_size: int = Field(0, ge=0)
+    norm_topk_prob: bool = Field(True, description="the chosen experts' probabilities are scaled to sum 1")
+
+    @property
+    def is_moe(self) -> bool:
+        return self.model_type == "qwen3_moe"
+
+    @model_validator(mode="after")
+    def _experts(self) -> Architecture:
+        sizes = dict(
+            num_experts=self.num_experts, num_experts_per_tok=self.num_experts_per_tok, moe_intermediate_size=self.moe_intermediate_size
+        )
+        for name, size in sizes.items():
+            if self.is_moe != (size > 0):
+                raise ValueError(f"{name}={size}: must be {'1 or more' if self.is_moe else '0'} with model_type={self.model_type}")
+        if self.num_experts_per_tok > self.num_experts:
+            raise ValueError(f"num_experts_per_tok={self.num_experts_per_tok} exceeds num_experts={self.num_experts}")
+        return self
 
     @model_validator(mode="after")
     def _heads(self) -> Architecture:
@@ -247,14 +268,13 @@ def _layout_problems(config: Config) -> list[str]:
         problems.append(
             "parallel.sequence_parallel=true: there is nothing to shard with parallel.tp=1; set it to false or raise parallel.tp"
         )
-    if parallel.ep > 1:
-        problems.append(f"parallel.ep={parallel.ep}: a dense model has no experts to spread; set parallel.ep=1")
     if parallel.cp > 1 and importlib.util.find_spec("transformer_engine") is None:
         problems.append(
             f"parallel.cp={parallel.cp}: context parallelism needs Transformer Engine, which is not installed; set parallel.cp=1"
         )
     if arch is None:
         return problems
+    problems += _expert_problems(parallel, arch)
     for key, heads in (("num_attention_heads", arch.num_attention_heads), ("num_key_value_heads", arch.num_key_value_heads)):
         if heads % parallel.tp:
             allowed = [n for n in range(1, heads + 1) if arch.num_attention_heads % n == 0 and arch.num_key_value_heads % n == 0]
@@ -263,9 +283,35 @@ def _layout_problems(config: Config) -> list[str]:
         allowed = [n for n in range(1, arch.num_hidden_layers + 1) if arch.num_hidden_layers % n == 0]
         layers = f"model.architecture.num_hidden_layers={arch.num_hidden_layers}"
         problems.append(f"parallel.pp={parallel.pp}: does not divide {layers}; use one of {allowed}")
-    for key, size in (("hidden_size", arch.hidden_size), ("intermediate_size", arch.intermediate_size)):
+    for key, size in (("hidden_size", arch.hidden_size), ("intermediate_size", 0 if arch.is_moe else arch.intermediate_size)):
         if size % parallel.tp:
             problems.append(f"parallel.tp={parallel.tp}: does not divide model.architecture.{key}={size}")
+    return problems
+
+
+def _expert_problems(parallel: ParallelConfig, arch: Architecture) -> list[str]:
+    """What expert parallelism asks for; Megatron would fail on each of these later and less clearly."""
+    if not arch.is_moe:
+        return [
+            f"parallel.{key}={size}: a dense model has no experts to spread; set parallel.{key}=1"
+            for key, size in (("ep", parallel.ep), ("etp", parallel.etp))
+            if size > 1
+        ]
+    problems = []
+    if parallel.tp > 1 and not parallel.sequence_parallel:
+        problems.append(f"parallel.tp={parallel.tp}: a MoE model needs parallel.sequence_parallel=true with it")
+    if arch.num_experts % parallel.ep:
+        problems.append(f"parallel.ep={parallel.ep}: does not divide model.architecture.num_experts={arch.num_experts}")
+    if arch.moe_intermediate_size % parallel.etp:
+        problems.append(
+            f"parallel.etp={parallel.etp}: does not divide model.architecture.moe_intermediate_size={arch.moe_intermediate_size}"
+        )
+    replicas = parallel.tp * parallel.cp * (parallel.dp or 1)
+    if parallel.dp and replicas % (parallel.ep * parallel.etp):
+        problems.append(
+            f"parallel.ep={parallel.ep} * parallel.etp={parallel.etp}: does not divide parallel.tp * parallel.cp * parallel.dp={replicas}, "
+            "the ranks of one pipeline stage over which experts are spread"
+        )
     return problems
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import fields
 from datetime import timedelta
 
 import torch
@@ -114,39 +113,40 @@ def gather_batch(local: Batch, group: dist.ProcessGroup | None) -> Batch:
     world = dist.get_world_size(group)
     if world == 1:
         return local
-    rows, seq = local.tokens.shape
-    sizes = [torch.empty(2, dtype=torch.int64, device=device()) for _ in range(world)]
-    dist.all_gather(sizes, torch.tensor([rows, seq], device=device()), group=group)
-    max_rows, max_seq = (int(v) for v in torch.stack(sizes).amax(0))
-    packed = torch.zeros(max_rows, 3 * max_seq + 3, dtype=torch.int32)
-    packed[:rows] = _pack(local, max_seq)
-    parts = [torch.empty_like(packed, device=device()) for _ in range(world)]
-    dist.all_gather(parts, packed.to(device()), group=group)
-    return _unpack(torch.cat([part[: int(size[0])] for part, size in zip(parts, sizes, strict=True)]).cpu(), max_seq)
+    experts = (0, 0) if local.routed_experts is None else tuple(local.routed_experts.shape[2:])
+    mine = torch.tensor([*local.tokens.shape, *experts], device=device())
+    sizes = [torch.empty_like(mine) for _ in range(world)]
+    dist.all_gather(sizes, mine, group=group)
+    max_rows, seq, layers, top_k = (int(v) for v in torch.stack(sizes).amax(0))
+    words = _pack(local.pad_columns(seq), layers * top_k)
+    packed = torch.nn.functional.pad(words, (0, 0, 0, max_rows - len(local))).to(device())
+    parts = [torch.empty_like(packed) for _ in range(world)]
+    dist.all_gather(parts, packed, group=group)
+    rows = torch.cat([part[: int(size[0])] for part, size in zip(parts, sizes, strict=True)])
+    return _unpack(rows.cpu(), seq, (layers, top_k))
 
 
-def _pack(batch: Batch, seq: int) -> Tensor:
-    """int32 ``[rows, 3 * seq + 3]``: tokens, mask, logprob bits, length, advantage bits, reward bits."""
-
-    def wide(tensor: Tensor) -> Tensor:
-        return torch.nn.functional.pad(tensor, (0, seq - tensor.shape[1]))
-
+def _pack(batch: Batch, experts_per_column: int) -> Tensor:
+    """int32 ``[rows, words]``: tokens, mask, logprob bits, (length, advantage bits, reward bits), experts."""
     per_row = [batch.lengths.int(), batch.advantages.view(torch.int32), batch.rewards.view(torch.int32)]
-    logprob_bits = wide(batch.rollout_logprobs).view(torch.int32)
-    return torch.cat([wide(batch.tokens).int(), wide(batch.loss_mask).int(), logprob_bits, torch.stack(per_row, 1)], 1)
+    words = [batch.tokens.int(), batch.loss_mask.int(), batch.rollout_logprobs.contiguous().view(torch.int32), torch.stack(per_row, 1)]
+    if experts_per_column:
+        rows, seq = batch.tokens.shape
+        experts = batch.routed_experts if batch.routed_experts is not None else torch.full((rows, seq, experts_per_column), -1)
+        words.append(experts.int().reshape(rows, seq * experts_per_column))
+    return torch.cat(words, 1)
 
 
-def _unpack(packed: Tensor, seq: int) -> Batch:
-    tokens, mask, logprobs, per_row = packed.split([seq, seq, seq, 3], dim=1)
+def _unpack(words: Tensor, seq: int, experts: tuple[int, int]) -> Batch:
+    layers, top_k = experts
+    tokens, mask, logprobs, per_row, routed = words.split([seq, seq, seq, 3, seq * layers * top_k], dim=1)
     lengths, advantages, rewards = (column.contiguous() for column in per_row.unbind(1))
-    unpacked = Batch(
+    return Batch(
         tokens=tokens.long(),
         loss_mask=mask.bool(),
         lengths=lengths.long(),
         rollout_logprobs=logprobs.contiguous().view(torch.float32),
         advantages=advantages.view(torch.float32),
         rewards=rewards.view(torch.float32),
+        routed_experts=routed.reshape(-1, seq, layers, top_k) if layers else None,
     )
-    longest = int(unpacked.lengths.max()) if len(unpacked) else 0
-    assert {f.name for f in fields(Batch)} == set(unpacked.__dict__)
-    return unpacked.rows(torch.arange(len(unpacked)), longest)

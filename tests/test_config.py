@@ -16,6 +16,11 @@ ARCHITECTURE = dict(
     vocab_size=64, hidden_size=64, intermediate_size=128, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2, head_dim=16
 )
 
+MOE = {
+    "architecture": ARCHITECTURE
+    | dict(model_type="qwen3_moe", num_experts=8, num_experts_per_tok=2, moe_intermediate_size=32, num_key_value_heads=4)
+}
+
 
 def build(**sections: object) -> Config:
     model = {"architecture": ARCHITECTURE, **sections.pop("model", {})}
@@ -47,6 +52,10 @@ def test_overrides_apply_in_order_with_their_types(tmp_path: Path) -> None:
         ({"parallel": {"pp": 3}}, r"parallel.pp=3: .*num_hidden_layers=4; use one of \[1, 2, 4\]"),
         ({"parallel": {"cp": 2}}, r"parallel.cp=2: .*Transformer Engine"),
         ({"parallel": {"ep": 2}}, r"parallel.ep=2: a dense model"),
+        ({"parallel": {"tp": 2}, "model": MOE}, r"parallel.tp=2: a MoE model needs parallel.sequence_parallel=true"),
+        ({"parallel": {"ep": 3, "dp": 3}, "model": MOE}, r"parallel.ep=3: does not divide .*num_experts=8"),
+        ({"parallel": {"ep": 4, "dp": 2}, "model": MOE}, r"parallel.ep=4 \* parallel.etp=1: does not divide .*=2"),
+        ({"model": {"architecture": ARCHITECTURE | {"num_experts": 4}}}, r"num_experts=4: must be 0 with model_type=qwen3"),
         ({"parallel": {"sequence_parallel": True}}, r"parallel.sequence_parallel=true: .*parallel.tp=1"),
         ({"parallel": {"dp": 3}}, r"rollout.prompts_per_step=32: must be a multiple of parallel.dp=3"),
         ({"train": {"updates_per_batch": 3}}, r"train.updates_per_batch=3: does not divide the 256 responses"),
@@ -81,7 +90,7 @@ def test_architecture_comes_from_the_checkpoint(tmp_path: Path) -> None:
     [
         (None, "there is no config.json"),
         ("{", "not valid JSON"),
-        (json.dumps({"model_type": "llama"}), "model_type='llama' is not supported; allowed: qwen3"),
+        (json.dumps({"model_type": "llama"}), "model_type='llama' is not supported; allowed: qwen3, qwen3_moe"),
         (json.dumps({"model_type": "qwen3", "vocab_size": 5}), "hidden_size: missing"),
         (json.dumps({"model_type": "qwen3", **ARCHITECTURE, "rope_scaling": {"type": "yarn"}}), "scaled RoPE"),
     ],

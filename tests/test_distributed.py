@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -69,9 +71,25 @@ def test_batches_of_different_shapes_join_in_rank_order(ranks: RankPool) -> None
     values = torch.tensor([0.0, 1.0, 20.0])
     expected = assemble(everyone, values, -values)
     for batch in ranks.run(3, gathered, rows=rows):
+        assert batch.routed_experts is None
         for name, tensor in vars(expected).items():
+            if tensor is None:
+                continue
             assert torch.equal(getattr(batch, name), tensor), name
             assert getattr(batch, name).dtype == tensor.dtype
+
+
+def gathered_experts(rank: int) -> Batch:
+    import torch.distributed as dist
+
+    mine = [replace(rollout(rank, 2, rank + 1), routed_experts=torch.full((rank + 2, 3, 2), rank, dtype=torch.int32))] if rank else []
+    return gather_batch(assemble(mine, torch.zeros(len(mine)), torch.zeros(len(mine))), dist.group.WORLD)
+
+
+def test_routed_experts_travel_with_their_tokens(ranks: RankPool) -> None:
+    for batch in ranks.run(3, gathered_experts):
+        assert batch.routed_experts.shape == (2, 5, 3, 2) and batch.routed_experts.dtype == torch.int32
+        assert batch.routed_experts[:, :, 0, 0].tolist() == [[1, 1, 1, -1, -1], [2, 2, 2, 2, -1]]
 
 
 def mean_of_unequal_counts(rank: int) -> dict[str, float]:

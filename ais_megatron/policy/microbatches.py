@@ -48,8 +48,5 @@ def make_microbatches(batch: Batch, budget: int, multiple: int = 1, at_least: in
 
 def pad_columns(batch: Batch, multiple: int) -> Batch:
     """The batch with its columns padded to a multiple: sequence parallelism shards them over the TP group."""
-    short = -batch.tokens.shape[1] % multiple
-    if not short:
-        return batch
-    pad = torch.nn.functional.pad
-    return Batch(**{name: pad(tensor, (0, short)) if tensor.dim() == 2 else tensor for name, tensor in vars(batch).items()})
+    width = batch.tokens.shape[1]
+    return batch.pad_columns(width + -width % multiple)
