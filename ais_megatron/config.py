@@ -175,6 +175,14 @@ class ObjectiveConfig(Section):
     )
 
 
+class MoEConfig(Section):
+    """Load balance and routing of a MoE policy; without effect on a dense one."""
+
+    aux_coefficient: float = Field(1e-3, ge=0.0, description="weight of the load-balancing loss; never scaled by alpha")
+    z_coefficient: float = Field(0.0, ge=0.0, description="weight of the router z-loss")
+    routing_replay: bool = Field(False, description="the trainer uses the experts that the rollout engine chose")
+
+
 class OptimizerConfig(Section):
     lr: float = Field(1e-6, gt=0.0)
     min_lr_ratio: Fraction = Field(1.0, description="learning rate at the end, as a share of lr")
@@ -241,6 +249,7 @@ class Config(Section):
     correction: Literal["none", "tis", "ais"] = Field("ais", description="none: plain GRPO; tis: alpha = 1; ais: alpha measured")
     ais: AISConfig = AISConfig()
     objective: ObjectiveConfig = ObjectiveConfig()
+    moe: MoEConfig = MoEConfig()
     train: TrainConfig = TrainConfig()
     sft: SFTConfig = SFTConfig()
     calibration: CalibrationConfig = CalibrationConfig()
@@ -274,7 +283,7 @@ def _layout_problems(config: Config) -> list[str]:
         )
     if arch is None:
         return problems
-    problems += _expert_problems(parallel, arch)
+    problems += _expert_problems(parallel, arch, config.model.recompute)
     for key, heads in (("num_attention_heads", arch.num_attention_heads), ("num_key_value_heads", arch.num_key_value_heads)):
         if heads % parallel.tp:
             allowed = [n for n in range(1, heads + 1) if arch.num_attention_heads % n == 0 and arch.num_key_value_heads % n == 0]
@@ -289,7 +298,7 @@ def _layout_problems(config: Config) -> list[str]:
     return problems
 
 
-def _expert_problems(parallel: ParallelConfig, arch: Architecture) -> list[str]:
+def _expert_problems(parallel: ParallelConfig, arch: Architecture, recompute: str) -> list[str]:
     """What expert parallelism asks for; Megatron would fail on each of these later and less clearly."""
     if not arch.is_moe:
         return [
@@ -298,6 +307,8 @@ def _expert_problems(parallel: ParallelConfig, arch: Architecture) -> list[str]:
             if size > 1
         ]
     problems = []
+    if recompute == "full" and parallel.pp > 1:
+        problems.append(f"model.recompute=full with parallel.pp={parallel.pp}: not supported for MoE models; set one of them to none or 1")
     if parallel.tp > 1 and not parallel.sequence_parallel:
         problems.append(f"parallel.tp={parallel.tp}: a MoE model needs parallel.sequence_parallel=true with it")
     if arch.num_experts % parallel.ep:
@@ -374,6 +385,9 @@ def read_architecture(folder: str | Path) -> Architecture:
     raw.setdefault("rope_theta", rope.get("rope_theta", 1_000_000.0))
     if rope.get("rope_type", "default") != "default" or raw.get("rope_scaling"):
         raise ConfigError(f"model.path={folder}: scaled RoPE ({rope or raw['rope_scaling']}) is not supported; allowed: default")
+    raw.setdefault("num_experts", raw.get("num_local_experts", 0))  # how transformers 5 writes it
+    if raw["model_type"] == "qwen3_moe" and (raw.get("mlp_only_layers") or raw.get("decoder_sparse_step", 1) != 1):
+        raise ConfigError(f"model.path={folder}: a MoE model with dense layers among its sparse ones is not supported")
     try:
         return Architecture(**{k: v for k, v in raw.items() if k in Architecture.model_fields})
     except ValidationError as error:

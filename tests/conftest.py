@@ -28,12 +28,20 @@ def untied_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_checkpoint(tmp_path_factory.mktemp("qwen3"), tied=False)
 
 
-def make_checkpoint(folder: Path, tied: bool) -> Path:
+@pytest.fixture(scope="session")
+def moe_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same as Qwen3-MoE: 8 experts, 2 per token, in every layer."""
+    return make_checkpoint(tmp_path_factory.mktemp("qwen3_moe"), tied=False, experts=8)
+
+
+def make_checkpoint(folder: Path, tied: bool, experts: int = 0) -> Path:
     import torch
-    from transformers import Qwen3Config, Qwen3ForCausalLM
+    from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
     torch.manual_seed(0)
-    config = Qwen3Config(
+    moe = dict(num_experts=experts, num_experts_per_tok=2, moe_intermediate_size=32, norm_topk_prob=True) if experts else {}
+    config = (Qwen3MoeConfig if experts else Qwen3Config)(
+        **moe,
         vocab_size=71,  # a prime: TP has to pad it
         hidden_size=64,
         intermediate_size=96,
@@ -44,7 +52,7 @@ def make_checkpoint(folder: Path, tied: bool) -> Path:
         max_position_embeddings=128,
         tie_word_embeddings=tied,
     )
-    model = Qwen3ForCausalLM(config)
+    model = (Qwen3MoeForCausalLM if experts else Qwen3ForCausalLM)(config)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.05)

@@ -31,7 +31,8 @@ class _NoStream:
 
     def __exit__(self, *exc: object) -> None: ...
 
-    def _nothing(self, *args: Any, **kwargs: Any) -> None: ...
+    def _nothing(self, *args: Any, **kwargs: Any) -> _NoStream:
+        return self
 
     wait_stream = wait_event = record_event = record = wait = synchronize = _nothing
 
@@ -74,7 +75,7 @@ def install() -> None:
     _import_without_compiler()
     _replace_device_functions()
     _replace_random_states()
-    _mend_gloo_all_to_all()
+    _mend_gloo()
     from megatron.core.transformer.moe import moe_utils
 
     if not hasattr(moe_utils, "te_general_gemm"):  # named without a guard where Transformer Engine is missing (0.16)
@@ -118,12 +119,29 @@ def _replace_random_states() -> None:
     tp_random._get_cuda_rng_state, tp_random._set_cuda_rng_state = get_state, set_state
 
 
-def _mend_gloo_all_to_all() -> None:
-    """gloo wants split sizes as lists; Megatron's token dispatcher passes tensors."""
-    original = dist.all_to_all_single
+def _mend_gloo() -> None:
+    """Teach gloo what NCCL can and Megatron's token dispatcher asks for: split sizes as tensors, parts of unequal size."""
+    all_to_all_single, all_gather, reduce_scatter = dist.all_to_all_single, dist.all_gather, dist.reduce_scatter
 
-    def all_to_all_single(output: Tensor, input: Tensor, output_split_sizes=None, input_split_sizes=None, **kwargs: Any):  # noqa: A002
+    def tensor_splits(output: Tensor, input: Tensor, output_split_sizes=None, input_split_sizes=None, **kwargs: Any):  # noqa: A002
         sizes = [s.tolist() if isinstance(s, Tensor) else s for s in (output_split_sizes, input_split_sizes)]
-        return original(output, input, *sizes, **kwargs)
+        return all_to_all_single(output, input, *sizes, **kwargs)
 
-    dist.all_to_all_single = all_to_all_single
+    def uneven_gather(tensor_list: list[Tensor], tensor: Tensor, group=None, **kwargs: Any):
+        sizes = [len(t) if t.dim() else 1 for t in tensor_list]
+        if len(set(sizes)) == 1:
+            return all_gather(tensor_list, tensor, group=group, **kwargs)
+        padded = [t.new_empty(max(sizes), *t.shape[1:]) for t in tensor_list]
+        mine = torch.cat([tensor, tensor.new_zeros(max(sizes) - len(tensor), *tensor.shape[1:])])
+        all_gather(padded, mine, group=group)
+        for out, part in zip(tensor_list, padded, strict=True):
+            out.copy_(part[: len(out)])
+
+    def uneven_scatter(output: Tensor, input_list: list[Tensor], op=dist.ReduceOp.SUM, group=None, **kwargs: Any):
+        if len({t.shape for t in input_list}) == 1:
+            return reduce_scatter(output, input_list, op=op, group=group, **kwargs)
+        total = torch.cat(list(input_list))
+        dist.all_reduce(total, op=op, group=group)
+        output.copy_(total.split([len(t) for t in input_list])[dist.get_rank(group)])
+
+    dist.all_to_all_single, dist.all_gather, dist.reduce_scatter = tensor_splits, uneven_gather, uneven_scatter

@@ -33,23 +33,62 @@ class Part:
     shape: tuple[int, ...]
     dim: int | None
 
+    def of_expert(self, number: int) -> Part:
+        """The same tensor of expert `number`: names of experts' parts hold a place for it."""
+        return Part(self.name.format(expert=number), self.shape, self.dim)
+
     def local_shape(self, tp: int) -> tuple[int, ...]:
         return tuple(-(-n // tp) if i == self.dim else n for i, n in enumerate(self.shape))
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One Megatron parameter: pipeline stage, name on that stage, and its parts."""
+    """One Megatron parameter: pipeline stage, name on that stage, and its parts.
+
+    slot: which of its experts an expert-parallel rank calls by this name; None outside experts. Rank r of ep holds the
+    experts from r * num_experts / ep on, sharded over expert tensor parallelism (etp) instead of tp.
+    """
 
     stage: int
     parameter: str
     parts: tuple[Part, ...]
+    slot: int | None = None
 
 
-def plan(architecture: Architecture, pp: int, fused_norms: bool = False) -> list[Entry]:
+@dataclass(frozen=True)
+class Shards:
+    """How a kind of parameter is spread over one pipeline stage: `tp` shards of each tensor on each of `ep` sets of experts.
+
+    tp_rank, ep_rank: this rank's place. group: the tp * ep ranks that hold all of it, tp fastest; None for one rank.
+    """
+
+    tp: int
+    tp_rank: int
+    ep: int = 1
+    ep_rank: int = 0
+    group: dist.ProcessGroup | None = None
+
+
+def shards_of(entry: Entry) -> Shards:
+    """The present layout of a dense or an expert parameter."""
+    ps = parallel_state
+    if entry.slot is None:
+        return Shards(
+            ps.get_tensor_model_parallel_world_size(), ps.get_tensor_model_parallel_rank(), group=ps.get_tensor_model_parallel_group()
+        )
+    return Shards(
+        ps.get_expert_tensor_parallel_world_size(),
+        ps.get_expert_tensor_parallel_rank(),
+        ps.get_expert_model_parallel_world_size(),
+        ps.get_expert_model_parallel_rank(),
+        ps.get_expert_tensor_and_model_parallel_group(),
+    )
+
+
+def plan(architecture: Architecture, pp: int, ep: int = 1, transformer_engine: bool = False) -> list[Entry]:
     """Every parameter of the model, stage by stage.
 
-    fused_norms: Transformer Engine keeps a norm's weight inside the linear layer that follows it.
+    transformer_engine: its layers keep a norm's weight inside the linear layer that follows, and number grouped experts.
     Tied embeddings with pp > 1: the last stage's copy is listed too (its parts repeat the embedding's name).
     """
     a = architecture
@@ -58,7 +97,9 @@ def plan(architecture: Architecture, pp: int, fused_norms: bool = False) -> list
     per_stage = a.num_hidden_layers // pp
     for number in range(a.num_hidden_layers):
         stage, local = divmod(number, per_stage)
-        entries += [Entry(stage, f"decoder.layers.{local}.{name}", parts) for name, parts in _layer(a, number, fused_norms)]
+        prefix = f"decoder.layers.{local}."
+        entries += [Entry(stage, prefix + name, parts) for name, parts in _layer(a, number, transformer_engine)]
+        entries += [Entry(stage, prefix + name, parts, slot) for slot, name, parts in _experts(a, number, ep, transformer_engine)]
     entries.append(Entry(pp - 1, "decoder.final_layernorm.weight", (Part("model.norm.weight", (a.hidden_size,), None),)))
     if not a.tie_word_embeddings:
         entries.append(Entry(pp - 1, "output_layer.weight", (vocabulary("lm_head.weight"),)))
@@ -67,7 +108,7 @@ def plan(architecture: Architecture, pp: int, fused_norms: bool = False) -> list
     return entries
 
 
-def _layer(a: Architecture, number: int, fused_norms: bool) -> list[tuple[str, tuple[Part, ...]]]:
+def _layer(a: Architecture, number: int, transformer_engine: bool) -> list[tuple[str, tuple[Part, ...]]]:
     prefix = f"model.layers.{number}."
     hidden, ffn = a.hidden_size, a.intermediate_size
     q, kv = a.num_attention_heads * a.head_dim, a.num_key_value_heads * a.head_dim
@@ -75,9 +116,9 @@ def _layer(a: Architecture, number: int, fused_norms: bool) -> list[tuple[str, t
     def part(name: str, *shape: int, dim: int | None = None) -> Part:
         return Part(prefix + name + ".weight", shape, dim)
 
-    return [
+    layers = [
         (
-            "self_attention.linear_qkv.layer_norm_weight" if fused_norms else "input_layernorm.weight",
+            "self_attention.linear_qkv.layer_norm_weight" if transformer_engine else "input_layernorm.weight",
             (part("input_layernorm", hidden),),
         ),
         (
@@ -91,9 +132,29 @@ def _layer(a: Architecture, number: int, fused_norms: bool) -> list[tuple[str, t
         ("self_attention.q_layernorm.weight", (part("self_attn.q_norm", a.head_dim),)),
         ("self_attention.k_layernorm.weight", (part("self_attn.k_norm", a.head_dim),)),
         ("self_attention.linear_proj.weight", (part("self_attn.o_proj", hidden, q, dim=1),)),
-        ("mlp.linear_fc1.layer_norm_weight" if fused_norms else "pre_mlp_layernorm.weight", (part("post_attention_layernorm", hidden),)),
+    ]
+    if a.is_moe:
+        router = Part(prefix + "mlp.gate.weight", (a.num_experts, hidden), None)
+        return [*layers, ("pre_mlp_layernorm.weight", (part("post_attention_layernorm", hidden),)), ("mlp.router.weight", (router,))]
+    norm = "mlp.linear_fc1.layer_norm_weight" if transformer_engine else "pre_mlp_layernorm.weight"
+    return [
+        *layers,
+        (norm, (part("post_attention_layernorm", hidden),)),
         ("mlp.linear_fc1.weight", (part("mlp.gate_proj", ffn, hidden, dim=0), part("mlp.up_proj", ffn, hidden, dim=0))),
         ("mlp.linear_fc2.weight", (part("mlp.down_proj", hidden, ffn, dim=1),)),
+    ]
+
+
+def _experts(a: Architecture, number: int, ep: int, transformer_engine: bool) -> list[tuple[int, str, tuple[Part, ...]]]:
+    """(slot, parameter, parts) of a layer's experts on one expert-parallel rank; nothing in a dense model."""
+    prefix, hidden, ffn = f"model.layers.{number}.mlp.experts.{{expert}}.", a.hidden_size, a.moe_intermediate_size
+    name = "mlp.experts.{linear}.weight{slot}" if transformer_engine else "mlp.experts.local_experts.{slot}.{linear}.weight"
+    gate_up = (Part(prefix + "gate_proj.weight", (ffn, hidden), 0), Part(prefix + "up_proj.weight", (ffn, hidden), 0))
+    down = (Part(prefix + "down_proj.weight", (hidden, ffn), 1),)
+    return [
+        (slot, name.format(slot=slot, linear=linear), parts)
+        for slot in range(a.num_experts // ep)
+        for linear, parts in (("linear_fc1", gate_up), ("linear_fc2", down))
     ]
 
 
@@ -118,24 +179,37 @@ def join(entry: Entry, shards: list[Tensor], architecture: Architecture) -> Tens
     return torch.cat(grouped, dim=1).reshape(-1, width)
 
 
-def load_hf(model: nn.Module, architecture: Architecture, folder: str | Path, fused_norms: bool) -> None:
+def load_hf(model: nn.Module, architecture: Architecture, folder: str | Path, transformer_engine: bool) -> None:
     """Copy this rank's shards out of a checkpoint folder (one or many safetensors files) into `model`, in place.
 
     Raises:
         ValueError: no safetensors there, an unreadable file, a tensor missing or of another shape: named.
     """
-    tp, tp_rank = parallel_state.get_tensor_model_parallel_world_size(), parallel_state.get_tensor_model_parallel_rank()
     stage = parallel_state.get_pipeline_model_parallel_rank()
     parameters = dict(model.named_parameters())
     reader = _Reader(Path(folder))
-    for entry in plan(architecture, parallel_state.get_pipeline_model_parallel_world_size(), fused_norms):
+    for entry in _present_plan(architecture, transformer_engine):
         if entry.stage != stage:
             continue
+        layout = shards_of(entry)
         target = parameters.pop(entry.parameter)
-        shards = [reader.shard(part, tp, tp_rank) for part in entry.parts]
+        shards = [reader.shard(part, layout.tp, layout.tp_rank) for part in _parts_on(entry, layout.ep_rank, architecture, layout.ep)]
         with torch.no_grad():
             target.copy_(join(entry, shards, architecture))
     assert not parameters, f"parameters without a Hugging Face counterpart: {sorted(parameters)}"
+
+
+def _present_plan(architecture: Architecture, transformer_engine: bool) -> list[Entry]:
+    pp = parallel_state.get_pipeline_model_parallel_world_size()
+    ep = parallel_state.get_expert_model_parallel_world_size() if architecture.is_moe else 1
+    return plan(architecture, pp, ep, transformer_engine)
+
+
+def _parts_on(entry: Entry, ep_rank: int, architecture: Architecture, ep: int) -> list[Part]:
+    """The parts that an expert-parallel rank holds under the entry's name."""
+    if entry.slot is None:
+        return list(entry.parts)
+    return [part.of_expert(ep_rank * (architecture.num_experts // ep) + entry.slot) for part in entry.parts]
 
 
 class _Reader:
@@ -183,29 +257,29 @@ class _Reader:
         return torch.cat([piece, piece.new_zeros(missing, *piece.shape[1:])]) if missing else piece
 
 
-def export_buckets(model: nn.Module, architecture: Architecture, bucket_bytes: int, fused_norms: bool) -> Iterator[Bucket]:
-    """All weights under Hugging Face names, whole, in buckets of about `bucket_bytes` (one tensor at least).
+def export_buckets(model: nn.Module, architecture: Architecture, bucket_bytes: int, transformer_engine: bool) -> Iterator[Bucket]:
+    """All weights under Hugging Face names, whole, in buckets of about `bucket_bytes` (one parameter of each rank at least).
 
-    Every rank of a model-parallel group must iterate to the end: each bucket is one all-gather over TP on the owning
-    stage and one broadcast over PP. Peak extra memory is about two buckets. Tied embeddings are exported once.
+    Every rank of the job must iterate to the end: each bucket is one all-gather over TP (over ETP and EP for experts) on
+    the owning stage and one broadcast over PP. Peak extra memory is about two buckets. Tied embeddings are exported once.
     """
-    pp = parallel_state.get_pipeline_model_parallel_world_size()
-    entries = plan(architecture, pp, fused_norms)
-    if architecture.tie_word_embeddings and pp > 1:
+    entries = _present_plan(architecture, transformer_engine)
+    if architecture.tie_word_embeddings and entries[-1].parameter == "output_layer.weight":
         entries = entries[:-1]
     parameters = dict(model.named_parameters())
     itemsize = next(iter(parameters.values())).element_size()
-    for stage_entries in _cut(entries, bucket_bytes, itemsize):
-        yield _export(stage_entries, parameters, architecture)
+    for bucket in _cut(entries, bucket_bytes, itemsize):
+        yield _export(bucket, parameters, architecture)
 
 
 def _cut(entries: list[Entry], bucket_bytes: int, itemsize: int) -> Iterator[list[Entry]]:
-    """Consecutive entries of one stage, together at most `bucket_bytes` when whole."""
+    """Consecutive entries of one stage and one kind, together at most `bucket_bytes` when whole."""
     pending: list[Entry] = []
     size = 0
     for entry in entries:
-        entry_size = sum(prod(part.shape) for part in entry.parts) * itemsize
-        if pending and (entry.stage != pending[0].stage or size + entry_size > bucket_bytes):
+        entry_size = shards_of(entry).ep * sum(prod(part.shape) for part in entry.parts) * itemsize
+        other_kind = pending and (entry.stage, entry.slot is None) != (pending[0].stage, pending[0].slot is None)
+        if pending and (other_kind or size + entry_size > bucket_bytes):
             yield pending
             pending, size = [], 0
         pending.append(entry)
@@ -214,28 +288,30 @@ def _cut(entries: list[Entry], bucket_bytes: int, itemsize: int) -> Iterator[lis
 
 
 def _export(entries: list[Entry], parameters: dict[str, nn.Parameter], architecture: Architecture) -> Bucket:
-    tp = parallel_state.get_tensor_model_parallel_world_size()
-    parts = [part for entry in entries for part in entry.parts]
-    sizes = [tp * prod(part.local_shape(tp)) for part in parts]
+    layout = shards_of(entries[0])
+    sizes = [prod(part.local_shape(layout.tp)) for entry in entries for part in entry.parts]
     example = next(iter(parameters.values()))
-    owner = entries[0].stage == parallel_state.get_pipeline_model_parallel_rank()
-    if owner:
+    ranks = layout.tp * layout.ep
+    if entries[0].stage == parallel_state.get_pipeline_model_parallel_rank():
         shards = [shard for e in entries for shard in split(e, parameters[e.parameter].detach(), architecture)]
-        flat = _gather_over_tp(torch.cat([shard.reshape(-1) for shard in shards]), tp)
+        flat = _gather(torch.cat([shard.reshape(-1) for shard in shards]), ranks, layout.group)
     else:
-        flat = torch.empty(sum(sizes), dtype=example.dtype, device=example.device)
+        flat = torch.empty(ranks * sum(sizes), dtype=example.dtype, device=example.device)
     if parallel_state.get_pipeline_model_parallel_world_size() > 1:
         group = parallel_state.get_pipeline_model_parallel_group()
         dist.broadcast(flat, src=dist.get_global_rank(group, entries[0].stage), group=group)
-    by_rank = flat.view(tp, -1).split([size // tp for size in sizes], dim=1)
-    return [(part.name, _whole(part, shards, tp)) for part, shards in zip(parts, by_rank, strict=True)]
+    bucket = []
+    for ep_rank, block in enumerate(flat.view(layout.ep, layout.tp, -1)):
+        parts = [part for entry in entries for part in _parts_on(entry, ep_rank, architecture, layout.ep)]
+        bucket += [(part.name, _whole(part, shards, layout.tp)) for part, shards in zip(parts, block.split(sizes, dim=1), strict=True)]
+    return bucket
 
 
-def _gather_over_tp(flat: Tensor, tp: int) -> Tensor:
-    if tp == 1:
+def _gather(flat: Tensor, ranks: int, group: dist.ProcessGroup | None) -> Tensor:
+    if ranks == 1:
         return flat
-    gathered = torch.empty(tp * flat.numel(), dtype=flat.dtype, device=flat.device)
-    dist.all_gather_into_tensor(gathered, flat, group=parallel_state.get_tensor_model_parallel_group())
+    gathered = torch.empty(ranks * flat.numel(), dtype=flat.dtype, device=flat.device)
+    dist.all_gather_into_tensor(gathered, flat, group=group)
     return gathered
 
 

@@ -5,6 +5,8 @@ The split changes memory and speed only: losses are sums with one global normali
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -44,6 +46,13 @@ def make_microbatches(batch: Batch, budget: int, multiple: int = 1, at_least: in
         longest = int(batch.lengths[index].max())
         microbatches.append((batch.rows(index, longest + -longest % multiple), index))
     return microbatches
+
+
+def idle_microbatch(batch: Batch, multiple: int) -> tuple[Batch, Tensor]:
+    """A row that counts for nothing (no loss token, no real token), for a rank that has run out of its own."""
+    index = torch.zeros(1, dtype=torch.int64)
+    row = batch.rows(index, multiple)
+    return replace(row, loss_mask=torch.zeros_like(row.loss_mask), lengths=torch.zeros_like(row.lengths)), index
 
 
 def pad_columns(batch: Batch, multiple: int) -> Batch:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from ais_megatron.config import Architecture, Config
 from ais_megatron.policy.logprobs import vocab_parallel_logprobs
+from ais_megatron.policy.routing import Router
 
 
 def uses_transformer_engine() -> bool:
@@ -44,7 +45,6 @@ def build_model(config: Config, temperature: float, on_cpu: bool) -> PolicyModel
     model.true_vocab_size = architecture.vocab_size
     model.temperature = temperature
     model.logprob_chunk_tokens = config.train.logprob_chunk_tokens
-    model = model.to(transformer_config.params_dtype)
     return model if on_cpu else model.cuda()
 
 
@@ -114,13 +114,36 @@ def transformer_config_of(config: Config, on_cpu: bool) -> TransformerConfig:
         masked_softmax_fusion=False,
         bias_dropout_fusion=False,
         **(recompute if config.model.recompute == "full" else {}),
+        **(_moe_options(config) if architecture.is_moe else {}),
+    )
+
+
+def _moe_options(config: Config) -> dict[str, object]:
+    architecture, parallel = config.architecture, config.parallel
+    return dict(
+        num_moe_experts=architecture.num_experts,
+        moe_ffn_hidden_size=architecture.moe_intermediate_size,
+        moe_router_topk=architecture.num_experts_per_tok,
+        # Softmax over the chosen k equals softmax over all, scaled to sum 1; without that scaling it comes first.
+        moe_router_pre_softmax=not architecture.norm_topk_prob,
+        moe_router_dtype="fp32",
+        moe_router_load_balancing_type="none",  # ours, see routing.py
+        moe_grouped_gemm=uses_transformer_engine(),
+        expert_model_parallel_size=parallel.ep,
+        expert_tensor_parallel_size=parallel.etp,
     )
 
 
 def _layer_spec(config: TransformerConfig) -> ModuleSpec | TransformerBlockSubmodules:
+    experts = dict(num_experts=config.num_moe_experts, moe_grouped_gemm=config.moe_grouped_gemm)
     if uses_transformer_engine():
-        return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=True)
-    layer = get_gpt_layer_local_spec(qk_layernorm=True, normalization="RMSNorm")
+        layer = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=True, **experts)
+        if config.num_moe_experts:
+            layer.submodules.mlp.submodules.router = Router
+        return layer
+    layer = get_gpt_layer_local_spec(qk_layernorm=True, normalization="RMSNorm", **experts)
+    if config.num_moe_experts:
+        layer.submodules.mlp.submodules.router = Router
     layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = RMSNorm
     attention = layer.submodules.self_attention.submodules
     attention.q_layernorm = attention.k_layernorm = RMSNorm

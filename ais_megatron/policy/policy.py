@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -37,8 +38,9 @@ from ais_megatron.policy import cpu_backend
 from ais_megatron.policy.calibration import Calibration, Calibrator
 from ais_megatron.policy.cpu_backend import ON_CPU
 from ais_megatron.policy.hf_weights import Bucket, export_buckets, load_hf
-from ais_megatron.policy.microbatches import make_microbatches, pad_columns
+from ais_megatron.policy.microbatches import idle_microbatch, make_microbatches, pad_columns
 from ais_megatron.policy.model import build_model, uses_transformer_engine
+from ais_megatron.policy.routing import Routing, attach
 
 # (microbatch, its row numbers, logprobs, entropy) -> (loss sum with grad, number of tokens, float64 metric sums)
 LossFunction = Callable[[Batch, Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
@@ -63,6 +65,7 @@ def initialize_parallel(config: Config) -> None:
             pipeline_model_parallel_size=parallel.pp,
             context_parallel_size=parallel.cp,
             expert_model_parallel_size=parallel.ep,
+            expert_tensor_parallel_size=parallel.etp,
             create_gloo_process_groups=False,
         )
         model_parallel_cuda_manual_seed(config.run.seed)
@@ -89,6 +92,7 @@ class Policy:
 
     def __init__(self, config: Config, optimizer: OptimizerConfig, total_steps: int, temperature: float, path: str | None) -> None:
         self.config = config
+        self.routing_metrics: dict[str, float] = {}
         self.seq_multiple = config.parallel.tp if config.parallel.sequence_parallel else 1
         torch.manual_seed(config.run.seed)
         with cpu_backend.active():
@@ -104,6 +108,9 @@ class Policy:
         self.optimizer.get_grad_norm = _refuse_non_finite(self.optimizer.get_grad_norm)
         self.model.config.finalize_model_grads_func = finalize_model_grads
         self.model.config.grad_scale_func = self.optimizer.scale_loss
+        self.routing = _routing(config) if config.architecture.is_moe else None
+        if self.routing is not None:
+            attach(self.model, self.routing)
         self.calibrator = Calibrator(self.model, config.architecture.num_hidden_layers, config.calibration.margin)
 
     @property
@@ -124,9 +131,11 @@ class Policy:
         return self._from_last_stage(result)[:, : batch.tokens.shape[1]]
 
     def logprobs_and_calibration(self, batch: Batch) -> tuple[Tensor, Calibration]:
-        """`logprobs`, and the ranges of Q, K and V seen on the way."""
-        with self.calibrator.recording():
+        """`logprobs`, and the ranges of Q, K and V seen on the way; of a MoE model also where its tokens went."""
+        with self.calibrator.recording(), self.routing.recording() if self.routing else nullcontext():
             logprobs = self.logprobs(batch)
+        if self.routing is not None:
+            self.routing_metrics = self.routing.finish_recording()
         return logprobs, self.calibrator.result()
 
     def calibrate(self, batch: Batch) -> Calibration:
@@ -144,7 +153,7 @@ class Policy:
         """
         updates = torch.arange(len(batch)).chunk(self.config.train.updates_per_batch)
         results = [self._update(batch.rows(rows), old_logprobs[rows], scaler) for rows in updates]
-        return {name: sum(r[name] for r in results) / len(results) for name in results[0]}
+        return {name: sum(r[name] for r in results) / len(results) for name in results[0]} | self.routing_metrics
 
     def _update(self, batch: Batch, old_logprobs: Tensor, scaler: AISLossScaler) -> dict[str, float]:
         batch = pad_columns(batch, self.seq_multiple)
@@ -177,6 +186,10 @@ class Policy:
 
     def _optimize(self, batch: Batch, loss_function: LossFunction, names: tuple[str, ...]) -> dict[str, float]:
         """Forward and backward over all microbatches, then one optimizer step; metric means per token, over the whole job."""
+        if self.routing is not None:
+            counts = torch.stack([batch.loss_mask.sum(), batch.lengths.sum()]).double()
+            loss_tokens, real_tokens = all_reduce_sum(counts, data_parallel_group()).tolist()
+            self.routing.tokens_scale = loss_tokens / max(real_tokens, 1.0)
         with cpu_backend.active():
             self.ddp.zero_grad_buffer()
             self.optimizer.zero_grad()
@@ -192,7 +205,7 @@ class Policy:
     def _run(self, batch: Batch, loss_function: LossFunction, forward_only: bool) -> Tensor:
         """All microbatches through Megatron's schedule; on the last stage the float64 ``[microbatches, metrics + 1]``
         metric sums, whose last column is the number of tokens."""
-        microbatches = make_microbatches(batch, self.config.train.tokens_per_microbatch, self.seq_multiple)
+        microbatches = self._microbatches(batch)
         with cpu_backend.active():
             results = get_forward_backward_func()(
                 forward_step_func=partial(self._forward_step, loss_function),
@@ -205,9 +218,22 @@ class Policy:
             )
         return torch.stack(results) if results else torch.zeros(0)
 
+    def _microbatches(self, batch: Batch) -> list[tuple[Batch, Tensor]]:
+        """As many on every data-parallel rank where experts are spread over them: each layer waits for all of their tokens."""
+        budget = self.config.train.tokens_per_microbatch
+        microbatches = make_microbatches(batch, budget, self.seq_multiple)
+        if self.routing is None or dist.get_world_size(data_parallel_group()) == 1:
+            return microbatches
+        most = torch.tensor(len(microbatches), device=device())
+        dist.all_reduce(most, op=dist.ReduceOp.MAX, group=data_parallel_group())
+        microbatches = make_microbatches(batch, budget, self.seq_multiple, at_least=int(most))
+        return microbatches + [idle_microbatch(batch, self.seq_multiple)] * (int(most) - len(microbatches))
+
     def _forward_step(self, loss_function: LossFunction, microbatches: Iterator[tuple[Batch, Tensor]], model: torch.nn.Module):  # noqa: ANN202
         rows, index = next(microbatches)
         self.calibrator.lengths = rows.lengths
+        if self.routing is not None:
+            self.routing.see(rows)
         positions = torch.arange(rows.tokens.shape[1], device=rows.tokens.device).expand_as(rows.tokens)
         output = model(rows.tokens, positions, None, labels=rows.tokens)
 
@@ -235,6 +261,18 @@ class Policy:
         with rank_consistent():
             load_hf(self.model, self.config.architecture, path, uses_transformer_engine())
         self.optimizer.reload_model_params()
+
+
+def _routing(config: Config) -> Routing:
+    architecture, moe = config.architecture, config.moe
+    return Routing(
+        num_layers=architecture.num_hidden_layers,
+        num_experts=architecture.num_experts,
+        top_k=architecture.num_experts_per_tok,
+        aux_coefficient=moe.aux_coefficient,
+        z_coefficient=moe.z_coefficient,
+        replay=moe.routing_replay,
+    )
 
 
 def _optimizer_config(config: Config, optimizer: OptimizerConfig) -> MegatronOptimizerConfig:

@@ -1,0 +1,165 @@
+"""Routing in a MoE policy: balance, replay and what the metrics say about both.
+
+    auxiliary loss = aux_coefficient * E * sum_i f_i P_i,     z-loss = z_coefficient * mean(logsumexp(logits)^2)
+
+Source: Switch Transformer (arXiv 2101.03961, equation 4) with f over the global batch (arXiv 2501.11873), ST-MoE (arXiv
+2202.08906) for the z-loss. Megatron forms f_i, the share of tokens sent to expert i, per microbatch, so that its gradient
+depends on the split. Here f comes from a pass over the whole batch that runs before the training pass anyway. Given f both
+losses are plain sums over tokens, so their gradient is the same for any number of microbatches or ranks; it enters through
+Megatron's own `MoEAuxLossAutoScaler` and therefore never meets alpha.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler, topk_routing_with_score_function
+from megatron.core.transformer.moe.router import TopKRouter
+from torch import Tensor, nn
+
+from ais_megatron.batch import Batch
+from ais_megatron.distributed import device
+
+
+@dataclass
+class Routing:
+    """What the routers of one model share. `see` is called with each microbatch before its forward pass.
+
+    fractions: float32 ``[num_layers, num_experts]``, f of the last recorded batch; None before the first.
+    tokens_scale: loss tokens / real tokens of the update: Megatron divides every gradient by the number of loss tokens,
+        while the losses here are means over all real tokens.
+    """
+
+    num_layers: int
+    num_experts: int
+    top_k: int
+    aux_coefficient: float
+    z_coefficient: float
+    replay: bool
+    tokens_scale: float = 1.0
+    fractions: Tensor | None = None
+    _rows: Batch | None = None
+    _recording: bool = False
+    _counts: Tensor = field(default_factory=lambda: torch.zeros(0))
+    _compared: Tensor = field(default_factory=lambda: torch.zeros(2))
+
+    def see(self, rows: Batch) -> None:
+        self._rows = rows
+
+    @contextmanager
+    def recording(self) -> Iterator[None]:
+        """Count where tokens go during the forward passes inside."""
+        self._counts = torch.zeros(self.num_layers, self.num_experts, dtype=torch.float64, device=device())
+        self._compared = torch.zeros(2, dtype=torch.float64, device=device())  # tokens whose expert set differs, tokens compared
+        self._recording = True
+        try:
+            yield
+        finally:
+            self._recording = False
+
+    def finish_recording(self) -> dict[str, float]:
+        """Join all ranks' counts (each token is counted by one rank of its stage), set `fractions`, return the metrics."""
+        vector = torch.cat([self._counts.view(-1), self._compared])
+        if dist.get_world_size() > 1:
+            dist.all_reduce(vector)
+        counts = vector[:-2].view(self.num_layers, self.num_experts)
+        differing, compared = vector[-2:].tolist()
+        totals = counts.sum(1, keepdim=True).clamp(min=1.0)
+        self.fractions = (counts / totals).float()
+        load = counts.amax(1) / counts.mean(1).clamp(min=1e-9)
+        metrics = {"expert_load_max_over_mean": float(load.mean()), "expert_load_worst_layer": float(load.max())}
+        return metrics | ({"routing_differs_fraction": differing / compared} if compared else {})
+
+    def _local(self, tensor: Tensor, num_tokens: int) -> Tensor:
+        """``[batch, seq, ...]`` as this rank's router sees it: ``[tokens, ...]``, sequence first, its slice of the sequence."""
+        flat = tensor.transpose(0, 1)
+        shards = flat.shape[0] * flat.shape[1] // num_tokens
+        if shards > 1:
+            flat = flat.chunk(shards)[parallel_state.get_tensor_model_parallel_rank()]
+        return flat.reshape(num_tokens, *flat.shape[2:])
+
+    def real_tokens(self, num_tokens: int) -> Tensor:
+        """bool ``[tokens]``, False on padding."""
+        columns = torch.arange(self._rows.tokens.shape[1], device=self._rows.lengths.device)
+        return self._local(columns < self._rows.lengths[:, None], num_tokens)
+
+    def engine_experts(self, layer: int, num_tokens: int) -> Tensor | None:
+        """int64 ``[tokens, top_k]``, what the rollout engine chose, -1 where it chose nothing; None if it did not tell."""
+        if self._rows.routed_experts is None:
+            return None
+        return self._local(self._rows.routed_experts[:, :, layer], num_tokens).long()
+
+    def record(self, layer: int, chosen: Tensor, real: Tensor) -> None:
+        """chosen: bool ``[tokens, num_experts]``, where the tokens were sent."""
+        if self._recording:
+            self._counts[layer] += chosen[real].sum(0)
+
+    def compare(self, own: Tensor, engine: Tensor, real: Tensor) -> None:
+        """own, engine: int64 ``[tokens, top_k]``."""
+        if self._recording:
+            known = real & (engine[:, 0] >= 0)
+            differs = (own.sort(-1).values != engine.sort(-1).values).any(-1)
+            self._compared += torch.stack([(differs & known).sum(), known.sum()])
+
+
+class _Replay:
+    """Megatron's hook around the choice of experts (`RouterReplay.get_replay_topk`): own choice, or the engine's."""
+
+    def __init__(self, routing: Routing, layer: int, real: Tensor) -> None:
+        self.routing, self.layer, self.real = routing, layer, real
+
+    def get_replay_topk(self, scores: Tensor, topk: int, num_groups, group_topk, default_compute_topk) -> tuple[Tensor, Tensor]:  # noqa: ANN001
+        values, own = default_compute_topk(scores, topk, num_groups=num_groups, group_topk=group_topk)
+        engine = self.routing.engine_experts(self.layer, len(scores))
+        if engine is None:
+            return values, own
+        self.routing.compare(own, engine, self.real)
+        if not self.routing.replay:
+            return values, own
+        chosen = torch.where(engine >= 0, engine, own)
+        return scores.gather(1, chosen), chosen
+
+
+class Router(TopKRouter):
+    """Qwen3-MoE's router: logits and softmax in FP32, top-k, probabilities scaled to sum 1 where the model says so.
+
+    Dropless: every token reaches its experts. `routing_state` is set by `attach`.
+    """
+
+    routing_state: Routing
+
+    def routing(self, logits: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """logits: ``[seq, batch, num_experts]``; returns probabilities and choice, ``[tokens, num_experts]`` each."""
+        state, layer = self.routing_state, self.layer_number - 1
+        logits = logits.view(-1, state.num_experts)
+        real = state.real_tokens(len(logits))
+        training = torch.is_grad_enabled() and self.training
+        if training and state.z_coefficient:
+            z_loss = (logits[real].logsumexp(-1).square().sum()) * (state.z_coefficient * state.tokens_scale)
+            logits = MoEAuxLossAutoScaler.apply(logits, z_loss)
+        probabilities, chosen = topk_routing_with_score_function(
+            logits,
+            self.topk,
+            use_pre_softmax=self.config.moe_router_pre_softmax,
+            score_function="softmax",
+            router_replay=_Replay(state, layer, real),
+        )
+        if training and state.aux_coefficient and state.fractions is not None:
+            # sum over tokens of E * f . p; Megatron's division by the loss tokens and tokens_scale make it the mean.
+            shares = logits[real].softmax(-1, dtype=torch.float32) @ state.fractions[layer]
+            aux_loss = shares.sum() * (state.aux_coefficient * state.num_experts * state.tokens_scale)
+            probabilities = MoEAuxLossAutoScaler.apply(probabilities, aux_loss)
+        state.record(layer, chosen, real)
+        return probabilities, chosen
+
+
+def attach(model: nn.Module, routing: Routing) -> None:
+    """Give all routers of `model` the state they share."""
+    for module in model.modules():
+        if isinstance(module, Router):
+            module.routing_state = routing
