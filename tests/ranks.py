@@ -16,6 +16,9 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
+# gloo's threads outlive their groups, about 50 for each set that Megatron makes: fresh processes now and then keep them few.
+RUNS_PER_PROCESS = 16
+
 
 class RankError(AssertionError):
     """A rank failed; the message is its traceback."""
@@ -27,6 +30,7 @@ class RankPool:
         self._start()
 
     def _start(self) -> None:
+        self._runs = 0
         context = multiprocessing.get_context("spawn")
         self._pipes: list[Connection] = []
         self._processes = []
@@ -38,6 +42,9 @@ class RankPool:
             self._processes.append(process)
 
     def run(self, num_ranks: int, function: Callable[..., Any], timeout: float = 240.0, **arguments: Any) -> list[Any]:
+        if self._runs == RUNS_PER_PROCESS:
+            self.restart()
+        self._runs += 1
         port = _free_port()
         name = (function.__module__, function.__qualname__)
         for pipe in self._pipes[:num_ranks]:
