@@ -22,6 +22,8 @@ from torch import Tensor, nn
 from ais_megatron.config import Architecture
 from ais_megatron.quantization.fp8 import BLOCK, E4M3, dequantize_block, quantize_dequantize_groups
 
+_MULTIPLE = 8  # grouped_mm wants rows of whole 16 bytes: 8 BF16 values
+
 
 class RoutingRecord:
     """The experts that each layer chose in the model's latest forward pass."""
@@ -43,11 +45,19 @@ class Experts(nn.Module):
 
     gate_up: ``[num_experts, 2 (gate, up), intermediate, hidden]``; down: ``[num_experts, hidden, intermediate]``, both in
     `dtype`. They are filled through the views that `named_tensors` gives.
+
+    Raises:
+        ValueError: sizes that `grouped_mm` cannot take.
     """
 
     def __init__(self, architecture: Architecture, dtype: torch.dtype) -> None:
         super().__init__()
         experts, size, hidden = architecture.num_experts, architecture.moe_intermediate_size, architecture.hidden_size
+        if size % _MULTIPLE or hidden % _MULTIPLE:
+            raise ValueError(
+                f"model.architecture: hidden_size={hidden} and moe_intermediate_size={size} must be multiples of {_MULTIPLE} "
+                "for the local engine"
+            )
         # Not in the state dict, where they would appear under names that nobody pushes.
         self.register_buffer("gate_up", torch.empty(experts, 2, size, hidden, dtype=dtype), persistent=False)
         self.register_buffer("down", torch.empty(experts, hidden, size, dtype=dtype), persistent=False)
@@ -86,7 +96,7 @@ class Experts(nn.Module):
         out = F.grouped_mm(inner, down.transpose(1, 2), offs=ends)
         back = torch.empty_like(order).index_copy_(0, order, torch.arange(len(order), device=x.device))
         out = out[back].view(*chosen.shape, -1).float()
-        return torch.bmm(probs[:, None].float(), out)[:, 0].to(x.dtype)
+        return out.mul_(probs[..., None]).sum(1).to(x.dtype)
 
 
 class FP8Experts(Experts):
