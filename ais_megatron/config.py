@@ -141,6 +141,7 @@ class RolloutConfig(Section):
     top_p: float = Field(1.0, gt=0.0, le=1.0)
     top_k: int = Field(0, ge=0, description="0: no limit")
     max_batch: PositiveInt = Field(256, description="responses that one engine decodes side by side")
+    return_routed_experts: bool = Field(False, description="MoE models: every response carries the experts the engine chose for it")
     sync_bucket_mb: float = Field(64.0, gt=0.0, description="bytes of weights in flight during a weight sync, in MiB")
 
     @property
@@ -352,6 +353,11 @@ def _batch_problems(config: Config) -> list[str]:
         problems.append(
             f"rollout.max_response_tokens={rollout.max_response_tokens}: leaves no room for a prompt within "
             f"model.architecture.max_position_embeddings={arch.max_position_embeddings}"
+        )
+    if rollout.return_routed_experts and arch is not None and not arch.is_moe:
+        problems.append(
+            f"rollout.return_routed_experts=true: model.architecture.model_type={arch.model_type} has no experts; "
+            "set rollout.return_routed_experts=false"
         )
     return problems
 

@@ -113,6 +113,7 @@ def quantize_dequantize_groups(x: Tensor, group: int = BLOCK) -> Tensor:
         float32 ``[..., K]``: a BF16 result would round a second time.
     """
     columns = x.shape[-1]
+    group = min(group, columns)  # one ragged group is a whole one of its own width, and needs no padding
     padded = F.pad(x.float(), (0, -columns % group)) if columns % group else x.float()
     groups = padded.unflatten(-1, (-1, group))
     scale = groups.abs().amax(-1, keepdim=True).clamp_(min=_MIN_GROUP_AMAX).div_(E4M3_MAX)

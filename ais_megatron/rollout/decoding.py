@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ais_megatron.batch import Prompt
 from ais_megatron.config import Architecture
 from ais_megatron.rollout.engine import SamplingParams
+from ais_megatron.rollout.experts import RoutingRecord
 from ais_megatron.rollout.kv_cache import KVCache, container_dtype
 from ais_megatron.rollout.sampling import choose_tokens, uniform_draws
 
@@ -30,8 +31,9 @@ _GPU_CHECK_STEPS = 8  # asking a GPU how many rows have ended waits for it, so t
 class Model:
     """What decoding needs to know about the engine.
 
-    causal_lm: transformers' Qwen3ForCausalLM with the attention of `kv_cache`.
+    causal_lm: transformers' Qwen3ForCausalLM or Qwen3MoeForCausalLM with the attention of `kv_cache`.
     kv_scales: float32 ``[num_layers, 2]`` of an FP8 cache, None for a cache that keeps what it gets.
+    routing: what the experts of the latest forward pass are read from, None where nobody asks for them.
     """
 
     causal_lm: nn.Module
@@ -41,19 +43,33 @@ class Model:
     device: torch.device
     eos_id: int
     pad_id: int
+    routing: RoutingRecord | None = None
 
     def forward(self, tokens: Tensor, positions: Tensor, mask: Tensor, cache: KVCache) -> Tensor:
         """Extend `cache` by `tokens`, int64 ``[rows, new]``; the logits after the last of them, float32 ``[rows, vocab]``.
 
-        mask: additive, ``[rows, 1, new, cache.length + new]``. Given as a mapping it is what transformers would have made
-        itself, at a cost of its own in every step.
+        mask: additive, ``[rows, 1, new, cache.length + new]``. A dense model takes it in a mapping, as what transformers would
+        have made itself at a cost in every step; a MoE model knows no mappings, but takes four dimensions as they are.
         """
         decoder = self.causal_lm.model
-        out = decoder(
-            input_ids=tokens, attention_mask={"full_attention": mask}, position_ids=positions, past_key_values=cache, use_cache=True
-        )
+        attention_mask = mask if self.architecture.is_moe else {"full_attention": mask}
+        out = decoder(input_ids=tokens, attention_mask=attention_mask, position_ids=positions, past_key_values=cache, use_cache=True)
         cache.advance(tokens.shape[1])
         return self.causal_lm.lm_head(out.last_hidden_state[:, -1]).float()
+
+
+@dataclass(frozen=True)
+class Responses:
+    """What a wave sampled, on the CPU; what follows a row's first end-of-sequence token means nothing.
+
+    tokens: int64 ``[rows, max_tokens]``; logprobs: float32 ``[rows, max_tokens]``.
+    routed_experts: int32 ``[rows, longest prompt + max_tokens - 1, num_layers, experts_per_token]``; prompts are left-padded, so
+        every row's first response token stands in column `longest prompt`. None where nobody asks.
+    """
+
+    tokens: Tensor
+    logprobs: Tensor
+    routed_experts: Tensor | None
 
 
 @dataclass
@@ -87,14 +103,9 @@ def plan_waves(prompts: Sequence[Prompt], num_samples: int, max_batch: int) -> l
     return [group[start : start + max_batch] for group in per_prompt for start in range(0, num_samples, max_batch)]
 
 
-def decode_wave(model: Model, prompts: Sequence[Prompt], rows: Sequence[Row], sampling: SamplingParams) -> tuple[Tensor, Tensor]:
-    """Sample the responses of `rows`.
-
-    Returns:
-        tokens: int64 ``[rows, max_tokens]`` on the CPU; what follows a row's first end-of-sequence token means nothing.
-        logprobs: float32 ``[rows, max_tokens]`` on the CPU, likewise.
-    """
-    state, cache = _prefill(model, prompts, rows, sampling)
+def decode_wave(model: Model, prompts: Sequence[Prompt], rows: Sequence[Row], sampling: SamplingParams) -> Responses:
+    """Sample the responses of `rows`."""
+    state, cache, routed = _prefill(model, prompts, rows, sampling)
     tokens = torch.full((len(rows), sampling.max_tokens), model.eos_id, device=model.device)
     logprobs = torch.zeros(len(rows), sampling.max_tokens, dtype=torch.float32, device=model.device)
     every = 1 if model.device.type == "cpu" else _GPU_CHECK_STEPS
@@ -117,11 +128,18 @@ def decode_wave(model: Model, prompts: Sequence[Prompt], rows: Sequence[Row], sa
                 chosen = chosen[keep]
         state.logits = model.forward(chosen[:, None], state.positions, state.mask[..., : cache.length + 1], cache)
         state.positions = state.positions + 1
-    return tokens.cpu(), logprobs.cpu()
+        if routed is not None:
+            routed[state.origin, cache.length - 1] = model.routing.latest()
+    return Responses(tokens.cpu(), logprobs.cpu(), None if routed is None else routed.cpu())
 
 
-def _prefill(model: Model, prompts: Sequence[Prompt], rows: Sequence[Row], sampling: SamplingParams) -> tuple[_Decoding, KVCache]:
-    """Run each distinct prompt of `rows` through the model once and lay the results out by row."""
+def _prefill(
+    model: Model, prompts: Sequence[Prompt], rows: Sequence[Row], sampling: SamplingParams
+) -> tuple[_Decoding, KVCache, Tensor | None]:
+    """Run each distinct prompt of `rows` through the model once and lay the results out by row.
+
+    The third result is `Responses.routed_experts`, filled as far as the prompts reach: its columns are the cache's.
+    """
     distinct = list(dict.fromkeys(i for i, _ in rows))
     longest = max(len(prompts[i].token_ids) for i in distinct)
     padded = [(model.pad_id,) * (longest - len(prompts[i].token_ids)) + tuple(prompts[i].token_ids) for i in distinct]
@@ -149,7 +167,12 @@ def _prefill(model: Model, prompts: Sequence[Prompt], rows: Sequence[Row], sampl
         draws=uniform_draws(sampling, [(prompts[i].index, sample) for i, sample in rows]).to(model.device),
         ended=torch.zeros(len(rows), dtype=torch.bool, device=model.device),
     )
-    return state, cache.repeat_rows(source, len(column))
+    routed = None
+    if model.routing is not None:
+        of_prompts = model.routing.latest().unflatten(0, tokens.shape)  # [prompts, longest, num_layers, experts_per_token]
+        routed = of_prompts.new_zeros(len(rows), len(column) - 1, *of_prompts.shape[2:])
+        routed[:, :longest] = of_prompts[source]
+    return state, cache.repeat_rows(source, len(column)), routed
 
 
 def _additive(visible: Tensor, model: Model) -> Tensor:

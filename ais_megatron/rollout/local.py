@@ -1,4 +1,4 @@
-"""The embedded rollout engine: transformers' Qwen3 in this process, in float32, BF16 or emulated FP8.
+"""The embedded rollout engine: transformers' Qwen3 or Qwen3-MoE in this process, in float32, BF16 or emulated FP8.
 
 It takes the same tensors under the same names as an SGLang server and computes what its FP8 kernels compute (block-128
 weights, 1x128 activations, an E4M3 KV cache with per-layer scales), so that rollout and training policy differ for the same
@@ -12,13 +12,14 @@ from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
-from transformers import Qwen3Config, Qwen3ForCausalLM
+from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from ais_megatron.batch import Prompt, Rollout
 from ais_megatron.config import Architecture, RolloutConfig
 from ais_megatron.quantization.kv_scales import kv_scale_name
-from ais_megatron.rollout.decoding import Model, Row, decode_wave, plan_waves
+from ais_megatron.rollout.decoding import Model, Responses, Row, decode_wave, plan_waves
 from ais_megatron.rollout.engine import Bucket, SamplingParams
+from ais_megatron.rollout.experts import FP8Experts, RoutingRecord, named_expert_tensors, replace_experts
 from ais_megatron.rollout.fp8_linear import FP8Linear, InputQuantizer, replace_linears
 from ais_megatron.rollout.kv_cache import ATTENTION, set_kv_scales
 from ais_megatron.rollout.sampling import check_sampling
@@ -33,10 +34,12 @@ class LocalEngine:
 
     Args:
         architecture: the model's; no weights are loaded, they all come through `update_weights`.
-        rollout: quantization, kv_cache and max_batch are read.
+        rollout: quantization, kv_cache, max_batch and return_routed_experts are read.
         eos_id: the token that ends a response.
         pad_id: any valid token, put where a prompt is shorter than its neighbours; nothing attends to it.
         dtype: bfloat16 or float32, of activations and of the weights that are not quantised.
+    Raises:
+        ValueError: routed experts wanted of a dense model.
     """
 
     def __init__(
@@ -49,6 +52,8 @@ class LocalEngine:
         device: torch.device | str,
         dtype: torch.dtype = torch.bfloat16,
     ) -> None:
+        if rollout.return_routed_experts and not architecture.is_moe:
+            raise ValueError(f"rollout.return_routed_experts=true: model_type={architecture.model_type} has no experts to return")
         device = torch.device(device)
         self._architecture = architecture
         self._max_batch = rollout.max_batch
@@ -57,9 +62,9 @@ class LocalEngine:
         self._warned_about_scales = False
         self._kv_scales = torch.ones(architecture.num_hidden_layers, 2, device=device)  # of k and v; 1.0 is exact and free
         self._kv_is_fp8 = rollout.kv_cache_is_fp8
-        causal_lm, self._quantizer = _build(architecture, rollout, device, dtype)
+        causal_lm, self._quantizer, routing = _build(architecture, rollout, device, dtype)
         scales = self._kv_scales if self._kv_is_fp8 else None
-        self._model = Model(causal_lm, architecture, scales, dtype, device, eos_id, pad_id)
+        self._model = Model(causal_lm, architecture, scales, dtype, device, eos_id, pad_id, routing)
         self._weights, self._optional = self._destinations()
 
     @property
@@ -85,8 +90,7 @@ class LocalEngine:
             self._check_prompt(prompt, sampling)
         rollouts: dict[Row, Rollout] = {}
         for wave in plan_waves(prompts, sampling.num_samples, self._max_batch):
-            tokens, logprobs = decode_wave(self._model, prompts, wave, sampling)
-            rollouts.update(self._collect(prompts, wave, tokens, logprobs))
+            rollouts.update(self._collect(prompts, wave, decode_wave(self._model, prompts, wave, sampling)))
         if self._quantizer is not None:
             self._quantizer.forget()
         return [rollouts[i, sample] for i in range(len(prompts)) for sample in range(sampling.num_samples)]
@@ -106,8 +110,9 @@ class LocalEngine:
                 f"prompt {prompt.index} has token ids outside 0..{self._architecture.vocab_size - 1}: the tokenizer is not this model's"
             )
 
-    def _collect(self, prompts: Sequence[Prompt], wave: Sequence[Row], tokens: Tensor, logprobs: Tensor) -> dict[Row, Rollout]:
-        """Cut each row behind its first end-of-sequence token. tokens, logprobs: ``[rows, max_tokens]``, see `decode_wave`."""
+    def _collect(self, prompts: Sequence[Prompt], wave: Sequence[Row], responses: Responses) -> dict[Row, Rollout]:
+        """Cut each row behind its first end-of-sequence token, and its routing also in front of its prompt."""
+        tokens, logprobs, routed = responses.tokens, responses.logprobs, responses.routed_experts
         is_end = tokens == self._model.eos_id
         stopped = is_end.any(-1)
         lengths = torch.where(stopped, is_end.int().argmax(-1) + 1, tokens.shape[1])
@@ -119,9 +124,14 @@ class LocalEngine:
                 f"{self._version}); the weights or KV scales are corrupt, so push them again before generating"
             )
         rollouts = {}
-        for row, count, stop, ids, values in zip(wave, lengths.tolist(), stopped.tolist(), tokens.tolist(), logprobs.tolist(), strict=True):
-            reason = "stop" if stop else "length"
-            rollouts[row] = Rollout(prompts[row[0]], tuple(ids[:count]), tuple(values[:count]), reason, self._version)
+        columns = (lengths.tolist(), stopped.tolist(), tokens.tolist(), logprobs.tolist())
+        for number, (row, count, stop, ids, values) in enumerate(zip(wave, *columns, strict=True)):
+            prompt, reason, experts = prompts[row[0]], "stop" if stop else "length", None
+            if routed is not None:
+                start = routed.shape[1] + 1 - tokens.shape[1]  # the first response token's column
+                # A copy: a view would keep the whole wave's routing alive.
+                experts = routed[number, start - len(prompt.token_ids) : start + count - 1].clone()
+            rollouts[row] = Rollout(prompt, tuple(ids[:count]), tuple(values[:count]), reason, self._version, experts)
         return rollouts
 
     @torch.no_grad()
@@ -142,7 +152,7 @@ class LocalEngine:
                 self._take(name, tensor, arrived)
         self._check_complete(arrived)
         for module in self._model.causal_lm.modules():
-            if isinstance(module, FP8Linear):
+            if isinstance(module, FP8Linear | FP8Experts):
                 module.refresh()
         set_kv_scales(self._model.causal_lm, self._kv_scales)
         self._version = version
@@ -195,7 +205,7 @@ class LocalEngine:
 
     def _destinations(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Where each tensor goes by name: those that must arrive, and those that may."""
-        weights = dict(self._model.causal_lm.state_dict())
+        weights = dict(self._model.causal_lm.state_dict()) | dict(named_expert_tensors(self._model.causal_lm))
         optional = {}
         if self._architecture.tie_word_embeddings:
             optional[_TIED_HEAD] = weights.pop(_TIED_HEAD)  # the embedding's own memory; both names carry the same values
@@ -207,19 +217,22 @@ class LocalEngine:
 
 def _build(
     architecture: Architecture, rollout: RolloutConfig, device: torch.device, dtype: torch.dtype
-) -> tuple[nn.Module, InputQuantizer | None]:
-    """The model with uninitialised weights, and the FP8 layers' shared quantiser."""
-    config = Qwen3Config(
+) -> tuple[nn.Module, InputQuantizer | None, RoutingRecord | None]:
+    """The model with uninitialised weights, the FP8 layers' shared quantiser, and where the chosen experts are kept."""
+    config_class, model_class = (Qwen3MoeConfig, Qwen3MoeForCausalLM) if architecture.is_moe else (Qwen3Config, Qwen3ForCausalLM)
+    fp8 = rollout.quantization != "none"
+    config = config_class(
         **architecture.model_dump(exclude={"model_type", "rope_theta", "initializer_range"}),
         rope_parameters={"rope_type": "default", "rope_theta": architecture.rope_theta},
         attn_implementation=ATTENTION,
     )
     with torch.device("meta"):
-        causal_lm = Qwen3ForCausalLM(config).to(dtype)
-        quantizer = replace_linears(causal_lm) if rollout.quantization != "none" else None
+        causal_lm = model_class(config).to(dtype)
+        quantizer = replace_linears(causal_lm) if fp8 else None
+        routing = replace_experts(causal_lm, architecture, dtype, fp8, rollout.return_routed_experts) if architecture.is_moe else None
     causal_lm = causal_lm.to_empty(device=device).eval().requires_grad_(False)
     # RoPE's frequencies are computed, not pushed: made anew where the model is, and in float32.
     causal_lm.model.rotary_emb = type(causal_lm.model.rotary_emb)(config).to(device)
     causal_lm.tie_weights()
     set_kv_scales(causal_lm, torch.ones(architecture.num_hidden_layers, 2))
-    return causal_lm, quantizer
+    return causal_lm, quantizer, routing
