@@ -260,7 +260,7 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _combinations(self) -> Config:
-        problems = [*_layout_problems(self), *_batch_problems(self), *_source_problems(self)]
+        problems = [*_layout_problems(self), *_batch_problems(self), *_source_problems(self), *_replay_problems(self)]
         if problems:
             raise ValueError("\n".join(problems))
         return self
@@ -297,6 +297,16 @@ def _layout_problems(config: Config) -> list[str]:
         if size % parallel.tp:
             problems.append(f"parallel.tp={parallel.tp}: does not divide model.architecture.{key}={size}")
     return problems
+
+
+def _replay_problems(config: Config) -> list[str]:
+    if not config.moe.routing_replay:
+        return []
+    if config.model.architecture is not None and not config.model.architecture.is_moe:
+        return [f"moe.routing_replay=true: there is no routing with model.architecture.model_type={config.model.architecture.model_type}"]
+    if not config.rollout.return_routed_experts:
+        return ["moe.routing_replay=true: the engine must tell its routing; set rollout.return_routed_experts=true too"]
+    return []
 
 
 def _expert_problems(parallel: ParallelConfig, arch: Architecture, recompute: str) -> list[str]:

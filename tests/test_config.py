@@ -55,6 +55,8 @@ def test_overrides_apply_in_order_with_their_types(tmp_path: Path) -> None:
         ({"parallel": {"tp": 2}, "model": MOE}, r"parallel.tp=2: a MoE model needs parallel.sequence_parallel=true"),
         ({"parallel": {"ep": 3, "dp": 3}, "model": MOE}, r"parallel.ep=3: does not divide .*num_experts=8"),
         ({"parallel": {"ep": 4, "dp": 2}, "model": MOE}, r"parallel.ep=4 \* parallel.etp=1: does not divide .*=2"),
+        ({"moe": {"routing_replay": True}}, r"moe.routing_replay=true: .*model.architecture.model_type=qwen3"),
+        ({"moe": {"routing_replay": True}, "model": MOE}, r"moe.routing_replay=true: .*rollout.return_routed_experts=true"),
         ({"model": {"architecture": ARCHITECTURE | {"num_experts": 4}}}, r"num_experts=4: must be 0 with model_type=qwen3"),
         ({"parallel": {"sequence_parallel": True}}, r"parallel.sequence_parallel=true: .*parallel.tp=1"),
         ({"parallel": {"dp": 3}}, r"rollout.prompts_per_step=32: must be a multiple of parallel.dp=3"),
