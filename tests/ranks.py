@@ -36,8 +36,9 @@ class RankPool:
         self._processes = []
         for number in range(self.size):
             ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(number, theirs), daemon=True)
+            process = context.Process(target=_serve, args=(number, theirs))  # no daemon: checkpoints start processes
             process.start()
+            theirs.close()
             self._pipes.append(ours)
             self._processes.append(process)
 
@@ -71,7 +72,10 @@ class RankPool:
         self._start()
 
     def close(self) -> None:
+        for pipe in self._pipes:
+            pipe.close()  # an idle rank ends at once and takes its own children along
         for process in self._processes:
+            process.join(timeout=10)
             process.kill()
             process.join()
 

@@ -232,6 +232,17 @@ def test_bad_input_is_one_error_on_all_ranks(ranks: RankPool, tmp_path: Path, un
     assert "this job has 2 ranks" in message
 
 
+def test_a_moe_run_with_replayed_routing(ranks: RankPool, tmp_path: Path) -> None:
+    """Experts over both ranks, FP8 per expert, the engine's routing replayed by the trainer."""
+    data = small(tmp_path, parallel={"dp": 2, "ep": 2}, moe={"routing_replay": True})
+    data["model"]["architecture"] |= dict(model_type="qwen3_moe", num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32)
+    data["rollout"] |= {"return_routed_experts": True}
+    assert ranks.run(2, refusal, config=build_config(data), timeout=120) == ["finished"] * 2
+    for row in rows_of(tmp_path):
+        assert 1.0 <= row["expert_load_max_over_mean"] <= 2.0, "at most all tokens on 2 of 4 experts"
+        assert 0.0 <= row["routing_differs_fraction"] < 0.5 and row["divergence_severity"] > 0.0
+
+
 @pytest.mark.parametrize(("poison", "message"), [("nan", "logprob nan at response token 0"), ("empty", "the response is empty")])
 def test_a_corrupt_engine_stops_all_ranks(ranks: RankPool, tmp_path: Path, poison: str, message: str) -> None:
     error = refusals(ranks, tmp_path, poison=poison)

@@ -15,6 +15,8 @@ from ais_megatron.config import AISConfig
 from ais_megatron.quantization.fp8 import quantize_bucket
 from ais_megatron.quantization.kv_scales import kv_scale_name
 from tests.ranks import RankPool
+from tests.test_moe import LAYOUTS as MOE_LAYOUTS
+from tests.test_moe import moe_config
 from tests.test_policy import LAYOUTS, make_batch, make_config, make_policy, my_rows
 
 PROMPTS = [Prompt(i, "", tuple(range(3 + i, 3 + i + length)), {}) for i, length in enumerate((4, 9, 1))]
@@ -26,11 +28,11 @@ def make_engine(config, dtype: torch.dtype):  # noqa: ANN001, ANN201
     return LocalEngine(config.architecture, config.rollout, eos_id=1, pad_id=0, device="cpu", dtype=dtype)
 
 
-def pushed_state(rank: int, path: Path, quantization: str, **layout):  # noqa: ANN201
+def pushed_state(rank: int, path: Path, quantization: str, parallel: dict[str, object] | None = None, **layout):  # noqa: ANN201
     from ais_megatron.weight_sync import push
 
     rollout = {"quantization": quantization, "sync_bucket_mb": 0.02, "max_response_tokens": 20}
-    config = make_config(path, dtype="bf16", **layout)
+    config = moe_config(path, parallel, dtype="bf16") if parallel else make_config(path, dtype="bf16", **layout)
     config = config.model_copy(update={"rollout": config.rollout.model_copy(update=rollout)})
     policy, engine = make_policy(config, path), make_engine(config, torch.bfloat16)
     calibration = policy.calibrate(my_rows(make_batch())[0])
@@ -53,6 +55,18 @@ def test_the_engine_holds_exactly_the_quantised_export(ranks: RankPool, checkpoi
         for name, tensor in (expected | scales).items():
             assert state[name].dtype == tensor.dtype, name
             assert torch.equal(state[name].float(), tensor.float()), name
+
+
+@pytest.mark.parametrize("layout", ["EP2", "TP2+ETP2+EP2", "PP2+EP2"])
+def test_the_engine_holds_every_expert(ranks: RankPool, moe_checkpoint: Path, layout: str) -> None:
+    from safetensors.torch import load_file
+
+    world, parallel = MOE_LAYOUTS[layout]
+    original = [(name, tensor.bfloat16()) for name, tensor in load_file(moe_checkpoint / "model.safetensors").items()]
+    expected = dict(quantize_bucket(original))
+    for state, scales in ranks.run(world, pushed_state, path=moe_checkpoint, quantization="fp8_e4m3", parallel=parallel):
+        assert state.keys() == (expected | scales).keys()
+        assert all(torch.equal(state[name].float(), tensor.float()) for name, tensor in (expected | scales).items())
 
 
 def agreement(rank: int, path: Path) -> None:
