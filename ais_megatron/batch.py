@@ -81,6 +81,11 @@ class Batch:
         """The given rows, cut to the first `seq` columns (all of them if None)."""
         return self._map(lambda t: t[index][:, :seq] if t.dim() > 1 else t[index])
 
+    def without(self, dropped: Tensor) -> Batch:
+        """The same rows, of which those in `dropped` (bool ``[batch]``) have no token in the loss."""
+        mask = self.loss_mask & ~dropped[:, None]
+        return replace(self, loss_mask=mask, rollout_logprobs=self.rollout_logprobs.masked_fill(~mask, 0.0))
+
     def pad_columns(self, width: int) -> Batch:
         """The batch with its columns padded to `width`."""
         short = width - self.tokens.shape[1]

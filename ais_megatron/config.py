@@ -15,23 +15,24 @@ from typing import Annotated, Any, Literal
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, Field, ValidationError, model_validator
+
+from ais_megatron.algorithm_config import (
+    AISConfig,
+    CorrectionName,
+    CorrectionOptions,
+    Level,
+    ObjectiveConfig,
+    algorithm_problems,
+    weight_level,
+)
+from ais_megatron.section import Fraction, PositiveInt, Section
 
 SUPPORTED_MODEL_TYPES = ("qwen3", "qwen3_moe")
 
 
 class ConfigError(ValueError):
     """The configuration cannot be used; the message says which keys, and what to write instead."""
-
-
-class Section(BaseModel):
-    """Frozen, and unknown keys are errors: a typo must never silently leave a default in force."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-PositiveInt = Annotated[int, Field(ge=1)]
-Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 
 
 class RunConfig(Section):
@@ -149,33 +150,6 @@ class RolloutConfig(Section):
         return self.kv_cache == "fp8_e4m3" or (self.kv_cache == "auto" and self.quantization != "none")
 
 
-class AISConfig(Section):
-    """The coefficient alpha; the words are those of docs/algorithm.md."""
-
-    coefficient: Literal["product"] = "product"
-    tau: float = Field(2e-3, gt=0.0, description="divergence (nats per token) at which alpha reaches 63 % of rho / max(1, nu)")
-    alpha_min: Fraction = 0.0
-    alpha_max: Fraction = 1.0
-    weight_cap: float = Field(2.0, gt=1.0, description="C: importance weights are truncated at this value")
-    reliability: Literal["truncated", "raw"] = "truncated"
-
-    @model_validator(mode="after")
-    def _range(self) -> AISConfig:
-        if self.alpha_min > self.alpha_max:
-            raise ValueError(f"alpha_min={self.alpha_min} must not exceed alpha_max={self.alpha_max}")
-        return self
-
-
-class ObjectiveConfig(Section):
-    name: Literal["grpo"] = "grpo"
-    clip_low: Fraction = 0.2
-    clip_high: float = Field(0.2, ge=0.0)
-    std_floor: float = Field(1e-6, gt=0.0, description="added to a group's reward deviation before dividing by it")
-    aggregation: Literal["token", "sequence"] = Field(
-        "token", description="token: mean over tokens; sequence: mean of the responses' means"
-    )
-
-
 class MoEConfig(Section):
     """Load balance and routing of a MoE policy; without effect on a dense one."""
 
@@ -215,7 +189,8 @@ class SFTConfig(Section):
 
 class CalibrationConfig(Section):
     mode: Literal["lagged", "fresh", "off"] = Field(
-        "lagged", description="lagged: free, from the old-logprob pass; fresh: a forward pass with the new weights; off: scale 1.0"
+        "lagged",
+        description="lagged: free, from the old-logprob pass (training pass if ais.lag=1); fresh: a pass with the new weights; off: 1.0",
     )
     margin: float = Field(1.05, ge=1.0, description="head-room on the measured amax")
     fresh_tokens: PositiveInt = Field(4096, description="fresh: tokens of recent rollouts that each DP rank runs through the new weights")
@@ -247,7 +222,10 @@ class Config(Section):
     tokenizer: TokenizerConfig = TokenizerConfig()
     task: TaskConfig = TaskConfig()
     rollout: RolloutConfig = RolloutConfig()
-    correction: Literal["none", "tis", "ais"] = Field("ais", description="none: plain GRPO; tis: alpha = 1; ais: alpha measured")
+    correction: CorrectionName = Field(
+        "ais", description="what is done about the mismatch of rollouts and trainer; none: nothing; ais: as much as each batch needs"
+    )
+    correction_options: CorrectionOptions = CorrectionOptions()
     ais: AISConfig = AISConfig()
     objective: ObjectiveConfig = ObjectiveConfig()
     moe: MoEConfig = MoEConfig()
@@ -260,10 +238,18 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _combinations(self) -> Config:
-        problems = [*_layout_problems(self), *_batch_problems(self), *_source_problems(self), *_replay_problems(self)]
+        algorithm = algorithm_problems(
+            self.correction, self.ais, self.correction_options, self.objective, self.train.updates_per_batch, self.rollout.group_size
+        )
+        problems = [*_layout_problems(self), *_batch_problems(self), *algorithm, *_source_problems(self), *_replay_problems(self)]
         if problems:
             raise ValueError("\n".join(problems))
         return self
+
+    @property
+    def weight_level(self) -> Level:
+        """What one importance weight stands for: a token, or a response by its product or its geometric mean."""
+        return weight_level(self.correction, self.ais, self.correction_options, self.objective)
 
     @property
     def architecture(self) -> Architecture:
@@ -357,8 +343,6 @@ def _batch_problems(config: Config) -> list[str]:
     ):
         if steps and optimizer.warmup_steps > steps:
             problems.append(f"{key}.optimizer.warmup_steps={optimizer.warmup_steps}: longer than the {steps} updates of {key}.steps")
-    if rollout.group_size == 1:
-        problems.append("rollout.group_size=1: group-relative advantages of one response are always zero; use 2 or more")
     if arch is not None and rollout.max_response_tokens >= arch.max_position_embeddings:
         problems.append(
             f"rollout.max_response_tokens={rollout.max_response_tokens}: leaves no room for a prompt within "

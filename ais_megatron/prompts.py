@@ -1,6 +1,6 @@
 """Prompts by number: the training stream and the held-out set, tokenised, and which rank generates which.
 
-A problem is a pure function of the seed and its index, so "where was I" is a step number and nothing else.
+A problem is a pure function of the seed and its index, so "where was I" is one number and nothing else.
 """
 
 from __future__ import annotations
@@ -33,10 +33,9 @@ class Share:
         return range(low + size * self.mp_rank // self.mp_size, low + size * (self.mp_rank + 1) // self.mp_size)
 
 
-def training_prompts(task: Task, tokenizer: Tokenizer, step: int, prompts_per_step: int, share: Share) -> list[Prompt]:
-    """This rank's prompts of one step (from 0)."""
-    first = step * prompts_per_step
-    return [to_prompt(task.train_problem(first + i), first + i, tokenizer) for i in share.of(prompts_per_step)]
+def training_prompts(task: Task, tokenizer: Tokenizer, first: int, count: int, share: Share) -> list[Prompt]:
+    """This rank's part of the `count` prompts of the stream that begin at position `first` (from 0)."""
+    return [to_prompt(task.train_problem(first + i), first + i, tokenizer) for i in share.of(count)]
 
 
 def held_out_prompts(task: Task, tokenizer: Tokenizer, num: int, share: Share) -> list[Prompt]:

@@ -34,7 +34,7 @@ MODEL = dict(
 )
 
 
-def config_data(folder: Path, **rollout: object) -> dict[str, object]:
+def config_data(folder: Path, sections: dict[str, object] | None = None, **rollout: object) -> dict[str, object]:
     return {
         "run": {"dir": str(folder / "run")},
         "parallel": {"dp": os.cpu_count()},
@@ -45,16 +45,17 @@ def config_data(folder: Path, **rollout: object) -> dict[str, object]:
         "sft": {"cache_dir": str(folder / "cache")},
         "eval": {"num_prompts": 2},
         "metrics": {"progress_bar": False},
+        **(sections or {}),
     }
 
 
-def ours(**rollout: object) -> list[dict[str, float]]:
-    """The metrics rows of a run, without the first."""
+def ours(sections: dict[str, object] | None = None, **rollout: object) -> list[dict[str, float]]:
+    """The metrics rows of a run, without the first; `sections` go into its configuration as they are."""
     from omegaconf import OmegaConf
 
     with tempfile.TemporaryDirectory() as folder:
         config = Path(folder) / "config.yaml"
-        config.write_text(OmegaConf.to_yaml(OmegaConf.create(config_data(Path(folder), **rollout))))
+        config.write_text(OmegaConf.to_yaml(OmegaConf.create(config_data(Path(folder), sections, **rollout))))
         subprocess.run([sys.executable, "-m", "ais_megatron", "train", str(config)], check=True, stdout=subprocess.DEVNULL)
         rows = [json.loads(line) for line in (Path(folder) / "run" / "metrics.jsonl").read_text().splitlines()]
     return rows[1:]

@@ -157,7 +157,7 @@ def test_product_coefficient_by_hand() -> None:
 
 @pytest.mark.parametrize(("correction", "alpha"), [("none", 0.0), ("tis", 1.0), ("ais", 1 - math.exp(-1))])
 def test_correction_names_an_alpha(correction: str, alpha: float) -> None:
-    assert loss_scaler(diagnostics_of(1.0, 2e-3), config_with(correction=correction)).alpha == pytest.approx(alpha, rel=1e-14)
+    assert loss_scaler(diagnostics_of(1.0, 2e-3), config_with(correction=correction))[0].alpha == pytest.approx(alpha, rel=1e-14)
 
 
 def test_mixing_between_none_and_tis() -> None:

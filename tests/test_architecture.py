@@ -9,15 +9,16 @@ PACKAGE = Path(__file__).parents[1] / "ais_megatron"
 
 # Lower floors first; a module may import from its own floor and below. policy and rollout share a floor but never meet.
 FLOORS = [
-    {"config", "batch"},
+    {"section", "algorithm_config", "config", "batch"},
     {"run_folder"},
     {"distributed", "metrics", "summary", "doctor", "launcher"},
     {"report"},
     {"algorithm", "tasks", "quantization", "tokenizer"},
     {"prompts"},
     {"policy", "rollout"},
-    {"weight_sync", "sft"},
+    {"weight_sync", "sft", "update"},
     {"session"},
+    {"collection"},
     {"trainer"},
     {"cli"},
     {"__main__"},

@@ -68,12 +68,45 @@ def test_overrides_apply_in_order_with_their_types(tmp_path: Path) -> None:
         ({"train": {"steps": 5, "optimizer": {"warmup_steps": 9}}}, r"train.optimizer.warmup_steps=9: .*train.steps"),
         ({"task": {"name": "gsm8k"}}, r"task.name=gsm8k: .*task.test_path"),
         ({"ais": {"alpha_min": 0.8, "alpha_max": 0.5}}, r"ais: alpha_min=0.8 must not exceed alpha_max=0.5"),
+        ({"ais": {"tau": 0}}, r"ais: tau=0.0 must be greater than 0, or auto"),
+        ({"ais": {"lag": 1}, "train": {"updates_per_batch": 2}}, r"ais.lag=1: with train.updates_per_batch=2 "),
+        ({"ais": {"lag": 1}, "correction_options": {"batch_normalise": True}}, r"ais.lag=1: correction_options.batch_normalise=true needs"),
+        (
+            {"ais": {"lag": 1}, "correction": "geo_rs", "objective": {"name": "dr_grpo"}},
+            r"ais.lag=1: correction=geo_rs with objective.aggregation=constant",
+        ),
+        (
+            {"correction": "icepop", "correction_options": {"level": "sequence"}},
+            r"correction_options.level=sequence: correction=icepop weighs tokens only; use correction=mis",
+        ),
+        (
+            {"correction": "k3_rs", "correction_options": {"level": "token"}},
+            r"correction_options.level=token: correction=k3_rs rejects whole",
+        ),
+        (
+            {"correction": "ais", "correction_options": {"level": "token"}},
+            r"correction_options.level=token: correction=ais .*set ais.level",
+        ),
+        (
+            {"correction": "mis", "correction_options": {"low": 3.0}},
+            r"correction_options.low=3.0: must be below correction_options.high=2.0",
+        ),
+        ({"correction": "mask"}, r"correction='mask': input should be 'none', 'tis'"),
+        ({"objective": {"name": "dapo", "advantages": "reward"}}, r"objective.dynamic_sampling=true: with objective.advantages=reward"),
+        ({"objective": {"name": "ppo"}}, r"objective.name='ppo': input should be 'grpo'"),
         ({"tokenizer": {"kind": "hf"}}, r"tokenizer.kind=hf: set tokenizer.path"),
     ],
 )
 def test_refusals(sections: dict[str, object], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         build(**sections)
+
+
+def test_one_word_is_enough_for_every_method() -> None:
+    for correction in ("none", "tis", "mis", "icepop", "geo_rs", "k3_rs", "ais"):
+        for objective in ("grpo", "dr_grpo", "dapo", "gspo", "cispo", "tbpo"):
+            build(correction=correction, objective={"name": objective})
+    assert build(rollout={"group_size": 1}, objective={"advantages": "reward"}).rollout.group_size == 1
 
 
 def test_without_a_model() -> None:

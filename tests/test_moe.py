@@ -171,7 +171,8 @@ def test_auxiliary_gradient_is_that_of_the_papers_formulas(ranks: RankPool, moe_
 
 def replayed(rank: int, path: Path, parallel: dict[str, object], replay: bool) -> tuple[Tensor, Tensor, dict[str, float]]:
     """Log-probabilities when the "engine" sent every token to experts 0 and 7 (and said nothing about the last token)."""
-    policy = make_policy(moe_config(path, parallel, routing_replay=replay, budget=40), path)
+    config = moe_config(path, parallel, budget=40)
+    policy = make_policy(config.model_copy(update={"moe": config.moe.model_copy(update={"routing_replay": replay})}), path)
     batch = make_batch()
     experts = torch.tensor([0, 7], dtype=torch.int32).expand(6, 17, 4, 2).clone()
     experts[torch.arange(6), batch.lengths - 1] = -1

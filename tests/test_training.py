@@ -23,6 +23,7 @@ ROOT = Path(__file__).parents[1]
 ROW_KEYS = set(
     "step alpha weight_reliability weight_reliability_raw divergence_severity variance_amplification k1_kl ppl_ratio chi2_token "
     "is_weight_mean is_weight_min is_weight_max fraction_truncated prob_diff_mean prob_diff_max reward_mean reward_std accuracy "
+    "fraction_rejected mean_weight prompts_sampled reference_kl "
     "response_length_mean finished_fraction zero_signal_groups loss entropy grad_norm lr clip_fraction policy_ratio_mean "
     "num_response_tokens tokens_per_second weight_version q_amax kv_saturated_fraction time/generate time/reward time/logprobs "
     "time/diagnose time/train time/calibrate time/sync time/step".split()
@@ -135,6 +136,35 @@ def test_a_run_is_not_overwritten_but_continued(finished: tuple[Path, str], tmp_
     run("train", config, "run.resume=true")
     assert [row["step"] for row in rows_of(tmp_path)] == [1, 2, 3]
     assert_same_rows(tmp_path, folder)
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        {"objective": {"name": "dapo", "max_refills": 2}, "ais": {"tau": "auto", "auto_batches": 5, "ema": 0.5}},
+        {
+            "objective": {"name": "tbpo", "kl_coefficient": 0.01, "entropy_bonus": 0.01},
+            "ais": {"lag": 1, "tau": "auto", "ema": 0.5, "alpha_min": 0.1},
+        },
+    ],
+    ids=["dapo", "tbpo-lagged"],
+)
+def test_what_a_method_remembers_survives_a_resume(finished: tuple[Path, str], tmp_path: Path, method: dict[str, object]) -> None:
+    """The moving average, the automatic tau, the lagged alpha, the reference policy and the stream's position."""
+    sft, whole, again = small(finished[0])["sft"], tmp_path / "whole", tmp_path / "again"
+    whole.mkdir()
+    run("train", write(whole, sft=sft, **method), "train.steps=4", "checkpoint.keep=4")
+    rows = rows_of(whole)
+    assert all(row.keys() >= ROW_KEYS for row in rows)
+    if method["objective"]["name"] == "dapo":
+        assert any(row["prompts_sampled"] > 4 for row in rows), "groups without a signal must have been replaced"
+    else:
+        assert rows[0]["alpha"] == 0.1 and rows[0]["policy_ratio_mean"] == 1.0 and rows[1]["reference_kl"] > 0.0
+    shutil.copytree(whole / "run", again / "run")
+    shutil.rmtree(again / "run" / "checkpoints" / "step_000004")
+    run("train", write(again, sft=sft, **method), "train.steps=4", "checkpoint.keep=4", "run.resume=true")
+    assert len(rows_of(again)) == 4
+    assert_same_rows(again, whole)
 
 
 def test_export_and_eval_of_a_run(finished: tuple[Path, str], tmp_path: Path) -> None:

@@ -1,16 +1,75 @@
-"""Importance weights between the rollout engine's distribution mu and the trainer's pi_old, and their mixing.
+"""Importance weights between the rollout engine's distribution mu and the trainer's pi_old, and what corrections make of them.
 
     l = clamp(old_logprobs - rollout_logprobs, -20, 20),   w = exp(l),   wbar = min(w, C),   s = 1 + alpha (wbar - 1)
+
+One weight per token, or per response: the product of its tokens' (`sequence`, exp(sum l)) or their geometric mean
+(`geometric`, exp(mean l)), then the same for all its tokens. The corrections, each at full strength (alpha = 1):
+
+    none             s = 1
+    tis, ais         s = min(w, C)                     truncated importance sampling, as in verl and slime
+    mis, icepop      s = w inside [low, high], else 0  the mask is unchanged: such tokens still count in the normaliser
+    geo_rs           a response with exp(mean l) outside [low, high] is rejected: it leaves mask and normaliser; s = 1
+    k3_rs            a response with mean(exp(l) - 1 - l) above the limit is rejected likewise
 
 Pure functions of ``[batch, seq]`` tensors; nothing here knows Megatron or a process group.
 """
 
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
+from ais_megatron.algorithm_config import CorrectionName, Level
+from ais_megatron.config import Config
+
 MAX_LOG_RATIO = 20.0
+
+
+@dataclass(frozen=True)
+class Correction:
+    """A correction with its numbers.
+
+    level: what one weight stands for. weight_cap: C. low, high: the band of mis, icepop and geo_rs. k3_limit: nats per
+    token. batch_normalise: weights are divided by their mean over the global batch, after truncation.
+    """
+
+    name: CorrectionName = "ais"
+    level: Level = "token"
+    weight_cap: float = 2.0
+    low: float = 0.0
+    high: float = math.inf
+    k3_limit: float = math.inf
+    batch_normalise: bool = False
+
+    @staticmethod
+    def of(config: Config) -> Correction:
+        """The configured correction, presets filled in."""
+        options = config.correction_options
+        low, high = options.band(config.correction)
+        cap = config.ais.weight_cap
+        return Correction(config.correction, config.weight_level, cap, low, high, options.k3_limit, options.batch_normalise)
+
+    def weights(self, log_ratio: Tensor, loss_mask: Tensor) -> Tensor:
+        """The factor of every token at full strength, in log_ratio's dtype and shape; any value outside the mask."""
+        if self.name in ("none", "geo_rs", "k3_rs"):
+            return torch.ones_like(log_ratio)
+        w = importance_weights(log_ratio, loss_mask, self.level)
+        if self.name in ("mis", "icepop"):
+            return w.masked_fill((w < self.low) | (w > self.high), 0.0)
+        return w.clamp(max=self.weight_cap)
+
+    def kept(self, log_ratio: Tensor, loss_mask: Tensor) -> Tensor:
+        """bool ``[batch, seq]``: the loss mask without the tokens of rejected responses."""
+        if self.name == "geo_rs":
+            mean_weight = response_mean(log_ratio, loss_mask).exp()
+            return loss_mask & ((mean_weight >= self.low) & (mean_weight <= self.high))[:, None]
+        if self.name == "k3_rs":
+            k3 = torch.special.expm1(log_ratio.double()) - log_ratio.double()
+            return loss_mask & (response_mean(k3, loss_mask) <= self.k3_limit)[:, None]
+        return loss_mask
 
 
 def log_importance_ratio(old_logprobs: Tensor, rollout_logprobs: Tensor) -> Tensor:
@@ -18,14 +77,29 @@ def log_importance_ratio(old_logprobs: Tensor, rollout_logprobs: Tensor) -> Tens
     return (old_logprobs - rollout_logprobs).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
 
 
+def response_mean(values: Tensor, loss_mask: Tensor) -> Tensor:
+    """The mean over each response's mask tokens, ``[batch]``; 0 for a row without any."""
+    return values.masked_fill(~loss_mask, 0.0).sum(1) / loss_mask.sum(1).clamp(min=1)
+
+
+def importance_weights(log_ratio: Tensor, loss_mask: Tensor, level: Level = "token") -> Tensor:
+    """w, ``[batch, seq]``; at the levels of a response every one of its tokens carries the response's weight."""
+    if level == "token":
+        return log_ratio.exp()
+    exponent = response_mean(log_ratio, loss_mask)
+    if level == "sequence":
+        exponent = log_ratio.masked_fill(~loss_mask, 0.0).sum(1).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+    return exponent.exp()[:, None].expand_as(log_ratio)
+
+
 def truncated_is_weights(old_logprobs: Tensor, rollout_logprobs: Tensor, weight_cap: float) -> Tensor:
     """wbar, the truncated importance weight of every token."""
     return log_importance_ratio(old_logprobs, rollout_logprobs).exp().clamp(max=weight_cap)
 
 
-def mixed_weights(truncated_weights: Tensor, alpha: float) -> Tensor:
-    """s = 1 + alpha (wbar - 1): the uncorrected gradient at alpha 0, truncated importance sampling at alpha 1.
+def mixed_weights(full_weights: Tensor, alpha: float) -> Tensor:
+    """s = 1 + alpha (wbar - 1): the uncorrected gradient at alpha 0, the whole correction at alpha 1.
 
     In this form a weight of exactly 1 gives exactly 1, whatever alpha (Proposition 3: no mismatch, no change).
     """
-    return torch.ones_like(truncated_weights).add_(truncated_weights - 1.0, alpha=alpha)
+    return torch.ones_like(full_weights).add_(full_weights - 1.0, alpha=alpha)

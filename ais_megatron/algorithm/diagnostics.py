@@ -4,6 +4,8 @@
     D   = mean(exp(l) - 1 - l)               divergence severity, the k3 estimator of KL(mu || pi_old), nats per token
     nu  = sum (wbar A)^2 / sum A^2           variance amplification
 
+w and wbar are those of the correction's level: one per token, or one per response that all its tokens carry.
+
 Source: AIS (arXiv 2605.13907), its three diagnostics. Ratios are taken of global sums only: a mean of ranks' ratios is
 another number. Everything is float64 from before the exponential on, because at l = 1e-3 float32 gets D wrong by 12 %.
 """
@@ -17,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ais_megatron.algorithm.correction import log_importance_ratio
+from ais_megatron.algorithm.correction import Correction, importance_weights, log_importance_ratio
 from ais_megatron.distributed import all_reduce_sum
 
 SUMS = (
@@ -35,6 +37,13 @@ SUMS = (
     "truncated",
     "prob_diff",
     "ppl_ratio",
+    "kept",  # tokens of responses that were not rejected
+    "kept_weight",  # sum of s at full strength over them
+    "rejected",  # tokens of rejected responses, or outside the band
+    "g0",  # per response: g0 = mean A, g1 = mean wbar A, gap = g1 - g0
+    "gap",
+    "g0_gap",
+    "gap_sq",
 )
 NUM_EXTREMES = 3  # max w, max -w, max |p - q|: sent through the sum as one slot per rank
 
@@ -45,6 +54,9 @@ class Diagnostics:
 
     k1_kl: mean(-l); ppl_ratio: mean over responses of exp(-mean l); chi2_token: mean(exp(2l)) - 1;
     prob_diff: |pi_old(y) - mu(y)|. num_tokens, num_sequences: over the whole batch.
+    fraction_rejected: tokens that the correction dropped with their response, or gave the weight 0.
+    mean_weight: of the correction at full strength, over the tokens kept. signal_gap: over responses, mean of g1 - g0, how far
+    the correction moves a response's mean advantage; signal_gap_variance and _covariance: its (unbiased) variance, and covariance with g0.
     """
 
     num_tokens: float
@@ -62,6 +74,11 @@ class Diagnostics:
     fraction_truncated: float
     prob_diff_mean: float
     prob_diff_max: float
+    fraction_rejected: float = 0.0
+    mean_weight: float = 1.0
+    signal_gap: float = 0.0
+    signal_gap_variance: float = 0.0
+    signal_gap_covariance: float = 0.0
 
 
 def diagnose(
@@ -71,6 +88,7 @@ def diagnose(
     loss_mask: Tensor,
     weight_cap: float,
     group: dist.ProcessGroup | None = None,
+    correction: Correction | None = None,
 ) -> Diagnostics:
     """The batch's `Diagnostics` from every rank's own tokens, with one all-reduce.
 
@@ -78,35 +96,56 @@ def diagnose(
         old_logprobs, rollout_logprobs: float32 ``[batch, seq]``.
         advantages: ``[batch]``, or ``[batch, seq]`` where they differ by token.
         loss_mask: bool ``[batch, seq]``.
+        weight_cap: C.
         group: the data-parallel x context-parallel group (never TP or PP: replicas would count twice).
+        correction: whose level, rejections and mean weight are measured; token-level ais if None.
     """
-    sums, extremes = statistics(old_logprobs, rollout_logprobs, advantages, loss_mask, weight_cap)
+    sums, extremes = statistics(old_logprobs, rollout_logprobs, advantages, loss_mask, weight_cap, correction)
+    vector = join(sums, extremes, group)
+    if group is not None and dist.get_world_size(group) > 1:
+        vector = all_reduce_sum(vector, group)
+    return split(vector)
+
+
+def join(sums: Tensor, extremes: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
+    """One float64 vector whose SUM over the ranks of `group` holds everything: the sums, and one slot of extremes per rank."""
     world = dist.get_world_size(group) if group is not None else 1
     slots = torch.zeros(world, NUM_EXTREMES, dtype=torch.float64, device=sums.device)
     slots[dist.get_rank(group) if world > 1 else 0] = extremes
-    vector = torch.cat([sums, slots.view(-1)])
-    if world > 1:
-        vector = all_reduce_sum(vector, group)
-    return from_statistics(vector[: len(SUMS)], vector[len(SUMS) :].view(world, NUM_EXTREMES).amax(0))
+    return torch.cat([sums, slots.view(-1)])
+
+
+def split(vector: Tensor) -> Diagnostics:
+    """The figures of a reduced `join`."""
+    return from_statistics(vector[: len(SUMS)], vector[len(SUMS) :].view(-1, NUM_EXTREMES).amax(0))
 
 
 def statistics(
-    old_logprobs: Tensor, rollout_logprobs: Tensor, advantages: Tensor, loss_mask: Tensor, weight_cap: float
+    old_logprobs: Tensor,
+    rollout_logprobs: Tensor,
+    advantages: Tensor,
+    loss_mask: Tensor,
+    weight_cap: float,
+    correction: Correction | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Sufficient statistics of one part of a batch: float64 sums ``[len(SUMS)]``, which add, and extremes
+    """Sufficient statistics of whole rows of a batch: float64 sums ``[len(SUMS)]``, which add, and extremes
     ``[NUM_EXTREMES]``, of which the maximum counts (-inf where there is no token)."""
+    correction = correction or Correction("ais", weight_cap=weight_cap)
     if advantages.dim() == 1:
         advantages = advantages[:, None]
-    old, rollout = old_logprobs[loss_mask].double(), rollout_logprobs[loss_mask].double()
-    adv = advantages.expand_as(old_logprobs)[loss_mask].double()
-    log_ratio = log_importance_ratio(old, rollout)
-    w = log_ratio.exp()
+    # Outside the mask anything may stand, NaN included; it is set aside before any arithmetic.
+    old, rollout = (x.double().masked_fill(~loss_mask, 0.0) for x in (old_logprobs, rollout_logprobs))
+    log_ratios = log_importance_ratio(old, rollout)
+    adv = advantages.expand_as(loss_mask)[loss_mask].double()
+    log_ratio = log_ratios[loss_mask]
+    w = importance_weights(log_ratios, loss_mask, correction.level)[loss_mask]
     w_trunc = w.clamp(max=weight_cap)
-    prob_diff = (old.exp() - rollout.exp()).abs()
+    prob_diff = (old.exp() - rollout.exp()).abs()[loss_mask]
+    kept = correction.kept(log_ratios, loss_mask)[loss_mask]
+    full = correction.weights(log_ratios, loss_mask)[loss_mask]
     lengths = loss_mask.sum(1)
-    row = torch.repeat_interleave(torch.arange(len(lengths), device=lengths.device), lengths)
-    per_row = torch.zeros(len(lengths), dtype=torch.float64, device=lengths.device).index_add_(0, row, log_ratio)
     present = lengths > 0
+    mean_log_ratio, g0, gap = _response_means((log_ratio, adv, (w_trunc - 1.0) * adv), lengths)
     sums = torch.stack(
         [
             lengths.sum().double(),
@@ -122,12 +161,26 @@ def statistics(
             torch.special.expm1(2 * log_ratio).sum(),
             (w > weight_cap).sum().double(),
             prob_diff.sum(),
-            (-per_row[present] / lengths[present]).exp().sum(),
+            (-mean_log_ratio).exp().sum(),
+            kept.sum().double(),
+            full[kept].sum(),
+            (~kept | (full == 0.0)).sum().double(),
+            g0.sum(),
+            gap.sum(),
+            (g0 * gap).sum(),
+            gap.square().sum(),
         ]
     )
     if not len(w):
         return sums, sums.new_full((NUM_EXTREMES,), -math.inf)
     return sums, torch.stack([w.max(), -w.min(), prob_diff.max()])
+
+
+def _response_means(values: tuple[Tensor, ...], lengths: Tensor) -> Tensor:
+    """float64 ``[len(values), responses with tokens]``: means over each response of ``[tokens]`` values."""
+    row = torch.repeat_interleave(torch.arange(len(lengths), device=lengths.device), lengths)
+    totals = torch.zeros(len(values), len(lengths), dtype=torch.float64, device=lengths.device).index_add_(1, row, torch.stack(values))
+    return totals[:, lengths > 0] / lengths[lengths > 0]
 
 
 def from_statistics(sums: Tensor, extremes: Tensor) -> Diagnostics:
@@ -140,19 +193,20 @@ def from_statistics(sums: Tensor, extremes: Tensor) -> Diagnostics:
         bad = [name for name, value in zip(SUMS, sums.tolist(), strict=True) if not math.isfinite(value)]
         raise ValueError(f"log-probabilities of this batch are not finite (sums of {', '.join(bad)}); the policy or the rollout is corrupt")
     t = dict(zip(SUMS, sums.tolist(), strict=True))
-    n = t["tokens"]
+    n, responses = t["tokens"], t["sequences"]
     if n == 0:
         return Diagnostics(0, 0, 1, 1, 0, 1, 0, 1, 0, 1, 1, 1, 0, 0, 0)
     max_w, minus_min_w, max_diff = extremes.tolist()
+    gap, spread = t["gap"] / responses, max(responses - 1.0, 1.0)
     return Diagnostics(
         num_tokens=n,
-        num_sequences=t["sequences"],
+        num_sequences=responses,
         weight_reliability=t["w_trunc"] ** 2 / (n * t["w_trunc_sq"]),
         weight_reliability_raw=t["w"] ** 2 / (n * t["w_sq"]),
         divergence_severity=t["k3"] / n,
         variance_amplification=t["weighted_adv_sq"] / t["adv_sq"] if t["adv_sq"] > 0 else 1.0,
         k1_kl=-t["log_ratio"] / n,
-        ppl_ratio=t["ppl_ratio"] / t["sequences"],
+        ppl_ratio=t["ppl_ratio"] / responses,
         chi2_token=t["chi2"] / n,
         is_weight_mean=t["w"] / n,
         is_weight_min=-minus_min_w,
@@ -160,4 +214,28 @@ def from_statistics(sums: Tensor, extremes: Tensor) -> Diagnostics:
         fraction_truncated=t["truncated"] / n,
         prob_diff_mean=t["prob_diff"] / n,
         prob_diff_max=max_diff,
+        fraction_rejected=t["rejected"] / n,
+        mean_weight=t["kept_weight"] / t["kept"] if t["kept"] else 1.0,
+        signal_gap=gap,
+        signal_gap_variance=max(0.0, t["gap_sq"] - responses * gap**2) / spread,
+        signal_gap_covariance=(t["g0_gap"] - t["g0"] * gap) / spread,
     )
+
+
+class RunningStatistics:
+    """`statistics` of a batch that comes in pieces (microbatches): sums are added, extremes compared, nothing is reduced."""
+
+    def __init__(self, weight_cap: float, correction: Correction) -> None:
+        self._arguments = weight_cap, correction
+        self._sums = torch.zeros(len(SUMS), dtype=torch.float64)
+        self._extremes = torch.full((NUM_EXTREMES,), -math.inf, dtype=torch.float64)
+
+    def add(self, old_logprobs: Tensor, rollout_logprobs: Tensor, advantages: Tensor, loss_mask: Tensor) -> None:
+        """Whole rows, as in `statistics`; on a GPU nothing waits for the result."""
+        sums, extremes = statistics(old_logprobs, rollout_logprobs, advantages, loss_mask, *self._arguments)
+        self._sums = self._sums.to(sums.device) + sums
+        self._extremes = torch.maximum(self._extremes.to(sums.device), extremes)
+
+    def joined(self, group: dist.ProcessGroup) -> Tensor:
+        """`join` of all pieces so far, on the CPU."""
+        return join(self._sums.cpu(), self._extremes.cpu(), group)

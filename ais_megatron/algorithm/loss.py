@@ -1,16 +1,59 @@
-"""The clipped policy-gradient loss, as a sum over tokens.
+"""The loss of one microbatch, as a sum over tokens.
 
-    loss = - sum_t weight_t min(r_t A_t, clip(r_t, 1 - clip_low, 1 + clip_high) A_t),   r_t = exp(logprobs - old_logprobs)
+    loss = - sum_t weight_t J_t + sum_t share_t (kl_coefficient KL_t - entropy_bonus H_t)
 
-weight_t comes from `AISLossScaler`; the division by the global number of tokens is Megatron's.
+J is the objective's (`objectives`), weight_t and share_t are `AISLossScaler`'s; the division by the global number of
+tokens is Megatron's. Penalty and bonus are regularisers of the policy, so alpha does not scale them.
 """
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
-POLICY_METRICS = ("loss", "entropy", "policy_ratio_mean", "clip_fraction")
+from ais_megatron.algorithm.objectives import kl_penalty, surrogate
+from ais_megatron.algorithm.scaler import TokenFactors
+from ais_megatron.algorithm_config import ObjectiveConfig
+
+POLICY_METRICS = ("loss", "entropy", "policy_ratio_mean", "clip_fraction", "reference_kl")
+
+
+class PolicyLoss(NamedTuple):
+    """total: float32 scalar with grad. metric_sums: float64 ``[len(POLICY_METRICS)]``, sums over the kept tokens."""
+
+    total: Tensor
+    metric_sums: Tensor
+
+
+def policy_loss(
+    objective: ObjectiveConfig,
+    logprobs: Tensor,
+    entropy: Tensor,
+    old_logprobs: Tensor,
+    reference_logprobs: Tensor | None,
+    advantages: Tensor,
+    factors: TokenFactors,
+) -> PolicyLoss:
+    """The loss of one microbatch of whole rows.
+
+    Args:
+        logprobs, entropy: float32 ``[batch, seq]`` with grad.
+        old_logprobs: the same shape, no grad; reference_logprobs: likewise, None where there is no penalty.
+        advantages: float32 ``[batch]``.
+    """
+    kept, clip = factors.kept, objective.resolved
+    j = surrogate(objective.name, logprobs, old_logprobs, advantages, kept, clip.clip_low, clip.clip_high)
+    total = -(factors.policy * j.objective).sum()
+    kl = torch.zeros_like(logprobs)
+    if objective.kl_coefficient and reference_logprobs is not None:
+        kl = kl_penalty(objective.kl_estimator, logprobs, reference_logprobs, kept)
+        total = total + objective.kl_coefficient * (factors.shares * kl).sum()
+    if objective.entropy_bonus:
+        total = total - objective.entropy_bonus * (factors.shares * entropy.masked_fill(~kept, 0.0)).sum()
+    sums = [masked_sum(x, kept) for x in (entropy, j.policy_ratio, j.clipped.float(), kl)]
+    return PolicyLoss(total, torch.stack([total.detach().double(), *sums]))
 
 
 def clipped_policy_loss(
@@ -22,22 +65,9 @@ def clipped_policy_loss(
     clip_low: float,
     clip_high: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The loss of one microbatch.
-
-    Args:
-        logprobs: float32 ``[batch, seq]`` with grad; old_logprobs, token_weights: the same shape, no grad.
-        advantages: float32 ``[batch]``; loss_mask: bool ``[batch, seq]``.
-    Returns:
-        (loss sum, float32 scalar; policy_ratio ``[batch, seq]``; clipped, bool ``[batch, seq]``).
-    """
-    advantages = advantages[:, None]
-    # Outside the mask both are set to 0 before the exponential, so that padding can produce neither inf nor a gradient.
-    log_ratio = (logprobs - old_logprobs).masked_fill(~loss_mask, 0.0)
-    policy_ratio = log_ratio.exp()
-    unclipped = policy_ratio * advantages
-    clipped = policy_ratio.clamp(1.0 - clip_low, 1.0 + clip_high) * advantages
-    loss = -(token_weights * torch.minimum(unclipped, clipped)).sum()
-    return loss, policy_ratio.detach(), ((clipped < unclipped) & loss_mask).detach()
+    """GRPO's clipped loss alone: (loss sum, float32 scalar; policy_ratio; clipped, bool). Shapes as in `policy_loss`."""
+    j = surrogate("grpo", logprobs, old_logprobs, advantages, loss_mask, clip_low, clip_high)
+    return -(token_weights * j.objective).sum(), j.policy_ratio, j.clipped
 
 
 def masked_sum(values: Tensor, loss_mask: Tensor) -> Tensor:

@@ -31,10 +31,13 @@ class Calibration:
 
 
 class Calibrator:
-    """Records while `recording` is entered; `lengths` must be set to each microbatch's ``[batch]`` before its forward."""
+    """Records while `recording` is entered; `lengths` must be set to each microbatch's ``[batch]`` before its forward.
 
-    def __init__(self, model: nn.Module, num_layers: int, margin: float) -> None:
-        self.num_layers, self.margin = num_layers, margin
+    recomputes: layers run a second time in the backward pass, when `lengths` may already be another microbatch's.
+    """
+
+    def __init__(self, model: nn.Module, num_layers: int, margin: float, recomputes: bool = False) -> None:
+        self.num_layers, self.margin, self._recomputes = num_layers, margin, recomputes
         self.lengths: Tensor | None = None
         self.latest: Calibration | None = None
         self._recording = False
@@ -58,7 +61,8 @@ class Calibrator:
 
     def _hook(self, layer: int):  # noqa: ANN202
         def record(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, object]) -> None:
-            if self._recording:
+            # A checkpointed layer's first run is without gradient, its second with.
+            if self._recording and not (self._recomputes and torch.is_grad_enabled()):
                 self._record(layer, args[:3])
 
         return record

@@ -17,6 +17,7 @@ from megatron.core import dist_checkpointing
 from megatron.core.optimizer import ChainedOptimizer
 from torch import Tensor
 
+from ais_megatron.algorithm.ais import AISState
 from ais_megatron.distributed import rank_consistent
 from ais_megatron.policy import cpu_backend
 from ais_megatron.policy.calibration import Calibration
@@ -26,14 +27,18 @@ from ais_megatron.quantization.kv_scales import KVScales
 
 @dataclass(frozen=True)
 class TrainingState:
-    """What a run needs besides the policy: steps done, held-out accuracy at its start, and the KV calibration in force.
+    """What a run needs besides the policy.
 
-    (Prompts and sampling noise are functions of seed and step, so there is no random state to keep.)
+    step: steps done. start_accuracy: held-out, at the start of the run; None until it is measured. calibration: of the KV
+    cache, in force. next_prompt: the position in the prompt stream. ais: what alpha remembers.
+    (Prompts and sampling noise are functions of the seed and the stream's position, so there is no random state to keep.)
     """
 
-    step: int
-    start_accuracy: float
-    calibration: Calibration | None
+    step: int = 0
+    start_accuracy: float | None = None
+    calibration: Calibration | None = None
+    next_prompt: int = 0
+    ais: AISState = AISState()
 
     def to_json(self) -> str:
         calibration = self.calibration and {
@@ -41,7 +46,8 @@ class TrainingState:
             "margin": self.calibration.scales.margin,
             "saturated_fraction": self.calibration.saturated_fraction,
         }
-        return json.dumps({"step": self.step, "start_accuracy": self.start_accuracy, "calibration": calibration})
+        plain = {"step": self.step, "start_accuracy": self.start_accuracy, "next_prompt": self.next_prompt, "ais": self.ais.to_json()}
+        return json.dumps(plain | {"calibration": calibration})
 
     @staticmethod
     def from_json(text: str) -> TrainingState:
@@ -51,7 +57,7 @@ class TrainingState:
             q, k, v = torch.tensor(calibration["amax"], dtype=torch.float32)
             scales = KVScales(k_amax=k, v_amax=v, q_amax=q, margin=calibration["margin"])
             calibration = Calibration(scales, calibration["saturated_fraction"])
-        return TrainingState(raw["step"], raw["start_accuracy"], calibration)
+        return TrainingState(raw["step"], raw["start_accuracy"], calibration, raw["next_prompt"], AISState(**raw["ais"]))
 
 
 _OPTIMIZER_FORMAT = {"distrib_optim_sharding_type": "fully_reshardable"}

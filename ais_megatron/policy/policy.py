@@ -1,7 +1,8 @@
 """`Policy`: the trainer's side of the house. The only door to Megatron-Core.
 
     logprobs(batch)                      BF16 forward passes, no gradient
-    train_step(batch, old, scaler)       clipped loss, gradients reduced in FP32, optimizer on FP32 master weights
+    train_step(batch, old, scaler)       the objective's loss, gradients reduced in FP32, optimizer on FP32 master weights
+    lagged_train_step(batch, scaler)     the same without `old`, which its own forward pass supplies
     export_buckets()                     weights under Hugging Face names, streamed
     calibrate(batch)                     ranges of Q, K, V
 
@@ -11,9 +12,9 @@ ranks of its model-parallel group (`model_parallel_group`).
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -22,14 +23,14 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
-from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.optimizer import get_megatron_optimizer
-from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 from torch import Tensor
 
-from ais_megatron.algorithm.loss import POLICY_METRICS, clipped_policy_loss, masked_sum
+from ais_megatron.algorithm.correction import Correction
+from ais_megatron.algorithm.diagnostics import Diagnostics, RunningStatistics, split
+from ais_megatron.algorithm.loss import POLICY_METRICS, policy_loss
 from ais_megatron.algorithm.scaler import AISLossScaler
 from ais_megatron.batch import Batch
 from ais_megatron.config import Config, OptimizerConfig
@@ -40,6 +41,7 @@ from ais_megatron.policy.cpu_backend import ON_CPU
 from ais_megatron.policy.hf_weights import Bucket, export_buckets, load_hf
 from ais_megatron.policy.microbatches import idle_microbatch, make_microbatches, pad_columns
 from ais_megatron.policy.model import build_model, uses_transformer_engine
+from ais_megatron.policy.optimizer import optimizer_config, refuse_non_finite, schedule
 from ais_megatron.policy.routing import Routing, attach
 
 # (microbatch, its row numbers, logprobs, entropy) -> (loss sum with grad, number of tokens, float64 metric sums)
@@ -103,15 +105,18 @@ class Policy:
             ddp_config = DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=True)
             self.ddp = DistributedDataParallel(self.model.config, ddp_config, self.model)
             self.ddp.broadcast_params()
-            self.optimizer = get_megatron_optimizer(_optimizer_config(config, optimizer), [self.ddp], use_gloo_process_groups=False)
-            self.schedule = _schedule(self.optimizer, optimizer, total_steps)
-        self.optimizer.get_grad_norm = _refuse_non_finite(self.optimizer.get_grad_norm)
+            self.optimizer = get_megatron_optimizer(optimizer_config(config, optimizer), [self.ddp], use_gloo_process_groups=False)
+            self.schedule = schedule(self.optimizer, optimizer, total_steps)
+        self.optimizer.get_grad_norm = refuse_non_finite(self.optimizer.get_grad_norm)
         self.model.config.finalize_model_grads_func = finalize_model_grads
         self.model.config.grad_scale_func = self.optimizer.scale_loss
         self.routing = _routing(config) if config.architecture.is_moe else None
         if self.routing is not None:
             attach(self.model, self.routing)
-        self.calibrator = Calibrator(self.model, config.architecture.num_hidden_layers, config.calibration.margin)
+        recomputes = config.model.recompute == "full"
+        self.calibrator = Calibrator(self.model, config.architecture.num_hidden_layers, config.calibration.margin, recomputes)
+        keeps_reference = config.objective.kl_coefficient > 0.0
+        self._reference = [p.detach().to("cpu", copy=True) for p in self.model.parameters()] if keeps_reference else None
 
     @property
     def is_last_stage(self) -> bool:
@@ -132,48 +137,100 @@ class Policy:
 
     def logprobs_and_calibration(self, batch: Batch) -> tuple[Tensor, Calibration]:
         """`logprobs`, and the ranges of Q, K and V seen on the way; of a MoE model also where its tokens went."""
-        with self.calibrator.recording(), self.routing.recording() if self.routing else nullcontext():
+        with self._recording():
             logprobs = self.logprobs(batch)
+        return logprobs, self._recorded()
+
+    @contextmanager
+    def _recording(self) -> Iterator[None]:
+        """Forward passes inside are watched: ranges of Q, K and V, and of a MoE model where its tokens go."""
+        with self.calibrator.recording(), self.routing.recording() if self.routing else nullcontext():
+            yield
+
+    def _recorded(self) -> Calibration:
         if self.routing is not None:
             self.routing_metrics = self.routing.finish_recording()
-        return logprobs, self.calibrator.result()
+        return self.calibrator.result()
 
     def calibrate(self, batch: Batch) -> Calibration:
         """The ranges of Q, K and V under the present weights, over `calibration.fresh_tokens` tokens of each DP rank's rows."""
         rows = max(1, int((batch.lengths.cumsum(0) <= self.config.calibration.fresh_tokens).sum()))
         return self.logprobs_and_calibration(batch.rows(torch.arange(rows), int(batch.lengths[:rows].max())))[1]
 
-    def train_step(self, batch: Batch, old_logprobs: Tensor, scaler: AISLossScaler) -> dict[str, float]:
+    def reference_logprobs(self, batch: Batch) -> Tensor | None:
+        """`logprobs` under the starting policy, whose weights wait on the CPU; None where no KL penalty asks for them."""
+        if self._reference is None:
+            return None
+        current = [p.detach().clone() for p in self.model.parameters()]
+        try:
+            self._set_parameters(self._reference)
+            return self.logprobs(batch)
+        finally:
+            self._set_parameters(current)
+
+    @torch.no_grad()
+    def _set_parameters(self, values: list[Tensor]) -> None:
+        for parameter, value in zip(self.model.parameters(), values, strict=True):
+            parameter.copy_(value)
+
+    def train_step(
+        self, batch: Batch, old_logprobs: Tensor, scaler: AISLossScaler, reference_logprobs: Tensor | None = None
+    ) -> dict[str, float]:
         """`train.updates_per_batch` optimizer steps over this batch.
 
         Returns:
-            means over the updates of loss, entropy, policy_ratio_mean, clip_fraction, grad_norm, and lr.
+            means over the updates of loss, entropy, policy_ratio_mean, clip_fraction, reference_kl, grad_norm, and lr.
         Raises:
             RuntimeError: loss or gradient not finite; raised on all ranks before the optimizer touches a weight.
         """
         updates = torch.arange(len(batch)).chunk(self.config.train.updates_per_batch)
-        results = [self._update(batch.rows(rows), old_logprobs[rows], scaler) for rows in updates]
+        results = [
+            self._update(batch.rows(rows), old_logprobs[rows], scaler, None if reference_logprobs is None else reference_logprobs[rows])[0]
+            for rows in updates
+        ]
         return {name: sum(r[name] for r in results) / len(results) for name in results[0]} | self.routing_metrics
 
-    def _update(self, batch: Batch, old_logprobs: Tensor, scaler: AISLossScaler) -> dict[str, float]:
+    def lagged_train_step(
+        self, batch: Batch, scaler: AISLossScaler, reference_logprobs: Tensor | None = None
+    ) -> tuple[dict[str, float], Diagnostics, Calibration]:
+        """One optimizer step whose own forward pass supplies old_logprobs (so that the policy ratio is exactly 1), this
+        batch's diagnostics and the ranges of Q, K and V: nothing is computed twice. Returns and raises as `train_step`."""
+        running = RunningStatistics(self.config.ais.weight_cap, Correction.of(self.config))
+        with self._recording():
+            metrics, reduced = self._update(batch, None, scaler, reference_logprobs, running)
+        calibration = self._recorded()
+        return metrics | self.routing_metrics, split(reduced), calibration
+
+    def _update(
+        self,
+        batch: Batch,
+        old_logprobs: Tensor | None,
+        scaler: AISLossScaler,
+        reference_logprobs: Tensor | None,
+        running: RunningStatistics | None = None,
+    ) -> tuple[dict[str, float], Tensor]:
+        """One optimizer step; old_logprobs None: the forward pass's own, which `running` then sees."""
         batch = pad_columns(batch, self.seq_multiple)
-        old_logprobs = F.pad(old_logprobs, (0, batch.tokens.shape[1] - old_logprobs.shape[1]))
-        objective = self.config.objective
-        if scaler.aggregation == "sequence":
+        width = batch.tokens.shape[1]
+        old_logprobs, reference_logprobs = (
+            None if x is None else F.pad(x, (0, width - x.shape[1])) for x in (old_logprobs, reference_logprobs)
+        )
+        if old_logprobs is not None:  # known beforehand, so rejected responses leave the batch's own mask
+            batch = replace(batch, loss_mask=scaler.kept(old_logprobs, batch.rollout_logprobs, batch.loss_mask))
+        if scaler.needs_totals:
             local = torch.stack([batch.loss_mask.sum(), batch.loss_mask.any(1).sum()]).double()
             scaler = scaler.for_update(*all_reduce_sum(local, data_parallel_group()).tolist())
 
         def loss_function(rows: Batch, index: Tensor, logprobs: Tensor, entropy: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-            mask = rows.loss_mask
-            old = old_logprobs[index, : mask.shape[1]].to(logprobs.device)
-            weights = scaler.token_weights(old, rows.rollout_logprobs, mask)
-            loss, ratio, clipped = clipped_policy_loss(
-                logprobs, old, rows.advantages, mask, weights, objective.clip_low, objective.clip_high
-            )
-            sums = [loss.detach().double(), masked_sum(entropy, mask), masked_sum(ratio, mask), clipped.sum().double()]
-            return loss, mask.sum(), torch.stack(sums)
+            old = logprobs.detach() if old_logprobs is None else _cut(old_logprobs, index, logprobs)
+            reference = None if reference_logprobs is None else _cut(reference_logprobs, index, logprobs)
+            if running is not None:
+                running.add(old, rows.rollout_logprobs, rows.advantages, rows.loss_mask)
+            factors = scaler.factors(old, rows.rollout_logprobs, rows.loss_mask)
+            loss = policy_loss(self.config.objective, logprobs, entropy, old, reference, rows.advantages, factors)
+            return loss.total, factors.kept.sum(), loss.metric_sums
 
-        return self._optimize(batch, loss_function, POLICY_METRICS)
+        return self._optimize(batch, loss_function, POLICY_METRICS, running)
 
     def sft_step(self, batch: Batch) -> dict[str, float]:
         """One optimizer step on the cross-entropy of the masked tokens; returns loss (nats per token), grad_norm, lr."""
@@ -182,10 +239,16 @@ class Policy:
             loss = -logprobs.masked_fill(~rows.loss_mask, 0.0).sum()
             return loss, rows.loss_mask.sum(), loss.detach().double()[None]
 
-        return self._optimize(pad_columns(batch, self.seq_multiple), loss_function, ("loss",))
+        return self._optimize(pad_columns(batch, self.seq_multiple), loss_function, ("loss",))[0]
 
-    def _optimize(self, batch: Batch, loss_function: LossFunction, names: tuple[str, ...]) -> dict[str, float]:
-        """Forward and backward over all microbatches, then one optimizer step; metric means per token, over the whole job."""
+    def _optimize(
+        self, batch: Batch, loss_function: LossFunction, names: tuple[str, ...], running: RunningStatistics | None = None
+    ) -> tuple[dict[str, float], Tensor]:
+        """Forward and backward over all microbatches, then one optimizer step.
+
+        Returns:
+            metric means per token over the whole job; and what `running` saw, joined over it by the same all-reduce.
+        """
         if self.routing is not None:
             counts = torch.stack([batch.loss_mask.sum(), batch.lengths.sum()]).double()
             loss_tokens, real_tokens = all_reduce_sum(counts, data_parallel_group()).tolist()
@@ -195,12 +258,14 @@ class Policy:
             self.optimizer.zero_grad()
         sums = self._run(batch, loss_function, forward_only=False)
         local = sums.sum(0) if self.is_last_stage else torch.zeros(len(names) + 1, dtype=torch.float64)
-        totals = self._from_last_stage(all_reduce_sum(local.cpu(), data_parallel_group())).tolist()
-        metrics = {name: value / max(totals[-1], 1.0) for name, value in zip(names, totals, strict=False)}
+        local = torch.cat([local.cpu(), *([running.joined(data_parallel_group())] if running else [])])
+        totals, reduced = self._from_last_stage(all_reduce_sum(local, data_parallel_group())).tensor_split([len(names) + 1])
+        num_tokens = max(totals[-1].item(), 1.0)
+        metrics = {name: value / num_tokens for name, value in zip(names, totals.tolist(), strict=False)}
         with cpu_backend.active():
             self.schedule.step(1)  # before the update: with warm-up, the first one must not run at learning rate 0
             _, grad_norm, _ = self.optimizer.step()
-        return {**metrics, "grad_norm": float(grad_norm), "lr": self.schedule.get_lr(self.optimizer.param_groups[0])}
+        return {**metrics, "grad_norm": float(grad_norm), "lr": self.schedule.get_lr(self.optimizer.param_groups[0])}, reduced
 
     def _run(self, batch: Batch, loss_function: LossFunction, forward_only: bool) -> Tensor:
         """All microbatches through Megatron's schedule; on the last stage the float64 ``[microbatches, metrics + 1]``
@@ -275,47 +340,6 @@ def _routing(config: Config) -> Routing:
     )
 
 
-def _optimizer_config(config: Config, optimizer: OptimizerConfig) -> MegatronOptimizerConfig:
-    bf16 = config.model.dtype == "bf16"
-    return MegatronOptimizerConfig(
-        optimizer="adam",
-        lr=optimizer.lr,
-        min_lr=optimizer.lr * optimizer.min_lr_ratio,
-        weight_decay=optimizer.weight_decay,
-        adam_beta1=optimizer.beta1,
-        adam_beta2=optimizer.beta2,
-        adam_eps=optimizer.eps,
-        clip_grad=optimizer.grad_clip,
-        bf16=bf16,
-        params_dtype=torch.bfloat16 if bf16 else torch.float32,
-        use_distributed_optimizer=True,
-    )
-
-
-def _refuse_non_finite(get_grad_norm: Callable[[], float]) -> Callable[[], float]:
-    """Megatron asks for the global norm, equal on all ranks, before it clips and steps: the moment to stop a NaN.
-    (Clipping would multiply every gradient by it; the loss scaler that could skip the step exists for FP16 only.)"""
-
-    def guarded() -> float:
-        norm = float(get_grad_norm())
-        if not math.isfinite(norm):
-            raise RuntimeError(f"gradient norm is {norm}: this update was refused on all ranks before any weight changed")
-        return norm
-
-    return guarded
-
-
-def _schedule(megatron_optimizer: object, optimizer: OptimizerConfig, total_steps: int) -> OptimizerParamScheduler:
-    return OptimizerParamScheduler(
-        megatron_optimizer,
-        init_lr=0.0,
-        max_lr=optimizer.lr,
-        min_lr=optimizer.lr * optimizer.min_lr_ratio,
-        lr_warmup_steps=optimizer.warmup_steps,
-        lr_decay_steps=total_steps + 1,
-        lr_decay_style=optimizer.decay,
-        start_wd=optimizer.weight_decay,
-        end_wd=optimizer.weight_decay,
-        wd_incr_steps=total_steps + 1,
-        wd_incr_style="constant",
-    )
+def _cut(values: Tensor, index: Tensor, like: Tensor) -> Tensor:
+    """The rows of a microbatch, as wide as `like` and where it lives."""
+    return values[index, : like.shape[1]].to(like.device)

@@ -1,0 +1,134 @@
+"""From the prompt stream to a batch with a signal: generate, judge, compare within groups.
+
+With dynamic sampling (DAPO, arXiv 2503.14476) groups whose rewards are all equal make room for the stream's next prompts, in
+at most `objective.max_refills` further rounds; if signals are still too few, groups without one fill the batch up. Which groups
+are taken depends on the stream alone, never on the layout: candidates are numbered by their position in it, and one
+all-reduce per round tells every rank which of them carry a signal and where they are.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from ais_megatron.algorithm.advantages import advantages_of, has_signal
+from ais_megatron.batch import Batch, Rollout, assemble
+from ais_megatron.distributed import all_reduce_sum, gather_batch, rank, rank_consistent
+from ais_megatron.metrics import PhaseTimer
+from ais_megatron.policy.policy import model_parallel_group
+from ais_megatron.prompts import training_prompts
+from ais_megatron.session import Session
+from ais_megatron.tasks import Reward
+
+
+@dataclass(frozen=True)
+class Collected:
+    """batch: this data-parallel rank's rows. rollouts, rewards, values: all that this rank generated, chosen or not.
+    next_prompt: the stream's position afterwards. prompts_sampled: how far it moved."""
+
+    batch: Batch
+    rollouts: list[Rollout]
+    rewards: list[Reward]
+    values: Tensor
+    next_prompt: int
+    prompts_sampled: int
+
+
+@dataclass
+class _Candidates:
+    """What this rank generated so far, and of every candidate group of the step its owner (rank) and whether it has a signal."""
+
+    rollouts: list[Rollout] = field(default_factory=list)
+    rewards: list[Reward] = field(default_factory=list)
+    owner: list[int] = field(default_factory=list)
+    signal: list[bool] = field(default_factory=list)
+
+    @property
+    def values(self) -> Tensor:
+        return torch.tensor([r.value for r in self.rewards], dtype=torch.float32)
+
+    def choose(self, wanted: int) -> list[int]:
+        """The candidates that train, in the stream's order: the first with a signal, then the first without."""
+        by_signal = sorted(range(len(self.signal)), key=lambda i: not self.signal[i])
+        return sorted(by_signal[:wanted])
+
+
+def collect(session: Session, first: int, timer: PhaseTimer) -> Collected:
+    """The batch that begins at position `first` of the prompt stream. Collective.
+
+    Raises:
+        ValueError, RuntimeError: a problem, the engine or a response is corrupt; on all ranks together.
+    """
+    wanted, objective = session.config.rollout.prompts_per_step, session.config.objective
+    candidates = _Candidates()
+    _sample(session, candidates, first, wanted, timer)
+    if objective.resolved.dynamic_sampling:
+        for _ in range(objective.max_refills):
+            _find_signals(candidates, first, session.config.rollout.group_size)
+            missing = wanted - sum(candidates.signal)
+            if missing <= 0:
+                break
+            _sample(session, candidates, first + len(candidates.owner), missing, timer)
+        _find_signals(candidates, first, session.config.rollout.group_size)
+    with timer.phase("reward"):
+        batch = _chosen_rows(session, candidates, first) if objective.resolved.dynamic_sampling else _own_rows(session, candidates)
+    sampled = len(candidates.owner)
+    return Collected(batch, candidates.rollouts, candidates.rewards, candidates.values, first + sampled, sampled)
+
+
+def _sample(session: Session, candidates: _Candidates, first: int, count: int, timer: PhaseTimer) -> None:
+    """Generate and judge this rank's share of `count` further prompts."""
+    with timer.phase("generate"), rank_consistent():
+        prompts = training_prompts(session.task, session.tokenizer, first, count, session.share)
+        rollouts = session.engine.generate(prompts, session.sampling) if prompts else []
+    with timer.phase("reward"), rank_consistent():
+        candidates.rewards += session.score(rollouts)
+        candidates.rollouts += rollouts
+    candidates.owner += [-1] * count
+    candidates.signal += [False] * count
+
+
+def _find_signals(candidates: _Candidates, first: int, group_size: int) -> None:
+    """Fill in owner and signal of all candidates, on every rank."""
+    known = torch.zeros(2, len(candidates.owner), dtype=torch.int64)
+    mine = torch.tensor([r.prompt.index - first for r in candidates.rollouts[::group_size]], dtype=torch.int64)
+    known[0, mine] = rank() + 1
+    known[1, mine] = has_signal(candidates.values, group_size).long()
+    owner, signal = all_reduce_sum(known)
+    candidates.owner, candidates.signal = (owner - 1).tolist(), signal.bool().tolist()
+
+
+def _own_rows(session: Session, candidates: _Candidates) -> Batch:
+    """All that this rank's model-parallel group generated."""
+    with rank_consistent():
+        local = _assemble(session, candidates.rollouts, candidates.values)
+    return gather_batch(local, model_parallel_group())
+
+
+def _chosen_rows(session: Session, candidates: _Candidates, first: int) -> Batch:
+    """This data-parallel rank's part of the chosen groups, wherever they were generated: everyone sees all of them once."""
+    size, share = session.config.rollout.group_size, session.share
+    chosen = candidates.choose(session.config.rollout.prompts_per_step)
+    with rank_consistent():
+        keep = set(chosen)
+        rows = [i for i, r in enumerate(candidates.rollouts) if r.prompt.index - first in keep]
+        local = _assemble(session, [candidates.rollouts[i] for i in rows], candidates.values[rows])
+    everything = gather_batch(local, None)
+    # The gathered groups stand by rank, and by position within one: where each chosen group came to stand.
+    stands = {group: place for place, group in enumerate(sorted(chosen, key=lambda group: candidates.owner[group]))}
+    low, high = (len(chosen) * (share.dp_rank + i) // share.dp_size for i in (0, 1))
+    places = torch.tensor([stands[group] for group in chosen[low:high]], dtype=torch.int64)
+    index = (places[:, None] * size + torch.arange(size)).view(-1)
+    return everything.rows(index, int(everything.lengths[index].max()))
+
+
+def _assemble(session: Session, rollouts: list[Rollout], values: Tensor) -> Batch:
+    """Whole groups as a `Batch` with advantages; responses cut at the limit leave the loss where the objective says so."""
+    objective, group_size = session.config.objective, session.config.rollout.group_size
+    advantages = advantages_of(objective.resolved.advantages, values, group_size, objective.std_floor)
+    batch = assemble(rollouts, values, advantages)
+    if not objective.resolved.overlong_filter:
+        return batch
+    return batch.without(torch.tensor([r.finish_reason == "length" for r in rollouts], dtype=torch.bool))

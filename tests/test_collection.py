@@ -1,0 +1,88 @@
+"""Dynamic sampling: which groups train is a matter of the prompt stream, not of who generated them."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from ais_megatron.batch import Rollout
+from ais_megatron.config import Config
+from ais_megatron.tasks import Reward
+from tests.ranks import RankPool
+from tests.test_algorithm import config_with
+
+LAYOUTS = {"1": (1, 1, 1), "DP2": (2, 1, 1), "TP2": (2, 2, 1), "DP2xPP2": (4, 1, 2)}
+
+
+def rewards_of(position: int) -> tuple[float, float]:
+    """Every third group of two has a signal."""
+    return (1.0, 0.0) if position % 3 == 0 else (1.0, 1.0)
+
+
+class Engine:
+    """Two responses per prompt whose tokens tell the prompt's position and the sample's number; some run to the limit."""
+
+    def generate(self, prompts, sampling):  # noqa: ANN001, ANN201
+        return [
+            Rollout(p, (p.index + 1, i + 1), (-0.5, -0.1 * i), "length" if p.index % 2 and i else "stop", 0)
+            for p in prompts
+            for i in (0, 1)
+        ]
+
+
+def collected(rank: int, config: Config, tp: int, pp: int, first: int):  # noqa: ANN201
+    from ais_megatron.collection import collect
+    from ais_megatron.metrics import PhaseTimer
+    from ais_megatron.policy.policy import initialize_parallel
+    from ais_megatron.session import share_of_this_rank
+
+    initialize_parallel(config)
+    session = SimpleNamespace(
+        config=config,
+        engine=Engine(),
+        share=share_of_this_rank(),
+        sampling=None,
+        tokenizer=SimpleNamespace(encode_prompt=lambda text: [1] * len(text)),
+        task=SimpleNamespace(train_problem=lambda i: SimpleNamespace(text="x" * (1 + i % 2), truth={})),
+        score=lambda rollouts: [Reward(rewards_of(r.prompt.index)[r.token_ids[1] - 1], True, True) for r in rollouts],
+    )
+    result = collect(session, first, PhaseTimer())
+    responses = [tuple(row[length - 2 : length].tolist()) for row, length in zip(result.batch.tokens, result.batch.lengths, strict=True)]
+    generated = [r.prompt.index for r in result.rollouts[::2]]
+    return session.share.dp_rank, responses, result.batch.advantages, result.batch.loss_mask.any(1), result.next_prompt, generated
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    ("refills", "groups", "next_prompt"),
+    # From position 2 on, 3, 6, 9, 12, ... have a signal. Rounds: 2-5 (one signal), then 3 more prompts (one), 2 more (one), ...
+    [(1, [2, 3, 4, 6], 9), (3, [2, 3, 6, 9], 12), (9, [3, 6, 9, 12], 13)],
+)
+def test_groups_without_a_signal_make_room(ranks: RankPool, layout: str, refills: int, groups: list[int], next_prompt: int) -> None:
+    world, tp, pp = LAYOUTS[layout]
+    config = config_with(
+        objective={"name": "dapo", "max_refills": refills},
+        rollout={"prompts_per_step": 4, "group_size": 2},
+        parallel={"tp": tp, "pp": pp},
+        train={"updates_per_batch": 2},
+    )
+    results = ranks.run(world, collected, config=config, tp=tp, pp=pp, first=2)
+    dp = world // (tp * pp)
+    for dp_rank, responses, advantages, in_loss, position, _ in results:
+        mine = groups[4 * dp_rank // dp : 4 * (dp_rank + 1) // dp]
+        assert responses == [(group + 1, sample) for group in mine for sample in (1, 2)]
+        assert position == next_prompt
+        half = 0.5**0.5 * (1 - 1.5e-6)
+        expected = torch.tensor([sign * half * (group % 3 == 0) for group in mine for sign in (1, -1)])
+        torch.testing.assert_close(advantages, expected, rtol=1e-5, atol=1e-6)
+        assert in_loss.tolist() == [not (group % 2 and sample) for group in mine for sample in (0, 1)], "cut responses leave the loss"
+    assert sorted(index for result in results for index in result[-1]) == list(range(2, next_prompt)), "every prompt exactly once"
+
+
+def test_without_dynamic_sampling_the_stream_moves_evenly(ranks: RankPool) -> None:
+    config = config_with(rollout={"prompts_per_step": 4, "group_size": 2})
+    for dp_rank, responses, _, in_loss, position, generated in ranks.run(2, collected, config=config, tp=1, pp=1, first=8):
+        assert generated == [8 + 2 * dp_rank, 9 + 2 * dp_rank] and position == 12
+        assert len(responses) == 4 and in_loss.all()
