@@ -209,3 +209,6 @@ def test_replayed_routing_is_the_engines(ranks: RankPool, moe_checkpoint: Path, 
         for logprobs, index, metrics in ranks.run(world, replayed, path=moe_checkpoint, parallel=parallel, replay=replay):
             assert (logprobs - reference[index]).abs().max() < 1e-4
             assert 0.9 < metrics["routing_differs_fraction"] <= 1.0
+            assert metrics["dropped_tokens_fraction"] == 0.0
+            if replay:  # all but the last token of each row on 2 of 8 experts
+                assert 3.6 < metrics["expert_load_max_over_mean"] <= 4.0

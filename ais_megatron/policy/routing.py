@@ -46,7 +46,7 @@ class Routing:
     _rows: Batch | None = None
     _recording: bool = False
     _counts: Tensor = field(default_factory=lambda: torch.zeros(0))
-    _compared: Tensor = field(default_factory=lambda: torch.zeros(2))
+    _compared: Tensor = field(default_factory=lambda: torch.zeros(3))
 
     def see(self, rows: Batch) -> None:
         self._rows = rows
@@ -55,7 +55,8 @@ class Routing:
     def recording(self) -> Iterator[None]:
         """Count where tokens go during the forward passes inside."""
         self._counts = torch.zeros(self.num_layers, self.num_experts, dtype=torch.float64, device=device())
-        self._compared = torch.zeros(2, dtype=torch.float64, device=device())  # tokens whose expert set differs, tokens compared
+        # tokens whose expert set differs, tokens compared, tokens that were to be sent
+        self._compared = torch.zeros(3, dtype=torch.float64, device=device())
         self._recording = True
         try:
             yield
@@ -67,12 +68,16 @@ class Routing:
         vector = torch.cat([self._counts.view(-1), self._compared])
         if dist.get_world_size() > 1:
             dist.all_reduce(vector)
-        counts = vector[:-2].view(self.num_layers, self.num_experts)
-        differing, compared = vector[-2:].tolist()
+        counts = vector[:-3].view(self.num_layers, self.num_experts)
+        differing, compared, sent = vector[-3:].tolist()
         totals = counts.sum(1, keepdim=True).clamp(min=1.0)
         self.fractions = (counts / totals).float()
         load = counts.amax(1) / counts.mean(1).clamp(min=1e-9)
-        metrics = {"expert_load_max_over_mean": float(load.mean()), "expert_load_worst_layer": float(load.max())}
+        metrics = {
+            "expert_load_max_over_mean": float(load.mean()),
+            "expert_load_worst_layer": float(load.max()),
+            "dropped_tokens_fraction": 1.0 - float(counts.sum()) / max(sent * self.top_k, 1.0),
+        }
         return metrics | ({"routing_differs_fraction": differing / compared} if compared else {})
 
     def _local(self, tensor: Tensor, num_tokens: int) -> Tensor:
@@ -98,13 +103,14 @@ class Routing:
         """chosen: bool ``[tokens, num_experts]``, where the tokens were sent."""
         if self._recording:
             self._counts[layer] += chosen[real].sum(0)
+            self._compared[2] += real.sum()
 
     def compare(self, own: Tensor, engine: Tensor, real: Tensor) -> None:
         """own, engine: int64 ``[tokens, top_k]``."""
         if self._recording:
             known = real & (engine[:, 0] >= 0)
             differs = (own.sort(-1).values != engine.sort(-1).values).any(-1)
-            self._compared += torch.stack([(differs & known).sum(), known.sum()])
+            self._compared[:2] += torch.stack([(differs & known).sum(), known.sum()])
 
 
 class _Replay:
