@@ -11,8 +11,6 @@ import os
 import sys
 import uuid
 
-LAUNCHED_BY = ("RANK", "SLURM_PROCID")
-
 
 def is_launched() -> bool:
     """Whether torchrun or srun started this process as one rank of a job."""

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ais_megatron.batch import Batch
 from tests.ranks import RankPool
-from tests.test_policy import TEMPERATURE, make_batch, make_config, make_policy, my_rows
+from tests.test_policy import make_batch, make_config, make_policy, my_rows, reference_logprobs
 
 # ranks and what `parallel` gets; what is left of the ranks is data parallel
 LAYOUTS = {
@@ -28,17 +28,6 @@ LAYOUTS = {
 def moe_config(path: Path, parallel: dict[str, object], dtype: str = "fp32", budget: int = 10_000, **moe: object):  # noqa: ANN201
     config = make_config(path, dtype=dtype, budget=budget, moe=moe)
     return config.model_copy(update={"parallel": config.parallel.model_copy(update=parallel)})
-
-
-def reference_logprobs(path: Path, batch: Batch) -> Tensor:
-    from transformers import Qwen3MoeForCausalLM
-
-    model = Qwen3MoeForCausalLM.from_pretrained(path, attn_implementation="eager", dtype=torch.float32)
-    with torch.no_grad():
-        logits = model(batch.tokens).logits.float() / TEMPERATURE
-    result = torch.zeros(batch.tokens.shape)
-    result[:, 1:] = logits.log_softmax(-1)[:, :-1].gather(2, batch.tokens[:, 1:, None]).squeeze(2)
-    return result * batch.loss_mask
 
 
 def policy_logprobs(rank: int, path: Path, parallel: dict[str, object], **options) -> tuple[Tensor, Tensor]:
@@ -115,8 +104,8 @@ def test_training_is_independent_of_layout(ranks: RankPool, moe_checkpoint: Path
             assert metrics[name] == pytest.approx(expected_metrics[name], rel=1e-4, abs=1e-6), name
 
 
-def gradients(rank: int, path: Path, parallel: dict[str, object], signal: float, alpha: float = 0.5, **options) -> tuple[Tensor, Tensor]:
-    """(gradient of the first layer's router weight, global norm) of one update, caught before Adam hides its scale."""
+def gradients(rank: int, path: Path, parallel: dict[str, object], signal: float, alpha: float = 0.5, **options) -> Tensor:
+    """Global gradient norm of one update, taken before Adam hides its scale."""
     from ais_megatron.algorithm.scaler import AISLossScaler
 
     policy = make_policy(moe_config(path, parallel, **options), path)

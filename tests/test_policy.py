@@ -72,10 +72,10 @@ def my_rows(batch: Batch) -> tuple[Batch, Tensor]:
 
 
 def reference_logprobs(path: Path, batch: Batch) -> Tensor:
-    """transformers in float32, its own attention code."""
-    from transformers import Qwen3ForCausalLM
+    """transformers in float32, its own attention code; dense or MoE, as the checkpoint says."""
+    from transformers import AutoModelForCausalLM
 
-    model = Qwen3ForCausalLM.from_pretrained(path, attn_implementation="eager", dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(path, attn_implementation="eager", dtype=torch.float32)
     with torch.no_grad():
         logits = model(batch.tokens).logits.float() / TEMPERATURE
     result = torch.zeros(batch.tokens.shape)

@@ -16,7 +16,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -320,12 +319,6 @@ class Policy:
     def export_buckets(self, bucket_bytes: int) -> Iterator[Bucket]:
         """See `hf_weights.export_buckets`."""
         return export_buckets(self.model, self.config.architecture, bucket_bytes, uses_transformer_engine())
-
-    def load_hf(self, path: str | Path) -> None:
-        """Replace all weights; the optimizer's master weights follow."""
-        with rank_consistent():
-            load_hf(self.model, self.config.architecture, path, uses_transformer_engine())
-        self.optimizer.reload_model_params()
 
 
 def _routing(config: Config) -> Routing:
