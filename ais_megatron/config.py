@@ -27,6 +27,7 @@ from ais_megatron.algorithm_config import (
     weight_level,
 )
 from ais_megatron.section import Fraction, PositiveInt, Section
+from ais_megatron.sglang_config import SGLangConfig, shard_problems
 
 SUPPORTED_MODEL_TYPES = ("qwen3", "qwen3_moe")
 
@@ -130,7 +131,7 @@ class TaskConfig(Section):
 
 
 class RolloutConfig(Section):
-    engine: Literal["local"] = "local"
+    engine: Literal["local", "sglang"] = Field("local", description="local: embedded in each rank; sglang: servers, see rollout.sglang")
     quantization: Annotated[
         Literal["none", "fp8_e4m3"], BeforeValidator(lambda v: {"fp8": "fp8_e4m3", "bf16": "none", None: "none"}.get(v, v))
     ] = Field("fp8_e4m3", description="none: BF16 weights; fp8_e4m3 (or fp8): block-128x128 weights, 1x128 activations")
@@ -144,6 +145,8 @@ class RolloutConfig(Section):
     max_batch: PositiveInt = Field(256, description="responses that one engine decodes side by side")
     return_routed_experts: bool = Field(False, description="MoE models: every response carries the experts the engine chose for it")
     sync_bucket_mb: float = Field(64.0, gt=0.0, description="bytes of weights in flight during a weight sync, in MiB")
+    ahead: int = Field(0, ge=0, le=1, description="1: the next batch is generated while this one trains, with weights one step older")
+    sglang: SGLangConfig = SGLangConfig()
 
     @property
     def kv_cache_is_fp8(self) -> bool:
@@ -242,6 +245,7 @@ class Config(Section):
             self.correction, self.ais, self.correction_options, self.objective, self.train.updates_per_batch, self.rollout.group_size
         )
         problems = [*_layout_problems(self), *_batch_problems(self), *algorithm, *_source_problems(self), *_replay_problems(self)]
+        problems += _engine_problems(self)
         if problems:
             raise ValueError("\n".join(problems))
         return self
@@ -293,6 +297,30 @@ def _replay_problems(config: Config) -> list[str]:
     if not config.rollout.return_routed_experts:
         return ["moe.routing_replay=true: the engine must tell its routing; set rollout.return_routed_experts=true too"]
     return []
+
+
+def _engine_problems(config: Config) -> list[str]:
+    """What an SGLang server could not load."""
+    rollout, arch = config.rollout, config.model.architecture
+    if rollout.engine != "sglang" or arch is None:
+        return []
+    sglang, problems = rollout.sglang, []
+    if arch.num_attention_heads % sglang.tp:
+        problems.append(f"rollout.sglang.tp={sglang.tp}: does not divide model.architecture.num_attention_heads={arch.num_attention_heads}")
+    if arch.is_moe and arch.num_experts % sglang.ep:
+        problems.append(f"rollout.sglang.ep={sglang.ep}: does not divide model.architecture.num_experts={arch.num_experts}")
+    if not arch.is_moe and sglang.ep > 1:
+        problems.append(f"rollout.sglang.ep={sglang.ep}: a dense model has no experts to spread; set rollout.sglang.ep=1")
+    if rollout.quantization != "none":
+        prefix = "model.architecture."
+        sizes = {prefix + "num_attention_heads * head_dim": arch.num_attention_heads * arch.head_dim}
+        if arch.is_moe:
+            # Experts are cut by what expert parallelism leaves of the tensor-parallel group.
+            problems += shard_problems(max(sglang.tp // sglang.ep, 1), {prefix + "moe_intermediate_size": arch.moe_intermediate_size})
+        else:
+            sizes[prefix + "intermediate_size"] = arch.intermediate_size
+        problems += shard_problems(sglang.tp, sizes)
+    return problems
 
 
 def _expert_problems(parallel: ParallelConfig, arch: Architecture, recompute: str) -> list[str]:

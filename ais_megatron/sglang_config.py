@@ -1,0 +1,82 @@
+"""The section `rollout.sglang`: where SGLang servers are, or how to start them, and how weights and requests reach them."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from ais_megatron.section import Fraction, PositiveInt, Section
+
+FP8_BLOCK = 128
+
+
+class SGLangConfig(Section):
+    """Servers are either named in `servers`, started by someone else with ``ais-megatron serve``, or started by the trainer's
+    rank 0 on its own host (`num_servers` of them, on ports `port`, `port` + 1, …)."""
+
+    servers: list[str] = Field([], description="base URLs, http://host:port; empty: the trainer starts its own")
+    router: str | None = Field(None, description="an sglang-router that spreads the requests; weights still go to each of `servers`")
+    num_servers: PositiveInt = Field(1, description="servers that the trainer starts itself, where `servers` is empty")
+    python: str = Field("python", description="interpreter of the environment that holds SGLang (it pins its own torch)")
+    device: Literal["cuda", "cpu"] = "cuda"
+    tp: PositiveInt = Field(1, description="tensor-parallel size of one server")
+    ep: PositiveInt = Field(1, description="expert-parallel size of one server (MoE models)")
+    host: str = Field("127.0.0.1", description="address to bind; anything but loopback needs a key_file")
+    port: PositiveInt = Field(30000, le=65535)
+    key_file: str | None = Field(None, description="file with the key that requests must carry; made if `serve` or the trainer finds none")
+    mem_fraction: Fraction | None = Field(None, description="--mem-fraction-static; empty: SGLang's own choice")
+    attention_backend: str | None = Field(None, description="--attention-backend; empty: SGLang's own choice (fa3 on Hopper)")
+    max_running: PositiveInt | None = Field(None, description="--max-running-requests of one server; empty: SGLang's own choice")
+    extra_args: list[str] = Field([], description="further arguments of sglang.launch_server, as they are")
+    env: dict[str, str] = Field({}, description="further environment variables of the servers")
+    transport: Literal["auto", "distributed", "tensor", "disk"] = Field(
+        "auto", description="of weights: distributed (NCCL, gloo on CPUs), tensor (same host), disk (shared folder sync_dir)"
+    )
+    sync_dir: str | None = Field(None, description="transport=disk: a folder that trainer and servers share; empty: in run.dir")
+    pause: Literal["retract", "in_place"] = Field(
+        "retract", description="requests in flight during a sync: retract recomputes their KV with the new weights, in_place keeps it"
+    )
+    verify_tolerance: float = Field(
+        1.0, gt=0.0, description="a sync is refused if engine and trainer differ by more nats per token on a few probe tokens"
+    )
+    max_concurrency: PositiveInt = Field(256, description="requests in flight at one server")
+    request_timeout_s: float = Field(600.0, gt=0.0, description="for one response")
+    startup_timeout_s: float = Field(900.0, gt=0.0, description="until a server answers for the first time")
+    recovery_timeout_s: float = Field(300.0, gt=0.0, description="how long a step waits for a server when none is left")
+    max_restarts: int = Field(3, ge=0, description="of one server that died, by whoever started it")
+    max_dropped_fraction: Fraction = Field(0.05, description="share of responses without usable logprobs above which a run stops")
+
+    @model_validator(mode="after")
+    def _addresses(self) -> SGLangConfig:
+        for url in [*self.servers, *([self.router] if self.router else [])]:
+            if not url.startswith(("http://", "https://")) or url.endswith("/"):
+                raise ValueError(f"address {url!r}: write http://host:port, without a path")
+        if len(set(self.servers)) < len(self.servers):
+            raise ValueError(f"servers={self.servers}: an address occurs twice")
+        if self.router and not self.servers:
+            raise ValueError(f"router={self.router}: name the servers behind it in `servers` too; weights go to each of them")
+        if not self.is_loopback and not self.key_file:
+            raise ValueError(f"host={self.host}: reachable from other machines, so set key_file to a file that only you can read")
+        return self
+
+    @property
+    def is_loopback(self) -> bool:
+        return self.host in ("127.0.0.1", "localhost", "::1")
+
+
+def shard_problems(tp: int, sizes: dict[str, int]) -> list[str]:
+    """Why block-FP8 weights cannot be cut `tp` ways: each shard of a cut dimension must hold whole 128-blocks.
+
+    sizes: of the dimensions that tensor parallelism cuts, by their key.
+    """
+    problems = []
+    for key, size in sizes.items():
+        if tp > 1 and size and size % (tp * FP8_BLOCK):
+            works = [n for n in range(1, size // FP8_BLOCK + 1) if size % (n * FP8_BLOCK) == 0]
+            shard = f"{size} / {tp} = {size / tp:g}"
+            problems.append(
+                f"rollout.sglang.tp={tp}: cuts {key}={size} into shards of {shard}, no multiple of the FP8 block {FP8_BLOCK}; "
+                f"use one of {works or [1]}, or rollout.quantization=none"
+            )
+    return problems
