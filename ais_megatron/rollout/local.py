@@ -22,11 +22,10 @@ from ais_megatron.rollout.engine import Bucket, SamplingParams
 from ais_megatron.rollout.experts import FP8Experts, RoutingRecord, named_expert_tensors, replace_experts
 from ais_megatron.rollout.fp8_linear import FP8Linear, InputQuantizer, replace_linears
 from ais_megatron.rollout.kv_cache import ATTENTION, set_kv_scales
+from ais_megatron.rollout.manifest import TIED_HEAD, Manifest
 from ais_megatron.rollout.sampling import check_sampling
 
 logger = logging.getLogger(__name__)
-
-_TIED_HEAD = "lm_head.weight"
 
 
 class LocalEngine:
@@ -65,7 +64,9 @@ class LocalEngine:
         causal_lm, self._quantizer, routing = _build(architecture, rollout, device, dtype)
         scales = self._kv_scales if self._kv_is_fp8 else None
         self._model = Model(causal_lm, architecture, scales, dtype, device, eos_id, pad_id, routing)
-        self._weights, self._optional = self._destinations()
+        weights, optional = self._tensors()
+        self._destinations = weights | optional
+        self._manifest = Manifest(*({name: (tuple(t.shape), t.dtype) for name, t in part.items()} for part in (weights, optional)))
 
     @property
     def version(self) -> int:
@@ -78,7 +79,7 @@ class LocalEngine:
     def close(self) -> None:
         if not self._closed:
             self._closed, self._version = True, -1
-            del self._model, self._weights, self._optional, self._quantizer
+            del self._model, self._destinations, self._quantizer
 
     @torch.inference_mode()
     def generate(self, prompts: Sequence[Prompt], sampling: SamplingParams) -> list[Rollout]:
@@ -146,69 +147,38 @@ class LocalEngine:
             raise ValueError(f"version={version}: must be 0 or more; -1 means that there are no weights")
         self._version = -1
         self._kv_scales.fill_(1.0)
-        arrived: set[str] = set()
+        self._manifest.begin()
         for bucket in buckets:
             for name, tensor in bucket:
-                self._take(name, tensor, arrived)
-        self._check_complete(arrived)
+                self._manifest.take(name, tensor)
+                self._destinations[name].copy_(tensor)
+        self._manifest.check_complete()
+        if self._kv_is_fp8 and not self._manifest.has_scales and not self._warned_about_scales:
+            self._warned_about_scales = True
+            logger.warning(
+                "FP8 KV cache without pushed scales: k_scale and v_scale are 1.0 in every layer (calibration.mode=off does that)"
+            )
         for module in self._model.causal_lm.modules():
             if isinstance(module, FP8Linear | FP8Experts):
                 module.refresh()
         set_kv_scales(self._model.causal_lm, self._kv_scales)
         self._version = version
 
-    def _take(self, name: str, tensor: Tensor, arrived: set[str]) -> None:
-        destination = self._weights.get(name, self._optional.get(name))
-        if destination is None:
-            raise ValueError(f"{name}: {self._why_unknown(name)}")
-        if name in arrived:
-            raise ValueError(f"{name}: arrived twice in one update")
-        if tensor.shape != destination.shape or tensor.dtype != destination.dtype:
-            raise ValueError(
-                f"{name}: got {tensor.dtype} {list(tensor.shape)}, expected {destination.dtype} {list(destination.shape)}; "
-                "push whole tensors, quantised exactly when rollout.quantization says so"
-            )
-        destination.copy_(tensor)
-        arrived.add(name)
-
-    def _why_unknown(self, name: str) -> str:
-        if name.endswith(("attn.k_scale", "attn.v_scale")):
-            return "KV scales are of no use here, since the KV cache is not FP8 (rollout.kv_cache) or has no such layer"
-        if name.endswith("weight_scale_inv"):
-            return "FP8 scales are of no use here: rollout.quantization=none, or a layer that is not quantised"
-        return "the model has no such tensor"
-
-    def _check_complete(self, arrived: set[str]) -> None:
-        """Every weight, and of the KV scales all, finite and positive, or none."""
-        missing = sorted(self._weights.keys() - arrived)
-        scales = self._optional.keys() - {_TIED_HEAD}
-        if arrived & scales:
-            missing += sorted(scales - arrived)
-        if missing:
-            others = f", as are {len(missing) - 1} others" if len(missing) > 1 else ""
-            raise ValueError(f"{missing[0]}: missing from the update{others}; push one full set of weights")
-        bad = [name for name in sorted(scales) if not 0.0 < self._optional[name].item() < float("inf")]
-        if bad:
-            raise ValueError(f"{bad[0]}: is {self._optional[bad[0]].item()}; a KV scale must be finite and above 0")
-        if self._kv_is_fp8 and not arrived & scales and not self._warned_about_scales:
-            self._warned_about_scales = True
-            logger.warning(
-                "FP8 KV cache without pushed scales: k_scale and v_scale are 1.0 in every layer (calibration.mode=off does that)"
-            )
-
     def state_tensors(self) -> dict[str, Tensor]:
         """What was pushed, as it is kept: views of the engine's own memory, under the names it was pushed with.
 
         With an FP8 KV cache the scales in force are among them, pushed or not.
         """
-        return self._weights | {name: tensor for name, tensor in self._optional.items() if name != _TIED_HEAD}
+        return {
+            name: tensor for name, tensor in self._destinations.items() if name != TIED_HEAD or not self._architecture.tie_word_embeddings
+        }
 
-    def _destinations(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    def _tensors(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Where each tensor goes by name: those that must arrive, and those that may."""
         weights = dict(self._model.causal_lm.state_dict()) | dict(named_expert_tensors(self._model.causal_lm))
         optional = {}
         if self._architecture.tie_word_embeddings:
-            optional[_TIED_HEAD] = weights.pop(_TIED_HEAD)  # the embedding's own memory; both names carry the same values
+            optional[TIED_HEAD] = weights.pop(TIED_HEAD)  # the embedding's own memory; both names carry the same values
         if self._kv_is_fp8:
             for layer, kinds in enumerate(self._kv_scales):
                 optional |= {kv_scale_name(layer, kind): scale for kind, scale in zip("kv", kinds, strict=True)}
