@@ -100,7 +100,7 @@ def refused_on_one_rank(rank: int, path: Path) -> str:
     config = make_config(path, tp=2, dtype="bf16")
     policy, engine = make_policy(config, path), make_engine(config, torch.bfloat16)
     if rank == 1:
-        engine._weights.pop("model.norm.weight")
+        engine._manifest._required.pop("model.norm.weight")
     try:
         push(policy, engine, config.rollout, None, version=0)
     except ValueError as error:
