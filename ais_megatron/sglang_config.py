@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 from ais_megatron.section import Fraction, PositiveInt, Section
 
 FP8_BLOCK = 128
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
 class SGLangConfig(Section):
@@ -62,7 +63,7 @@ class SGLangConfig(Section):
 
     @property
     def is_loopback(self) -> bool:
-        return self.host in ("127.0.0.1", "localhost", "::1")
+        return self.host in LOOPBACK
 
 
 def ragged_shards(tp: int, expert_tp: int, heads: int, kv_heads: int, head_dim: int, mlp: int, expert_mlp: int) -> list[str]:

@@ -23,7 +23,7 @@ from ais_megatron.rollout.experts import FP8Experts, RoutingRecord, named_expert
 from ais_megatron.rollout.fp8_linear import FP8Linear, InputQuantizer, replace_linears
 from ais_megatron.rollout.kv_cache import ATTENTION, set_kv_scales
 from ais_megatron.rollout.manifest import TIED_HEAD, Manifest
-from ais_megatron.rollout.sampling import check_sampling
+from ais_megatron.rollout.sampling import check_prompt, check_sampling
 
 logger = logging.getLogger(__name__)
 
@@ -40,6 +40,8 @@ class LocalEngine:
     Raises:
         ValueError: routed experts wanted of a dense model.
     """
+
+    takes_updates_while_generating = False
 
     def __init__(
         self,
@@ -73,6 +75,9 @@ class LocalEngine:
         """Version of the weights in force; -1 before the first update, during one, and after one that failed."""
         return self._version
 
+    def probe(self, prompts: Sequence[Prompt], sampling: SamplingParams) -> list[list[Rollout]]:
+        return []
+
     def health(self) -> bool:
         return self._version >= 0 and not self._closed
 
@@ -88,28 +93,13 @@ class LocalEngine:
             raise RuntimeError(f"the local rollout engine {state}; generate after a successful update_weights")
         check_sampling(sampling)
         for prompt in prompts:
-            self._check_prompt(prompt, sampling)
+            check_prompt(prompt, sampling, self._architecture)
         rollouts: dict[Row, Rollout] = {}
         for wave in plan_waves(prompts, sampling.num_samples, self._max_batch):
             rollouts.update(self._collect(prompts, wave, decode_wave(self._model, prompts, wave, sampling)))
         if self._quantizer is not None:
             self._quantizer.forget()
         return [rollouts[i, sample] for i in range(len(prompts)) for sample in range(sampling.num_samples)]
-
-    def _check_prompt(self, prompt: Prompt, sampling: SamplingParams) -> None:
-        length, limit = len(prompt.token_ids), self._architecture.max_position_embeddings
-        if not length:
-            raise ValueError(f"prompt {prompt.index} is empty; a response needs at least one token to follow")
-        if length + sampling.max_tokens > limit:
-            raise ValueError(
-                f"prompt {prompt.index} has {length} tokens, which with max_tokens={sampling.max_tokens} exceeds "
-                f"max_position_embeddings={limit}; lower rollout.max_response_tokens or drop prompts of more than "
-                f"{max(limit - sampling.max_tokens, 0)} tokens"
-            )
-        if not 0 <= min(prompt.token_ids) <= max(prompt.token_ids) < self._architecture.vocab_size:
-            raise ValueError(
-                f"prompt {prompt.index} has token ids outside 0..{self._architecture.vocab_size - 1}: the tokenizer is not this model's"
-            )
 
     def _collect(self, prompts: Sequence[Prompt], wave: Sequence[Row], responses: Responses) -> dict[Row, Rollout]:
         """Cut each row behind its first end-of-sequence token, and its routing also in front of its prompt."""
