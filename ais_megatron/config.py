@@ -27,7 +27,7 @@ from ais_megatron.algorithm_config import (
     weight_level,
 )
 from ais_megatron.section import Fraction, PositiveInt, Section
-from ais_megatron.sglang_config import SGLangConfig, shard_problems
+from ais_megatron.sglang_config import SGLangConfig, graph_problems, shard_problems
 
 SUPPORTED_MODEL_TYPES = ("qwen3", "qwen3_moe")
 
@@ -304,7 +304,7 @@ def _engine_problems(config: Config) -> list[str]:
     rollout, arch = config.rollout, config.model.architecture
     if rollout.engine != "sglang" or arch is None:
         return []
-    sglang, problems = rollout.sglang, []
+    sglang, problems = rollout.sglang, graph_problems(rollout.sglang, rollout.kv_cache_is_fp8)
     if arch.num_attention_heads % sglang.tp:
         problems.append(f"rollout.sglang.tp={sglang.tp}: does not divide model.architecture.num_attention_heads={arch.num_attention_heads}")
     if arch.is_moe and arch.num_experts % sglang.ep:
@@ -320,6 +320,9 @@ def _engine_problems(config: Config) -> list[str]:
         else:
             sizes[prefix + "intermediate_size"] = arch.intermediate_size
         problems += shard_problems(sglang.tp, sizes)
+        # K and V heads are cut as far as there are heads, and copied beyond.
+        kv_size = arch.num_key_value_heads * arch.head_dim
+        problems += shard_problems(min(sglang.tp, arch.num_key_value_heads), {prefix + "num_key_value_heads * head_dim": kv_size})
     return problems
 
 

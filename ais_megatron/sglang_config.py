@@ -66,17 +66,37 @@ class SGLangConfig(Section):
 
 
 def shard_problems(tp: int, sizes: dict[str, int]) -> list[str]:
-    """Why block-FP8 weights cannot be cut `tp` ways: each shard of a cut dimension must hold whole 128-blocks.
+    """Why block-FP8 weights cannot be cut `tp` ways: each shard must hold whole 128-blocks.
 
-    sizes: of the dimensions that tensor parallelism cuts, by their key.
+    That holds for tp=1 too where SGLang merges weights, as Q, K and V, or gate and up: a block must not reach into the next one.
+
+    sizes: of the dimensions that are cut or merged, by their key.
     """
     problems = []
     for key, size in sizes.items():
-        if tp > 1 and size and size % (tp * FP8_BLOCK):
-            works = [n for n in range(1, size // FP8_BLOCK + 1) if size % (n * FP8_BLOCK) == 0]
+        if size % (tp * FP8_BLOCK) == 0:
+            continue
+        works = [n for n in range(1, size // FP8_BLOCK + 1) if size % (n * FP8_BLOCK) == 0]
+        if works:
             shard = f"{size} / {tp} = {size / tp:g}"
             problems.append(
                 f"rollout.sglang.tp={tp}: cuts {key}={size} into shards of {shard}, no multiple of the FP8 block {FP8_BLOCK}; "
-                f"use one of {works or [1]}, or rollout.quantization=none"
+                f"use one of {works}, or rollout.quantization=none"
+            )
+        else:
+            problems.append(
+                f"{key}={size}: SGLang merges such weights and then needs a multiple of the FP8 block {FP8_BLOCK}; "
+                "use rollout.quantization=none, or a model of other sizes"
             )
     return problems
+
+
+def graph_problems(sglang: SGLangConfig, kv_cache_is_fp8: bool) -> list[str]:
+    """Backends that would go on using the KV scales of the moment when their CUDA graphs were captured."""
+    bakes_scales = kv_cache_is_fp8 and sglang.device == "cuda" and sglang.attention_backend in ("triton", "flashinfer")
+    if not bakes_scales or "--disable-cuda-graph" in sglang.extra_args:
+        return []
+    return [
+        f"rollout.sglang.attention_backend={sglang.attention_backend}: its CUDA graphs keep the first KV scales for ever; use fa3, "
+        "rollout.kv_cache=bf16, or add --disable-cuda-graph to rollout.sglang.extra_args"
+    ]
