@@ -27,7 +27,7 @@ from ais_megatron.algorithm_config import (
     weight_level,
 )
 from ais_megatron.section import Fraction, PositiveInt, Section
-from ais_megatron.sglang_config import FP8_BLOCK, SGLangConfig, ragged_shards
+from ais_megatron.sglang_config import FP8_BLOCK, SGLangConfig, graph_problems, ragged_shards
 
 SUPPORTED_MODEL_TYPES = ("qwen3", "qwen3_moe")
 
@@ -304,7 +304,7 @@ def _engine_problems(config: Config) -> list[str]:
     rollout, arch = config.rollout, config.model.architecture
     if rollout.engine != "sglang" or arch is None:
         return []
-    sglang, problems = rollout.sglang, []
+    sglang, problems = rollout.sglang, graph_problems(rollout.sglang, rollout.kv_cache_is_fp8)
     if arch.num_attention_heads % sglang.tp:
         problems.append(f"rollout.sglang.tp={sglang.tp}: does not divide model.architecture.num_attention_heads={arch.num_attention_heads}")
     if arch.is_moe and arch.num_experts % sglang.ep:

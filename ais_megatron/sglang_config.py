@@ -80,3 +80,14 @@ def ragged_shards(tp: int, expert_tp: int, heads: int, kv_heads: int, head_dim: 
         f"moe_intermediate_size / (tp / ep) = {expert_mlp} / {expert_tp}": expert_mlp / expert_tp,
     }
     return [f"{text} = {size:g}" for text, size in shards.items() if size % FP8_BLOCK]
+
+
+def graph_problems(sglang: SGLangConfig, kv_cache_is_fp8: bool) -> list[str]:
+    """Backends that would go on using the KV scales of the moment when their CUDA graphs were captured."""
+    bakes_scales = kv_cache_is_fp8 and sglang.device == "cuda" and sglang.attention_backend in ("triton", "flashinfer")
+    if not bakes_scales or "--disable-cuda-graph" in sglang.extra_args:
+        return []
+    return [
+        f"rollout.sglang.attention_backend={sglang.attention_backend}: its CUDA graphs keep the first KV scales for ever; use fa3, "
+        "rollout.kv_cache=bf16, or add --disable-cuda-graph to rollout.sglang.extra_args"
+    ]

@@ -10,8 +10,8 @@ PACKAGE = Path(__file__).parents[1] / "ais_megatron"
 # Lower floors first; a module may import from its own floor and below. policy and rollout share a floor but never meet.
 FLOORS = [
     {"section", "algorithm_config", "sglang_config", "config", "batch"},
-    {"run_folder"},
-    {"distributed", "metrics", "summary", "doctor", "launcher"},
+    {"run_folder", "hf_config"},
+    {"distributed", "metrics", "summary", "doctor", "sglang_doctor", "launcher"},
     {"report"},
     {"algorithm", "tasks", "quantization", "tokenizer"},
     {"prompts"},

@@ -25,7 +25,8 @@ ROW_KEYS = set(
     "is_weight_mean is_weight_min is_weight_max fraction_truncated prob_diff_mean prob_diff_max reward_mean reward_std accuracy "
     "fraction_rejected mean_weight prompts_sampled reference_kl "
     "response_length_mean finished_fraction zero_signal_groups loss entropy grad_norm lr clip_fraction policy_ratio_mean "
-    "num_response_tokens tokens_per_second staleness mixed_version_fraction dropped_fraction q_amax kv_saturated_fraction time/generate time/reward time/logprobs "
+    "num_response_tokens tokens_per_second staleness mixed_version_fraction "
+    "dropped_fraction q_amax kv_saturated_fraction time/generate time/reward time/logprobs "
     "time/diagnose time/train time/calibrate time/sync time/step".split()
 )
 

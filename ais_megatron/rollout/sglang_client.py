@@ -20,7 +20,7 @@ import math
 import threading
 import time
 from collections import deque
-from collections.abc import Coroutine, Iterable, Iterator, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
@@ -32,6 +32,7 @@ from torch import Tensor
 from ais_megatron.batch import DROPPED, Prompt, Rollout
 from ais_megatron.config import Architecture, RolloutConfig
 from ais_megatron.distributed import Unavailable
+from ais_megatron.rollout.access_key import authorization
 from ais_megatron.rollout.engine import Bucket, SamplingParams, WeightsLost
 from ais_megatron.rollout.manifest import TIED_HEAD, Manifest
 from ais_megatron.rollout.sampling import check_prompt, check_sampling, response_seed
@@ -92,6 +93,7 @@ class SGLangEngine:
         key: that the servers ask for, if they do.
         transport: how weights travel; only the first rank has one, and only it updates.
         number: this rank, so that ranks do not all begin with the first server.
+        on_close: called at the end of `close`, to stop servers that were started for this engine.
     """
 
     takes_updates_while_generating = True
@@ -108,7 +110,9 @@ class SGLangEngine:
         key: str | None = None,
         transport: Transport | None = None,
         number: int = 0,
+        on_close: Callable[[], None] = lambda: None,
     ) -> None:
+        self._on_close = on_close
         self._architecture, self._rollout, self._config = architecture, rollout, rollout.sglang
         self._eos_id, self._run_id, self._transport, self._number = eos_id, run_id, transport, number
         self._manifest = Manifest.of(architecture, rollout, dtype)
@@ -116,7 +120,7 @@ class SGLangEngine:
         self._acceptable: set[int] = set()  # versions that a server may have: during an update the old and the new one
         self._closed = False
         self._known: set[str] = set()  # servers that passed the checks of a first update
-        self._unfinished: _Generation | None = None
+        self._unfinished: dict[Any, _Generation] = {}  # of calls that ended in WeightsLost
         self._requests = 0
         self._loop = asyncio.new_event_loop()
         threading.Thread(target=self._loop.run_forever, name="sglang-client", daemon=True).start()
@@ -145,6 +149,7 @@ class SGLangEngine:
             self._run(self._shut_down())
         finally:
             self._loop.call_soon_threadsafe(self._loop.stop)
+            self._on_close()
 
     async def _shut_down(self) -> None:
         for server in self._doors:
@@ -183,12 +188,13 @@ class SGLangEngine:
         for prompt in prompts:
             check_prompt(prompt, sampling, self._architecture)
         self._acceptable = {self._version}
-        generation = self._unfinished
-        if generation is None or (generation.prompts, generation.sampling) != (prompts, sampling):
-            generation = _Generation(prompts, sampling)
-        self._unfinished = generation
-        self._run(self._complete(generation))
-        self._unfinished = None
+        call = (tuple(prompt.index for prompt in prompts), sampling)
+        generation = self._unfinished.pop(call, None) or _Generation(prompts, sampling)
+        try:
+            self._run(self._complete(generation))
+        except WeightsLost:
+            self._unfinished[call] = generation
+            raise
         return generation.rollouts()
 
     async def _complete(self, generation: _Generation) -> None:
@@ -484,5 +490,4 @@ class SGLangEngine:
 
 
 async def _open_session(key: str | None) -> aiohttp.ClientSession:
-    headers = {"Authorization": f"Bearer {key}"} if key else None
-    return aiohttp.ClientSession(headers=headers, connector=aiohttp.TCPConnector(limit=0))
+    return aiohttp.ClientSession(headers=authorization(key), connector=aiohttp.TCPConnector(limit=0))
