@@ -45,6 +45,7 @@ logger = logging.getLogger(__name__)
 MAX_ATTEMPTS = 5  # of one response: beyond this the request itself is what breaks servers
 HEALTH_SECONDS = 10.0  # between looks at servers that are working
 OTHER_WEIGHTS = 200  # the "status" of a refusal of ours: the answer was fine, but not from this run's weights
+SCALES = (".attn.k_scale", ".attn.v_scale")
 Key = tuple[int, int]  # (position in the prompts, sample number)
 
 
@@ -438,14 +439,19 @@ class SGLangEngine:
         return scales
 
     def _checked(self, buckets: Iterable[Bucket], scales: Bucket) -> Iterator[Bucket]:
-        """Each bucket once all its tensors have been found in order; scales are noted on the way."""
+        """Each bucket once all its tensors have been found in order, under SGLang's names; scales are noted on the way."""
         for bucket in buckets:
+            renamed = []
             for name, tensor in bucket:
                 self._manifest.take(name, tensor)
-            scales += [(name, tensor) for name, tensor in bucket if name.endswith(("attn.k_scale", "attn.v_scale"))]
-            kept = [(n, t) for n, t in bucket if not (n == TIED_HEAD and self._architecture.tie_word_embeddings)]
-            if kept:
-                yield kept
+                if name.endswith(SCALES):
+                    # SGLang's dense Qwen3 looks for what stands before ".k_scale" plus ".attn"; its MoE for the name itself.
+                    name = name if self._architecture.is_moe else name.replace(".attn.", ".")
+                    scales.append((name, tensor))
+                if not (name == TIED_HEAD and self._architecture.tie_word_embeddings):
+                    renamed.append((name, tensor))
+            if renamed:
+                yield renamed
 
     async def _servers_to_update(self, is_first: bool) -> tuple[list[ServerAPI], list[ServerAPI]]:
         """Those that answer, and which of them have never had, or no longer have, weights of this run. At the start of a run
