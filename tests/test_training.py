@@ -223,10 +223,11 @@ def test_report_and_doctor_and_a_typo(finished: tuple[Path, str]) -> None:
 
 def refusal(rank: int, config: Config, poison: str | None = None) -> str:
     """What `train` raises on this rank; with `poison`, rank 1's engine misbehaves."""
-    from ais_megatron import session, trainer
+    from ais_megatron import trainer
     from ais_megatron.batch import Rollout
+    from ais_megatron.rollout import build
 
-    class Poisoned(session.LocalEngine):
+    class Poisoned(build.LocalEngine):
         def generate(self, prompts, sampling):  # noqa: ANN001, ANN202
             first, *others = super().generate(prompts, sampling)
             if rank == 1 and poison == "nan":
@@ -235,14 +236,14 @@ def refusal(rank: int, config: Config, poison: str | None = None) -> str:
                 first = Rollout(first.prompt, (), (), "stop", 0)
             return [first, *others]
 
-    original = session.LocalEngine
-    session.LocalEngine = Poisoned
+    original = build.LocalEngine
+    build.LocalEngine = Poisoned
     try:
         trainer.train(config)
     except (ValueError, RuntimeError) as error:
         return f"{type(error).__name__}: {error}"
     finally:
-        session.LocalEngine = original
+        build.LocalEngine = original
     return "finished"
 
 
