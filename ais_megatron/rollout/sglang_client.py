@@ -43,7 +43,8 @@ from ais_megatron.rollout.sglang_sync import Transport, WeightUpdate
 logger = logging.getLogger(__name__)
 
 MAX_ATTEMPTS = 5  # of one response: beyond this the request itself is what breaks servers
-HEALTH_SECONDS = 10.0  # between looks at servers that are working
+BACKOFF = 0.1  # seconds, doubled with every attempt
+HEALTH_SECONDS, HEALTH_TIMEOUT = 10.0, 30.0  # between looks at servers that are working, and for each
 OTHER_WEIGHTS = 200  # the "status" of a refusal of ours: the answer was fine, but not from this run's weights
 SCALES = (".attn.k_scale", ".attn.v_scale")
 Key = tuple[int, int]  # (position in the prompts, sample number)
@@ -291,7 +292,7 @@ class SGLangEngine:
             raise RuntimeError(f"prompt {generation.prompts[key[0]].index}: {attempt} attempts failed, the last one: {error}") from error
         if status in (None, OTHER_WEIGHTS):
             server.lose(str(error))
-        await asyncio.sleep(min(0.1 * 2**attempt, 5.0))
+        await asyncio.sleep(min(BACKOFF * 2**attempt, 5.0))
 
     def _to_rollout(self, prompt: Prompt, answer: dict[str, Any]) -> Rollout | None:
         meta = answer["meta_info"]
@@ -359,7 +360,7 @@ class SGLangEngine:
             if any(not server.usable for server in self._doors):
                 await self._look()
             for server in [server for server in self._doors if server.usable and server.requests]:
-                strikes[server] = 0 if await server.api.is_healthy() else strikes.get(server, 0) + 1
+                strikes[server] = 0 if await server.api.is_healthy(HEALTH_TIMEOUT) else strikes.get(server, 0) + 1
                 if strikes[server] >= 2:
                     server.lose("it hangs: two health checks in a row failed")
 
