@@ -57,6 +57,8 @@ def add_kv_scales(result: None, attention, *args, **kwargs) -> None:
     if layer.k_scale is None and get_model().kv_cache_dtype.startswith("fp8"):
         layer.quant_method = BaseKVCacheMethod(None)
         layer.quant_method.create_weights(layer)
+        for scale in (layer.k_scale, layer.v_scale):
+            scale._skip_weight_check = False  # so that /weights_checker tells whether a sync has brought them
 
 
 def keep_parameter_names(rename, name: str, params_dict: dict) -> str | None:

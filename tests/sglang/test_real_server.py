@@ -93,6 +93,7 @@ def test_kv_scales_are_parameters_that_an_update_reaches(sglang_server, kind, tm
     assert post(server.url + "/update_weights_from_disk", update, server.key)[0] == 200
     after = checksums(server)
     assert {name for name in before if before[name] != after[name]} == {k_scale, v_scale}
+    assert post(server.url + "/generate", GENERATE, server.key)[0] == 200
 
 
 def test_a_bf16_cache_has_no_scales(sglang_server):
