@@ -29,7 +29,7 @@ KEY_FILE_VARIABLE = "AIS_MEGATRON_KEY_FILE"
 
 ATTENTIONS = ("sglang.srt.models.qwen3.Qwen3Attention", "sglang.srt.models.qwen3_moe.Qwen3MoeAttention")
 RENAME = "sglang.srt.model_loader.weight_utils.maybe_remap_kv_scale_name"
-HTTP_SERVER = "sglang.srt.entrypoints.http_server"
+HTTP_SERVER = "sglang.srt.entrypoints.http_server._setup_and_run_http_server"
 
 
 def install() -> None:
@@ -41,8 +41,7 @@ def install() -> None:
             HookRegistry.register(f"{attention}.__init__", add_kv_scales, HookType.AFTER)
         HookRegistry.register(RENAME, keep_parameter_names, HookType.AROUND)
     elif os.environ.get(KEY_FILE_VARIABLE):
-        HookRegistry.register(f"{HTTP_SERVER}._setup_and_run_http_server", require_key, HookType.BEFORE)
-        HookRegistry.register(f"{HTTP_SERVER}._freeze_gc_after_server_warmup", send_key, HookType.AROUND)
+        HookRegistry.register(HTTP_SERVER, require_key, HookType.BEFORE)
 
 
 def add_kv_scales(result: None, attention, *args, **kwargs) -> None:
@@ -73,14 +72,6 @@ def require_key(*args, **kwargs) -> None:
 
     key = read_key()
     add_api_key_middleware(app, api_key=key, admin_api_key=key)
-
-
-def send_key(freeze_gc, *args, **kwargs):
-    """Around the request that the server sends itself once it is up, which takes the key from the config: lend it there."""
-    from sglang.srt.runtime_context import get_serving
-
-    with get_serving().override(admin_api_key=read_key()):
-        return freeze_gc(*args, **kwargs)
 
 
 def read_key() -> str:
