@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 from ais_megatron.section import Fraction, PositiveInt, Section
 
 FP8_BLOCK = 128
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
 class SGLangConfig(Section):
@@ -62,33 +63,23 @@ class SGLangConfig(Section):
 
     @property
     def is_loopback(self) -> bool:
-        return self.host in ("127.0.0.1", "localhost", "::1")
+        return self.host in LOOPBACK
 
 
-def shard_problems(tp: int, sizes: dict[str, int]) -> list[str]:
-    """Why block-FP8 weights cannot be cut `tp` ways: each shard must hold whole 128-blocks.
+def ragged_shards(tp: int, expert_tp: int, heads: int, kv_heads: int, head_dim: int, mlp: int, expert_mlp: int) -> list[str]:
+    """What block-FP8 loading refuses when a server cuts a layer `tp` ways: shards of a fused projection (q with k and v, gate
+    with up) and of what follows it that do not consist of whole 128-blocks. One rank is no exception. Sizes 0 are not there.
 
-    That holds for tp=1 too where SGLang merges weights, as Q, K and V, or gate and up: a block must not reach into the next one.
-
-    sizes: of the dimensions that are cut or merged, by their key.
+    Source: SGLang's Fp8LinearMethod.validate_block_quant_shapes and Fp8MoEMethod.create_weights.
     """
-    problems = []
-    for key, size in sizes.items():
-        if size % (tp * FP8_BLOCK) == 0:
-            continue
-        works = [n for n in range(1, size // FP8_BLOCK + 1) if size % (n * FP8_BLOCK) == 0]
-        if works:
-            shard = f"{size} / {tp} = {size / tp:g}"
-            problems.append(
-                f"rollout.sglang.tp={tp}: cuts {key}={size} into shards of {shard}, no multiple of the FP8 block {FP8_BLOCK}; "
-                f"use one of {works}, or rollout.quantization=none"
-            )
-        else:
-            problems.append(
-                f"{key}={size}: SGLang merges such weights and then needs a multiple of the FP8 block {FP8_BLOCK}; "
-                "use rollout.quantization=none, or a model of other sizes"
-            )
-    return problems
+    kv_heads_each = max(kv_heads // tp, 1)  # with more ranks than KV heads they are replicated
+    shards = {
+        f"num_attention_heads * head_dim / tp = {heads} * {head_dim} / {tp}": heads * head_dim / tp,
+        f"KV heads of a shard * head_dim = {kv_heads_each} * {head_dim}": kv_heads_each * head_dim,
+        f"intermediate_size / tp = {mlp} / {tp}": mlp / tp,
+        f"moe_intermediate_size / (tp / ep) = {expert_mlp} / {expert_tp}": expert_mlp / expert_tp,
+    }
+    return [f"{text} = {size:g}" for text, size in shards.items() if size % FP8_BLOCK]
 
 
 def graph_problems(sglang: SGLangConfig, kv_cache_is_fp8: bool) -> list[str]:

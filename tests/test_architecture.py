@@ -17,6 +17,7 @@ FLOORS = [
     {"prompts"},
     {"policy", "rollout"},
     {"weight_sync", "sft", "update"},
+    {"generation"},
     {"session"},
     {"collection"},
     {"trainer"},

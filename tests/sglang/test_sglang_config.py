@@ -3,22 +3,15 @@
 import pytest
 
 from ais_megatron.config import ConfigError, build_config
-from ais_megatron.sglang_config import shard_problems
 from tests.sglang.conftest import DENSE, MOE, sglang_config
-
-
-def test_shards_hold_whole_blocks():
-    assert shard_problems(2, {"a": 768}) == []
-    assert "use one of [1, 2, 3, 6]" in shard_problems(4, {"a": 768})[0]
-    assert shard_problems(1, {"a": 192})[0].startswith("a=192: SGLang merges such weights and then needs a multiple of the FP8 block 128")
 
 
 @pytest.mark.parametrize(
     ("architecture", "key"),
     [
-        (DENSE | dict(intermediate_size=192), "intermediate_size=192"),
-        (DENSE | dict(num_key_value_heads=2), "num_key_value_heads * head_dim=64"),
-        (MOE | dict(moe_intermediate_size=64), "moe_intermediate_size=64"),
+        (DENSE | dict(intermediate_size=192), "intermediate_size / tp = 192 / 1"),
+        (DENSE | dict(num_key_value_heads=2), "KV heads of a shard * head_dim = 2 * 32 = 64"),
+        (MOE | dict(moe_intermediate_size=64), "moe_intermediate_size / (tp / ep) = 64 / 1"),
     ],
 )
 def test_merged_weights_need_whole_blocks_even_unsharded(architecture, key):
