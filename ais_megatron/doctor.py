@@ -124,7 +124,12 @@ def _slurm() -> Finding:
     done = subprocess.run([sbatch, "--version"], capture_output=True, text=True, timeout=10, check=False)
     words = done.stdout.split()
     if done.returncode or not words:
-        return Finding("Slurm", False, None, f"sbatch --version failed with code {done.returncode}: {done.stderr.strip() or 'no output'}")
+        return Finding(
+            "Slurm",
+            False,
+            None,
+            f"off: submitting; sbatch --version failed with code {done.returncode}: {done.stderr.strip() or 'no output'}",
+        )
     return Finding("Slurm", True, words[-1], "sbatch is on PATH")  # it prints `slurm 23.11.4`
 
 

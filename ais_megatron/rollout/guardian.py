@@ -2,7 +2,7 @@
 
 A server that outlives the process that wanted it keeps its port and its GPU memory. So that process starts this small one, which
 starts the server in a process group of its own and then only watches. The whole group is ended when the server's first process
-ends, when this process is told to (SIGTERM, SIGINT: the group has `GRACE_S` seconds to follow), or when the parent is gone, even
+ends, when this process is told to (SIGTERM, SIGINT: the server has `GRACE_S` seconds to end by itself), or when the parent is gone, even
 by kill -9. Should this process itself be killed, the kernel kills the server's first process (PR_SET_PDEATHSIG), and SGLang's
 children ask for the same. The exit status is the server's, or 128 + n if signal n ended it.
 """
@@ -24,13 +24,6 @@ POLL_S = 0.2
 def _prctl(option: int, value: int) -> None:
     if ctypes.CDLL(None, use_errno=True).prctl(option, value, 0, 0, 0):
         raise OSError(ctypes.get_errno(), "prctl failed")
-
-
-def _signal_group(group: int, number: int) -> None:
-    try:
-        os.killpg(group, number)
-    except ProcessLookupError:
-        pass  # nobody is left in it
 
 
 def _end_orphans() -> None:
@@ -63,11 +56,14 @@ def main(parent: int, command: list[str]) -> int:
             break
         if asked and deadline is None:
             deadline = time.monotonic() + GRACE_S
-            _signal_group(server.pid, signal.SIGTERM)
+            server.terminate()  # only the first process: SGLang takes the end of another one for a crash to be looked into
         if deadline is not None and time.monotonic() > deadline:
             break
         time.sleep(POLL_S)
-    _signal_group(server.pid, signal.SIGKILL)
+    try:
+        os.killpg(server.pid, signal.SIGKILL)
+    except ProcessLookupError:
+        pass  # nobody is left in it
     status = server.wait()
     _end_orphans()
     return status if status >= 0 else 128 - status

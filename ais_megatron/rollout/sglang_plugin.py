@@ -7,11 +7,12 @@ notices: it refuses a server that answers without the key.
 
 KV scales. Qwen3 and Qwen3-MoE build their attention without a quantization config, so it has no `k_scale` and `v_scale`
 parameters, and scales that are pushed are dropped with a warning: the cache then works at scale 1.0. Here `BaseKVCacheMethod`,
-SGLang's own, is attached after each attention is built. From there everything is stock: the parameters are in
-`named_parameters()`, so the loaders of all update endpoints find them (``model.layers.N.self_attn.attn.k_scale``), and
-`process_weights_after_loading` runs after the initial load and at every /end_weight_update. Both write in place (`copy_`), so
-the tensors keep their addresses: FlashAttention-3 reads them from inside captured CUDA graphs and sees new values. Triton and
-FlashInfer pass the float `k_scale_float` instead, which a captured graph keeps for ever: with them graphs must be off.
+SGLang's own, is attached after each attention is built, and the parameters' own names are let through: the dense model takes
+``model.layers.N.self_attn.attn.k_scale`` for a checkpoint's name, makes ``….attn.attn.k_scale`` of it, and drops it as unknown.
+From there everything is stock: the loaders of all update endpoints find the parameters, and `process_weights_after_loading`
+runs after the initial load and at every /end_weight_update. Both write in place (`copy_`), so the tensors keep their addresses:
+FlashAttention-3 reads them from inside captured CUDA graphs and sees new values. Triton and FlashInfer pass the float
+`k_scale_float` instead, which a captured graph keeps for ever: with them graphs must be off.
 
 Access key. ``--api-key`` would show in `ps`, in the log (SGLang logs its arguments) and in /server_info. So the key comes from
 the file that AIS_MEGATRON_KEY_FILE names, is read at the moment the HTTP app is set up, and goes straight into SGLang's own
@@ -27,7 +28,8 @@ from pathlib import Path
 KEY_FILE_VARIABLE = "AIS_MEGATRON_KEY_FILE"
 
 ATTENTIONS = ("sglang.srt.models.qwen3.Qwen3Attention", "sglang.srt.models.qwen3_moe.Qwen3MoeAttention")
-HTTP_SERVER = "sglang.srt.entrypoints.http_server"
+RENAME = "sglang.srt.model_loader.weight_utils.maybe_remap_kv_scale_name"
+HTTP_SERVER = "sglang.srt.entrypoints.http_server._setup_and_run_http_server"
 
 
 def install() -> None:
@@ -37,9 +39,9 @@ def install() -> None:
     if multiprocessing.parent_process() is not None:
         for attention in ATTENTIONS:
             HookRegistry.register(f"{attention}.__init__", add_kv_scales, HookType.AFTER)
+        HookRegistry.register(RENAME, keep_parameter_names, HookType.AROUND)
     elif os.environ.get(KEY_FILE_VARIABLE):
-        HookRegistry.register(f"{HTTP_SERVER}._setup_and_run_http_server", require_key, HookType.BEFORE)
-        HookRegistry.register(f"{HTTP_SERVER}._freeze_gc_after_server_warmup", send_key, HookType.AROUND)
+        HookRegistry.register(HTTP_SERVER, require_key, HookType.BEFORE)
 
 
 def add_kv_scales(result: None, attention, *args, **kwargs) -> None:
@@ -54,6 +56,13 @@ def add_kv_scales(result: None, attention, *args, **kwargs) -> None:
     if layer.k_scale is None and get_model().kv_cache_dtype.startswith("fp8"):
         layer.quant_method = BaseKVCacheMethod(None)
         layer.quant_method.create_weights(layer)
+        for scale in (layer.k_scale, layer.v_scale):
+            scale._skip_weight_check = False  # so that /weights_checker tells whether a sync has brought them
+
+
+def keep_parameter_names(rename, name: str, params_dict: dict) -> str | None:
+    """Around the loaders' renaming of checkpoint scales: what already is a parameter's name stays as it is."""
+    return name if name in params_dict else rename(name, params_dict)
 
 
 def require_key(*args, **kwargs) -> None:
@@ -63,14 +72,6 @@ def require_key(*args, **kwargs) -> None:
 
     key = read_key()
     add_api_key_middleware(app, api_key=key, admin_api_key=key)
-
-
-def send_key(freeze_gc, *args, **kwargs):
-    """Around the request that the server sends itself once it is up, which takes the key from the config: lend it there."""
-    from sglang.srt.runtime_context import get_serving
-
-    with get_serving().override(admin_api_key=read_key()):
-        return freeze_gc(*args, **kwargs)
 
 
 def read_key() -> str:

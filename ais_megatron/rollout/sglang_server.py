@@ -197,6 +197,8 @@ class SGLangServer:
                     f"SGLang ({python} -m pip install --no-deps ais_megatron) and leave the plugin in SGLANG_PLUGINS if that is set"
                 )
             )
+        # SGLang asks itself for this at start, without the key and before it listens; a log message there says that it failed.
+        http_status(self.url + "/freeze_gc", self.key)
 
     @property
     def alive(self) -> bool:
