@@ -100,5 +100,7 @@ def weight_stream(policy: Policy, rollout: RolloutConfig, scales: KVScales | Non
     """What is pushed, bucket by bucket."""
     for bucket in policy.export_buckets(int(rollout.sync_bucket_mb * 2**20)):
         yield quantize_bucket(bucket) if rollout.quantization != "none" else bucket
+    if scales is None and rollout.engine == "sglang":
+        scales = KVScales.unit(policy.config.architecture.num_hidden_layers)  # said aloud: a server may hold others from before
     if scales is not None and rollout.kv_cache_is_fp8:
         yield list(scales.named_tensors())

@@ -440,19 +440,14 @@ class SGLangEngine:
         return scales
 
     def _checked(self, buckets: Iterable[Bucket], scales: Bucket) -> Iterator[Bucket]:
-        """Each bucket once all its tensors have been found in order, under SGLang's names; scales are noted on the way."""
+        """Each bucket once all its tensors have been found in order; scales are noted on the way."""
         for bucket in buckets:
-            renamed = []
             for name, tensor in bucket:
                 self._manifest.take(name, tensor)
-                if name.endswith(SCALES):
-                    # SGLang's dense Qwen3 looks for what stands before ".k_scale" plus ".attn"; its MoE for the name itself.
-                    name = name if self._architecture.is_moe else name.replace(".attn.", ".")
-                    scales.append((name, tensor))
-                if not (name == TIED_HEAD and self._architecture.tie_word_embeddings):
-                    renamed.append((name, tensor))
-            if renamed:
-                yield renamed
+            scales += [(name, tensor) for name, tensor in bucket if name.endswith(SCALES)]
+            kept = [(n, t) for n, t in bucket if not (n == TIED_HEAD and self._architecture.tie_word_embeddings)]
+            if kept:
+                yield kept
 
     async def _servers_to_update(self, is_first: bool) -> tuple[list[ServerAPI], list[ServerAPI]]:
         """Those that answer, and which of them have never had, or no longer have, weights of this run. At the start of a run
