@@ -179,7 +179,7 @@ def test_scales_are_those_that_were_pushed(sglang_server, connect) -> None:
         engine.update_weights(buckets(server.config, factor=factor), version)
         near, far = distance(engine, right), distance(engine, wrong)
         print(f"scales x {factor:g}: {near.mean():.4f} from the engine with these scales, {far.mean():.4f} from the one with the others")
-        assert near.median() < 0.1 and far.mean() > 2 * near.mean()
+        assert near.median() < 0.1 and far.mean() > 1.3 * near.mean()
 
 
 def test_routing_is_what_the_local_engine_chose(sglang_server, connect) -> None:
