@@ -25,8 +25,8 @@
 #   AIS_MAX_RESTARTS    requeues after which a stopped job stays stopped       100
 #   AIS_DRY_RUN=1       print every command instead of starting it; also without Slurm: AIS_DRY_RUN=1 bash slurm/FILE.sbatch
 #
-# Signals: USR1 (--signal=B:USR1@…, before the time limit) and TERM (preemption) are passed to the ranks, which finish their
-# step, save and exit with 75; the job is then requeued and continues in the same run folder with run.resume=true.
+# Signals: USR1 (--signal=B:USR1@…, before the time limit) is passed to the ranks; TERM (preemption) Slurm sends them itself.
+# They finish their step, save and exit with 75; the job is requeued and continues in the same run folder with run.resume=true.
 
 readonly MODEL_UNREADABLE=3 REQUEUE_ME=75
 
@@ -291,7 +291,10 @@ watch_parts() {
     if ! kill -0 "$TRAINER" 2>/dev/null; then part=trainer pid=$TRAINER; break; fi
     for part in "${PARTS[@]}"; do
       pid=${part%% *}
-      kill -0 "$pid" 2>/dev/null || break 2
+      kill -0 "$pid" 2>/dev/null && continue
+      being_preempted || break 2
+      PARTS=() # they all got TERM, as the ranks did: let those finish what they can
+      break
     done
     sleep 1 &
     wait $! || true # a signal ends the wait, and its handler runs
@@ -299,7 +302,7 @@ watch_parts() {
   status=0
   wait "$pid" || status=$?
   if [ "$part" = trainer ] && [ "$status" = 0 ]; then say "finished: $RUN_DIR"; end_parts; exit 0; fi
-  if [ -n "$STOP" ]; then requeue "$status"; fi
+  if [ "$part" = trainer ] && [ "$status" = "$REQUEUE_ME" ] || [ -n "$STOP" ] || being_preempted; then requeue "$status"; fi
   [ "$part" = trainer ] || part=${part#* }
   say "$part ended with status $status; ending everything else"
   show_logs
@@ -307,6 +310,9 @@ watch_parts() {
   [ "$status" != 0 ] || status=1 # a server that ends by itself is a failure, whatever it says
   exit "$status"
 }
+
+# Preemption sends TERM to the job's steps only: this script has to ask.
+being_preempted() { scontrol -o show job "$JOB" 2>/dev/null | grep -q 'PreemptTime=[0-9]'; }
 
 # The trainer has saved (75), or was cut short by the same signal: then the newest checkpoint is older.
 requeue() {
