@@ -48,7 +48,7 @@ def test_a_signal_and_a_requeue_change_nothing(uninterrupted: tuple[Path, str], 
     output = slurm.wait(job)
     assert "requeueing" in output and "before it could save" not in output, output
     log = (slurm.run_dir(job) / "logs" / "trainer-0.log").read_text()
-    assert log.count("held-out pass@1 at the start") == 2, "it started twice"
+    assert log.count("held-out pass@1 at the start: ") == 2, "it started twice"
     assert rows(slurm.run_dir(job)) == rows(uninterrupted[0]), "to the last bit"
 
 
