@@ -11,7 +11,7 @@ STATE=/var/lib/ais-megatron-slurm ETC=/etc/slurm MARK='# pretended cluster of ai
 
 install_packages() {
   local missing=() program
-  for program in slurmctld slurmd munge; do command -v "$program" >/dev/null || missing+=("$program"); done
+  for program in slurmctld slurmd munge shellcheck; do command -v "$program" >/dev/null || missing+=("$program"); done
   command -v sbatch >/dev/null || missing+=(slurm-client)
   [ ${#missing[@]} -gt 0 ] || return 0
   export DEBIAN_FRONTEND=noninteractive
