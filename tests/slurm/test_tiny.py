@@ -42,7 +42,7 @@ def test_tiny_trains_on_two_nodes(uninterrupted: tuple[Path, str]) -> None:
 
 
 def test_a_signal_and_a_requeue_change_nothing(uninterrupted: tuple[Path, str], slurm: Slurm) -> None:
-    job = slurm.submit("tiny.sbatch", *SMALL, "train.steps=60")
+    job = slurm.submit("tiny.sbatch", *SMALL, "train.steps=60", "metrics.wandb=offline")
     slurm.until(lambda: bool(list(slurm.folder.glob("runs/*"))) and len(rows(slurm.run_dir(job))) >= 5, job)
     subprocess.run(["scancel", "--signal=USR1", "--batch", job], check=True)
     output = slurm.wait(job)
@@ -50,6 +50,9 @@ def test_a_signal_and_a_requeue_change_nothing(uninterrupted: tuple[Path, str], 
     log = (slurm.run_dir(job) / "logs" / "trainer-0.log").read_text()
     assert log.count("held-out pass@1 at the start: ") == 2, "it started twice"
     assert rows(slurm.run_dir(job)) == rows(uninterrupted[0]), "to the last bit"
+    name = (slurm.run_dir(job) / "wandb_id").read_text().strip()
+    starts = [path.name for path in (slurm.run_dir(job) / "wandb").glob("offline-run-*")]
+    assert len(starts) == 2 and all(start.endswith(f"-{name}") for start in starts), "two starts of one Weights & Biases run"
 
 
 def test_a_scaling_array_becomes_a_report(slurm: Slurm) -> None:
