@@ -1,19 +1,22 @@
 # make train   install if need be, then train the tiny model with FP8 rollouts and AIS (two CPU cores)
-# make test    the whole CPU test suite
+# make test    the whole CPU test suite, with tests against a real SGLang server on the CPU
 # make lint    ruff
+# make sglang-cpu   the environment of that server (3 GB); `train` and `lint` do without it
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 CONFIG ?= configs/tiny_countdown.yaml
 RUN    ?= runs/$(basename $(notdir $(CONFIG)))-$(shell date +%Y%m%d-%H%M%S)
 VENV   := .venv
 READY  := $(VENV)/.installed
+SGLANG := .venv-sglang
+SGLANG_READY := $(SGLANG)/.installed
 
-.PHONY: train test lint install
+.PHONY: train test lint install sglang-cpu
 
 train: $(READY)
 	@$(VENV)/bin/ais-megatron train $(CONFIG) run.dir=$(RUN)
 
-test: $(READY)
+test: $(READY) $(SGLANG_READY)
 	@$(VENV)/bin/python -m pytest
 
 lint: $(READY)
@@ -21,8 +24,15 @@ lint: $(READY)
 
 install: $(READY)
 
+sglang-cpu: $(SGLANG_READY)
+
 $(READY): pyproject.toml
 	@echo "installing into $(VENV) with $(PYTHON)"
 	@$(PYTHON) -m venv $(VENV)
 	@$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --editable ".[dev]"
+	@touch $@
+
+$(SGLANG_READY): tests/sglang/setup.sh tests/sglang/shim/pyproject.toml pyproject.toml
+	@echo "installing SGLang for CPUs into $(SGLANG) with $(PYTHON)"
+	@tests/sglang/setup.sh $(SGLANG) $(PYTHON)
 	@touch $@

@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+DROPPED = "dropped"  # finish_reason of a response without usable log-probabilities
+
 
 @dataclass(frozen=True)
 class Prompt:
@@ -38,10 +40,12 @@ class Rollout:
 
     token_ids: the response's tokens, the end-of-sequence token included where the model produced it.
     logprobs: log mu of each of those tokens, float, at the sampling temperature.
-    finish_reason: "stop" (end of sequence) or "length" (cut at the limit).
-    weight_version: the version of the weights that the engine sampled with.
+    finish_reason: "stop" (end of sequence), "length" (cut at the limit), or `DROPPED`: the engine gave no usable
+        log-probabilities; tokens are stand-ins then, and neither loss nor baseline sees the response.
+    weight_version: the version of the weights that the engine sampled with; the oldest, if they changed on the way.
     routed_experts: int32 ``[prompt + response - 1, num_layers, experts_per_token]``, the experts that the engine chose for
         every token it was given (all but the last one sampled); None from a dense model or an engine that does not tell.
+    version_spans: (weight version, tokens sampled with it) in their order; empty where all are `weight_version`'s.
     """
 
     prompt: Prompt
@@ -50,6 +54,16 @@ class Rollout:
     finish_reason: str
     weight_version: int
     routed_experts: Tensor | None = None
+    version_spans: tuple[tuple[int, int], ...] = ()
+
+    @property
+    def is_dropped(self) -> bool:
+        return self.finish_reason == DROPPED
+
+    @property
+    def versions_by_token(self) -> list[tuple[int, int]]:
+        """(weight version, tokens) whatever the engine told."""
+        return list(self.version_spans) or [(self.weight_version, len(self.token_ids))]
 
 
 @dataclass(frozen=True)
@@ -125,7 +139,7 @@ def assemble(rollouts: Sequence[Rollout], rewards: Tensor, advantages: Tensor) -
     for row, rollout in enumerate(rollouts):
         start, end = len(rollout.prompt.token_ids), int(lengths[row])
         tokens[row, :end] = torch.tensor(rollout.prompt.token_ids + rollout.token_ids)
-        loss_mask[row, start:end] = True
+        loss_mask[row, start:end] = not rollout.is_dropped
         rollout_logprobs[row, start:end] = torch.tensor(rollout.logprobs)
     routed_experts = _align_experts(rollouts, seq)
     return Batch(tokens, loss_mask, lengths, rollout_logprobs, advantages.float(), rewards.float(), routed_experts)

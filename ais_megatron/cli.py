@@ -27,7 +27,7 @@ Overrides = Annotated[
 ]
 RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="a run folder")]
 
-USER_ERROR, INTERRUPTED = 2, 130
+CHECK_FAILED, USER_ERROR, INTERRUPTED = 1, 2, 130
 
 
 @app.command()
@@ -96,11 +96,29 @@ def export(run: RunFolder, out: Annotated[Path, typer.Argument(metavar="OUT", he
 
 
 @app.command()
-def doctor() -> None:
-    """What is present on this machine, and what each absence switches off."""
-    from ais_megatron.doctor import print_doctor
+def serve(config: ConfigPath, overrides: Overrides = None) -> None:
+    """Run SGLang servers on this host until interrupted, restarting them when they die; prints their addresses."""
+    from ais_megatron.rollout.sglang_pool import serve as run_servers
 
+    loaded = load_config(config, overrides or [])
+    if loaded.rollout.engine != "sglang":
+        raise ConfigError(f"rollout.engine={loaded.rollout.engine}: there are no servers to run; set it to sglang")
+    run_servers(loaded, Path(loaded.run.dir) / "servers")
+
+
+@app.command()
+def doctor(
+    config: Annotated[Path | None, typer.Argument(metavar="[CONFIG]", help="check also what this YAML file needs")] = None,
+    overrides: Overrides = None,
+) -> None:
+    """What is present on this machine, and what each absence switches off. With CONFIG: status 1 if its servers would fail."""
+    from ais_megatron.doctor import print_checks, print_doctor
+    from ais_megatron.sglang_doctor import check_sglang
+
+    loaded = load_config(config, overrides or []) if config else None
     print_doctor()
+    if loaded and loaded.rollout.engine == "sglang" and not print_checks(check_sglang(loaded.rollout.sglang)):
+        sys.exit(CHECK_FAILED)
 
 
 def _run_distributed(config: Config, work: Callable[[Config], None]) -> None:

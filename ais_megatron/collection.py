@@ -14,11 +14,12 @@ import torch
 from torch import Tensor
 
 from ais_megatron.algorithm.advantages import advantages_of, has_signal
-from ais_megatron.batch import Batch, Rollout, assemble
+from ais_megatron.batch import Batch, Prompt, Rollout, assemble
 from ais_megatron.distributed import all_reduce_sum, gather_batch, rank, rank_consistent
 from ais_megatron.metrics import PhaseTimer
 from ais_megatron.policy.policy import model_parallel_group
 from ais_megatron.prompts import training_prompts
+from ais_megatron.rollout.engine import SamplingParams
 from ais_megatron.session import Session
 from ais_megatron.tasks import Reward
 
@@ -78,11 +79,19 @@ def collect(session: Session, first: int, timer: PhaseTimer) -> Collected:
     return Collected(batch, candidates.rollouts, candidates.rewards, candidates.values, first + sampled, sampled)
 
 
+def next_prompts(session: Session, first: int) -> tuple[list[Prompt], SamplingParams]:
+    """What `collect` will ask the engine for first, at position `first` of the stream."""
+    with rank_consistent():
+        count = session.config.rollout.prompts_per_step
+        return training_prompts(session.task, session.tokenizer, first, count, session.share), session.sampling
+
+
 def _sample(session: Session, candidates: _Candidates, first: int, count: int, timer: PhaseTimer) -> None:
     """Generate and judge this rank's share of `count` further prompts."""
-    with timer.phase("generate"), rank_consistent():
-        prompts = training_prompts(session.task, session.tokenizer, first, count, session.share)
-        rollouts = session.engine.generate(prompts, session.sampling) if prompts else []
+    with timer.phase("generate"):
+        with rank_consistent():
+            prompts = training_prompts(session.task, session.tokenizer, first, count, session.share)
+        rollouts = session.generator.rollouts(prompts, session.sampling)
     with timer.phase("reward"), rank_consistent():
         candidates.rewards += session.score(rollouts)
         candidates.rollouts += rollouts
@@ -128,7 +137,7 @@ def _assemble(session: Session, rollouts: list[Rollout], values: Tensor) -> Batc
     """Whole groups as a `Batch` with advantages; responses cut at the limit leave the loss where the objective says so."""
     objective, group_size = session.config.objective, session.config.rollout.group_size
     advantages = advantages_of(objective.resolved.advantages, values, group_size, objective.std_floor)
-    batch = assemble(rollouts, values, advantages)
+    batch = assemble(rollouts, values.nan_to_num(0.0), advantages)
     if not objective.resolved.overlong_filter:
         return batch
     return batch.without(torch.tensor([r.finish_reason == "length" for r in rollouts], dtype=torch.bool))

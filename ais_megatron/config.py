@@ -27,7 +27,7 @@ from ais_megatron.algorithm_config import (
     weight_level,
 )
 from ais_megatron.section import Fraction, PositiveInt, Section
-from ais_megatron.sglang_config import SGLangConfig, shard_problems
+from ais_megatron.sglang_config import FP8_BLOCK, SGLangConfig, graph_problems, ragged_shards
 
 OFF = BeforeValidator(lambda value: "off" if value is False else value)  # what YAML makes of an unquoted off
 SUPPORTED_MODEL_TYPES = ("qwen3", "qwen3_moe")
@@ -305,23 +305,32 @@ def _engine_problems(config: Config) -> list[str]:
     rollout, arch = config.rollout, config.model.architecture
     if rollout.engine != "sglang" or arch is None:
         return []
-    sglang, problems = rollout.sglang, []
+    sglang, problems = rollout.sglang, graph_problems(rollout.sglang, rollout.kv_cache_is_fp8)
     if arch.num_attention_heads % sglang.tp:
         problems.append(f"rollout.sglang.tp={sglang.tp}: does not divide model.architecture.num_attention_heads={arch.num_attention_heads}")
     if arch.is_moe and arch.num_experts % sglang.ep:
         problems.append(f"rollout.sglang.ep={sglang.ep}: does not divide model.architecture.num_experts={arch.num_experts}")
     if not arch.is_moe and sglang.ep > 1:
         problems.append(f"rollout.sglang.ep={sglang.ep}: a dense model has no experts to spread; set rollout.sglang.ep=1")
-    if rollout.quantization != "none":
-        prefix = "model.architecture."
-        sizes = {prefix + "num_attention_heads * head_dim": arch.num_attention_heads * arch.head_dim}
-        if arch.is_moe:
-            # Experts are cut by what expert parallelism leaves of the tensor-parallel group.
-            problems += shard_problems(max(sglang.tp // sglang.ep, 1), {prefix + "moe_intermediate_size": arch.moe_intermediate_size})
-        else:
-            sizes[prefix + "intermediate_size"] = arch.intermediate_size
-        problems += shard_problems(sglang.tp, sizes)
+    if rollout.quantization != "none" and (ragged := _ragged_shards(arch, sglang.tp, sglang.ep)):
+        works = [n for n in range(1, arch.num_attention_heads + 1) if arch.num_attention_heads % n == 0]
+        works = [n for n in works if n >= sglang.ep and not _ragged_shards(arch, n, sglang.ep)]
+        remedy = f"use one of {works}" if works else "no value works for this architecture: make its sizes multiples of 128"
+        problems.append(
+            f"rollout.sglang.tp={sglang.tp}: block-FP8 weights are cut at multiples of {FP8_BLOCK}, but {ragged[0]}; {remedy}, "
+            "or set rollout.quantization=none"
+        )
+    if sglang.pause == "in_place" and rollout.kv_cache_is_fp8 and config.calibration.mode != "off":
+        problems.append(
+            "rollout.sglang.pause=in_place: would keep a KV cache that was quantised with the previous step's scales; use retract, "
+            "or rollout.kv_cache=bf16"
+        )
     return problems
+
+
+def _ragged_shards(arch: Architecture, tp: int, ep: int) -> list[str]:
+    mlp, expert_mlp = (0, arch.moe_intermediate_size) if arch.is_moe else (arch.intermediate_size, 0)
+    return ragged_shards(tp, max(tp // ep, 1), arch.num_attention_heads, arch.num_key_value_heads, arch.head_dim, mlp, expert_mlp)
 
 
 def _expert_problems(parallel: ParallelConfig, arch: Architecture, recompute: str) -> list[str]:

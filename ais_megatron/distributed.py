@@ -20,6 +20,10 @@ from ais_megatron.batch import Batch
 MESSAGE_BYTES = 4096
 
 
+class Unavailable(RuntimeError):
+    """A service outside the job is gone for good. What was computed before is whole, and worth a checkpoint."""
+
+
 def device() -> torch.device:
     """Where this rank's tensors live: its CUDA device if the process group runs on NCCL, else the CPU."""
     if dist.is_initialized() and "nccl" in dist.get_backend():
@@ -59,10 +63,22 @@ def all_reduce_sum(vector: Tensor, group: dist.ProcessGroup | None = None) -> Te
     return total.to(vector.device)
 
 
+def broadcast_text(text: str) -> str:
+    """The first rank's `text`, on every rank; the others' is not looked at, but must be as long."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return text
+    raw = torch.tensor(list(text.encode()), dtype=torch.uint8, device=device())
+    dist.broadcast(raw, src=0)
+    return bytes(raw.tolist()).decode()
+
+
 def reduce_metrics(sums: Mapping[str, tuple[float, float]], group: dist.ProcessGroup | None = None) -> dict[str, float]:
     """Global means: each entry is (sum, count) of this rank; one all-reduce gives sum(sums) / sum(counts) (0 where count is 0)."""
     totals = all_reduce_sum(torch.tensor(list(sums.values()), dtype=torch.float64), group).tolist()
     return {name: total / count if count else 0.0 for name, (total, count) in zip(sums, totals, strict=True)}
+
+
+_KINDS: tuple[type[Exception], ...] = (ValueError, Unavailable, RuntimeError)  # what one rank's error becomes on the others
 
 
 @contextmanager
@@ -91,7 +107,7 @@ def rank_consistent(group: dist.ProcessGroup | None = None) -> Iterator[None]:
 
 def _first_failure(error: Exception | None, group: dist.ProcessGroup | None) -> tuple[type[Exception], str]:
     """Every rank's message as plain bytes (never pickled); the lowest failing rank's is the one to show."""
-    code = 0 if error is None else 1 if isinstance(error, ValueError) else 2
+    code = 0 if error is None else 1 + next((i for i, kind in enumerate(_KINDS) if isinstance(error, kind)), len(_KINDS) - 1)
     text = b"" if error is None else str(error).encode()[:MESSAGE_BYTES]
     mine = torch.tensor(list(bytes([code]) + text.ljust(MESSAGE_BYTES, b"\0")), dtype=torch.uint8, device=device())
     parts = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
@@ -99,8 +115,7 @@ def _first_failure(error: Exception | None, group: dist.ProcessGroup | None) -> 
     for number, part in enumerate(parts):
         raw = bytes(part.tolist())
         if raw[0]:
-            kind = ValueError if raw[0] == 1 else RuntimeError
-            return kind, f"[rank {number}] " + raw[1:].rstrip(b"\0").decode(errors="replace")
+            return _KINDS[raw[0] - 1], f"[rank {number}] " + raw[1:].rstrip(b"\0").decode(errors="replace")
     raise AssertionError("a rank reported a failure but none sent a message")
 
 

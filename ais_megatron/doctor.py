@@ -16,6 +16,8 @@ from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
 
+from ais_megatron.sglang_doctor import Check
+
 FP8_CAPABILITY = (8, 9)  # the first CUDA compute capability whose tensor cores multiply FP8 (Ada; Hopper is 9.0)
 
 
@@ -54,6 +56,13 @@ def print_doctor() -> None:
         mark = Text("yes", style="green") if finding.present else Text("no", style="yellow")
         table.add_row(Text(finding.name), mark, Text(finding.version or "-"), Text(finding.note))
     Console(force_terminal=sys.stdout.isatty()).print(table)
+
+
+def print_checks(checks: list[Check]) -> bool:
+    """Print what a run with SGLang servers needs, one line each; returns whether all of it is there."""
+    for check in checks:
+        print(f"{'ok     ' if check.ok else 'PROBLEM'}  {check.name}: {check.note}")
+    return all(check.ok for check in checks)
 
 
 def _python() -> Finding:
@@ -115,7 +124,12 @@ def _slurm() -> Finding:
     done = subprocess.run([sbatch, "--version"], capture_output=True, text=True, timeout=10, check=False)
     words = done.stdout.split()
     if done.returncode or not words:
-        return Finding("Slurm", False, None, f"sbatch --version failed with code {done.returncode}: {done.stderr.strip() or 'no output'}")
+        return Finding(
+            "Slurm",
+            False,
+            None,
+            f"off: submitting; sbatch --version failed with code {done.returncode}: {done.stderr.strip() or 'no output'}",
+        )
     return Finding("Slurm", True, words[-1], "sbatch is on PATH")  # it prints `slurm 23.11.4`
 
 
@@ -155,7 +169,13 @@ _PROBES: tuple[tuple[str, Callable[[], Finding]], ...] = (
     ("NVIDIA Apex", _apex),
     (
         "SGLang",
-        _package("SGLang", "sglang", "sglang", "the SGLang rollout engine", "the SGLang rollout engine; rollout.engine=local works"),
+        _package(
+            "SGLang",
+            "sglang",
+            "sglang",
+            "the SGLang rollout engine",
+            "SGLang in this environment; servers have one of their own, which `doctor CONFIG` looks into",
+        ),
     ),
     ("Slurm", _slurm),
     (

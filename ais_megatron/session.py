@@ -4,19 +4,22 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 import torch.distributed as dist
 
 from ais_megatron.batch import Rollout
 from ais_megatron.config import Config
-from ais_megatron.distributed import device, rank_consistent, reduce_metrics
+from ais_megatron.distributed import rank_consistent, reduce_metrics
+from ais_megatron.generation import Generator
 from ais_megatron.policy.policy import Policy, data_parallel_group, initialize_parallel, model_parallel_group
-from ais_megatron.prompts import Share, held_out_prompts
+from ais_megatron.prompts import Share, held_out_prompts, to_prompt
+from ais_megatron.rollout.build import build_engine
 from ais_megatron.rollout.engine import RolloutEngine, SamplingParams
-from ais_megatron.rollout.local import LocalEngine
 from ais_megatron.sft import starting_policy
 from ais_megatron.tasks import Reward, Task, make_task
 from ais_megatron.tokenizer import Tokenizer, make_tokenizer
+from ais_megatron.weight_sync import WeightSync
+
+NUM_PROBE_PROMPTS = 2  # asked of each server after each sync
 
 
 @dataclass(frozen=True)
@@ -26,11 +29,14 @@ class Session:
     tokenizer: Tokenizer
     policy: Policy
     engine: RolloutEngine
+    sync: WeightSync
+    generator: Generator
     share: Share
 
     def score(self, rollouts: list[Rollout]) -> list[Reward]:
-        """The task's verdict on each response."""
-        return [self.task.reward(r.prompt.truth, self.tokenizer.decode(r.token_ids)) for r in rollouts]
+        """The task's verdict on each response; NaN, neither right nor wrong, for one that was dropped."""
+        none = Reward(float("nan"), well_formed=False, correct=False)
+        return [none if r.is_dropped else self.task.reward(r.prompt.truth, self.tokenizer.decode(r.token_ids)) for r in rollouts]
 
     @property
     def sampling(self) -> SamplingParams:
@@ -50,10 +56,12 @@ class Session:
         evaluation = self.config.eval
         with rank_consistent():
             prompts = held_out_prompts(self.task, self.tokenizer, evaluation.num_prompts, self.share)
-            sampling = SamplingParams(
-                evaluation.samples, self.config.rollout.max_response_tokens, evaluation.temperature, seed=self.config.run.seed
-            )
-            rewards = self.score(self.engine.generate(prompts, sampling) if prompts else [])
+        sampling = SamplingParams(
+            evaluation.samples, self.config.rollout.max_response_tokens, evaluation.temperature, seed=self.config.run.seed
+        )
+        rollouts = [r for r in self.generator.rollouts(prompts, sampling) if not r.is_dropped]
+        with rank_consistent():
+            rewards = self.score(rollouts)
         return reduce_metrics({"accuracy": (sum(r.correct for r in rewards), len(rewards))})["accuracy"]
 
 
@@ -80,12 +88,11 @@ def build_policy(config: Config, from_checkpoint: bool = False) -> tuple[Policy,
 def build_session(config: Config, from_checkpoint: bool = False) -> Session:
     """`build_policy` and an engine, which has no weights yet."""
     policy, task, tokenizer = build_policy(config, from_checkpoint)
+    engine = build_engine(config, eos_id=tokenizer.eos_id, pad_id=tokenizer.pad_id)
     with rank_consistent():
-        dtype = torch.bfloat16 if config.model.dtype == "bf16" else torch.float32
-        engine = LocalEngine(
-            config.architecture, config.rollout, eos_id=tokenizer.eos_id, pad_id=tokenizer.pad_id, device=device(), dtype=dtype
-        )
-    return Session(config, task, tokenizer, policy, engine, share_of_this_rank())
+        probe = [to_prompt(task.train_problem(i), i, tokenizer) for i in range(NUM_PROBE_PROMPTS)]
+    sync = WeightSync(policy, engine, config.rollout, probe)
+    return Session(config, task, tokenizer, policy, engine, sync, Generator(engine, sync, config.rollout), share_of_this_rank())
 
 
 def share_of_this_rank() -> Share:

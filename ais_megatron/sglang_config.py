@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 from ais_megatron.section import Fraction, PositiveInt, Section
 
 FP8_BLOCK = 128
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
 class SGLangConfig(Section):
@@ -62,21 +63,31 @@ class SGLangConfig(Section):
 
     @property
     def is_loopback(self) -> bool:
-        return self.host in ("127.0.0.1", "localhost", "::1")
+        return self.host in LOOPBACK
 
 
-def shard_problems(tp: int, sizes: dict[str, int]) -> list[str]:
-    """Why block-FP8 weights cannot be cut `tp` ways: each shard of a cut dimension must hold whole 128-blocks.
+def ragged_shards(tp: int, expert_tp: int, heads: int, kv_heads: int, head_dim: int, mlp: int, expert_mlp: int) -> list[str]:
+    """What block-FP8 loading refuses when a server cuts a layer `tp` ways: shards of a fused projection (q with k and v, gate
+    with up) and of what follows it that do not consist of whole 128-blocks. One rank is no exception. Sizes 0 are not there.
 
-    sizes: of the dimensions that tensor parallelism cuts, by their key.
+    Source: SGLang's Fp8LinearMethod.validate_block_quant_shapes and Fp8MoEMethod.create_weights.
     """
-    problems = []
-    for key, size in sizes.items():
-        if tp > 1 and size and size % (tp * FP8_BLOCK):
-            works = [n for n in range(1, size // FP8_BLOCK + 1) if size % (n * FP8_BLOCK) == 0]
-            shard = f"{size} / {tp} = {size / tp:g}"
-            problems.append(
-                f"rollout.sglang.tp={tp}: cuts {key}={size} into shards of {shard}, no multiple of the FP8 block {FP8_BLOCK}; "
-                f"use one of {works or [1]}, or rollout.quantization=none"
-            )
-    return problems
+    kv_heads_each = max(kv_heads // tp, 1)  # with more ranks than KV heads they are replicated
+    shards = {
+        f"num_attention_heads * head_dim / tp = {heads} * {head_dim} / {tp}": heads * head_dim / tp,
+        f"KV heads of a shard * head_dim = {kv_heads_each} * {head_dim}": kv_heads_each * head_dim,
+        f"intermediate_size / tp = {mlp} / {tp}": mlp / tp,
+        f"moe_intermediate_size / (tp / ep) = {expert_mlp} / {expert_tp}": expert_mlp / expert_tp,
+    }
+    return [f"{text} = {size:g}" for text, size in shards.items() if size % FP8_BLOCK]
+
+
+def graph_problems(sglang: SGLangConfig, kv_cache_is_fp8: bool) -> list[str]:
+    """Backends that would go on using the KV scales of the moment when their CUDA graphs were captured."""
+    bakes_scales = kv_cache_is_fp8 and sglang.device == "cuda" and sglang.attention_backend in ("triton", "flashinfer")
+    if not bakes_scales or "--disable-cuda-graph" in sglang.extra_args:
+        return []
+    return [
+        f"rollout.sglang.attention_backend={sglang.attention_backend}: its CUDA graphs keep the first KV scales for ever; use fa3, "
+        "rollout.kv_cache=bf16, or add --disable-cuda-graph to rollout.sglang.extra_args"
+    ]

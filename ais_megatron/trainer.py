@@ -14,9 +14,9 @@ import torch
 
 from ais_megatron.algorithm.advantages import num_zero_signal_groups
 from ais_megatron.batch import Batch, Rollout, assemble
-from ais_megatron.collection import Collected, collect
+from ais_megatron.collection import Collected, collect, next_prompts
 from ais_megatron.config import Config
-from ais_megatron.distributed import device, gather_batch, rank, rank_consistent, reduce_metrics
+from ais_megatron.distributed import Unavailable, device, gather_batch, rank, rank_consistent, reduce_metrics
 from ais_megatron.metrics import PhaseTimer, Sinks, read_metrics
 from ais_megatron.policy import checkpoint
 from ais_megatron.policy.calibration import Calibration
@@ -29,7 +29,6 @@ from ais_megatron.run_folder import SUMMARY_FILE, open_run_folder, write_json_at
 from ais_megatron.session import Session, build_session
 from ais_megatron.summary import print_table, summarize
 from ais_megatron.update import lagged_update, update
-from ais_megatron.weight_sync import push
 
 
 def train(config: Config) -> Path:
@@ -54,42 +53,67 @@ def train(config: Config) -> Path:
     timer = PhaseTimer(torch.cuda.synchronize if device().type == "cuda" else None)
     with sinks:
         while state.step < config.train.steps:
-            row, state = train_step(session, state, timer)
+            try:
+                row, state, outage = train_step(session, state, timer)
+            except Unavailable as error:  # no rollouts: the policy still is where `state` says
+                _save(session, checkpoints / f"step_{state.step:06d}", state)
+                raise _resumable(error, checkpoints) from error
             done, is_last = state.step, state.step == config.train.steps
-            if is_last or (config.eval.every and done % config.eval.every == 0):
+            if not outage and (is_last or (config.eval.every and done % config.eval.every == 0)):
                 with timer.phase("evaluate"):
                     accuracy = row["held_out_accuracy"] = session.held_out_accuracy()
-            if is_last or (config.checkpoint.every and done % config.checkpoint.every == 0):
+            if is_last or outage or (config.checkpoint.every and done % config.checkpoint.every == 0):
                 with timer.phase("checkpoint"):
                     _save(session, checkpoints / f"step_{done:06d}", state)
             sinks.log(done, row | timer.take())
+            if outage:
+                raise _resumable(outage, checkpoints) from outage
     _finish(run_dir, state.start_accuracy, accuracy, time.perf_counter() - started)
     session.engine.close()
     return run_dir
 
 
-def train_step(session: Session, state: TrainingState, timer: PhaseTimer) -> tuple[dict[str, object], TrainingState]:
-    """One step, from prompts to an engine with the new weights; returns its row of metrics and the state after it."""
-    config, policy, engine = session.config, session.policy, session.engine
+def train_step(session: Session, state: TrainingState, timer: PhaseTimer) -> tuple[dict[str, object], TrainingState, Unavailable | None]:
+    """One step, from prompts to an engine with the new weights; returns its row of metrics, the state after it, and what
+    became of the engine if it could not be given the new weights any more.
+
+    Raises:
+        Unavailable: there are no rollouts to be had; nothing of the step has happened.
+    """
+    config, policy = session.config, session.policy
     began = time.perf_counter()
     collected = collect(session, state.next_prompt, timer)  # prompts -> rollouts -> rewards -> advantages
+    if config.rollout.ahead and state.step + 1 < config.train.steps:
+        session.generator.start(*next_prompts(session, collected.next_prompt))
     learn = lagged_update if config.ais.lag else update
     outcome = learn(policy, collected.batch, state.ais, timer)  # logprobs -> diagnostics -> alpha -> loss -> weights
     with timer.phase("calibrate"):
         calibration = policy.calibrate(collected.batch) if config.calibration.mode == "fresh" else outcome.calibration
     with timer.phase("sync"):
-        push(policy, engine, config.rollout, _scales(config, calibration), version=state.step + 1)
+        outage = _push(session, _scales(config, calibration), version=state.step + 1)
     seconds = time.perf_counter() - began
     row = {
         "alpha": outcome.alpha,
         **asdict(outcome.diagnostics),
         **outcome.metrics,
-        **_rollout_metrics(session, collected, seconds),
+        **_rollout_metrics(session, collected, state.step, seconds),
         **_calibration_metrics(calibration),
-        "weight_version": state.step,
         "time/step": seconds,
     }
-    return row, replace(state, step=state.step + 1, next_prompt=collected.next_prompt, ais=outcome.state)
+    return row, replace(state, step=state.step + 1, next_prompt=collected.next_prompt, ais=outcome.state), outage
+
+
+def _push(session: Session, scales: KVScales | None, version: int) -> Unavailable | None:
+    try:
+        session.generator.settle()
+        session.sync.push(scales, version)
+    except Unavailable as outage:
+        return outage
+    return None
+
+
+def _resumable(outage: Unavailable, checkpoints: Path) -> Unavailable:
+    return Unavailable(f"{outage}. The run was saved in {checkpoints}: continue it with run.resume=true once there are servers again")
 
 
 def begin(session: Session, folder: Path | None, with_optimizer: bool = True) -> TrainingState:
@@ -98,7 +122,7 @@ def begin(session: Session, folder: Path | None, with_optimizer: bool = True) ->
     state = checkpoint.load(policy, folder, with_optimizer) if folder is not None else TrainingState()
     if state.calibration is None:
         policy.calibrate(_prompt_batch(session))
-    push(policy, session.engine, config.rollout, _scales(config, policy.calibrator.latest), version=state.step)
+    session.sync.push(_scales(config, policy.calibrator.latest), version=state.step)
     return state
 
 
@@ -137,10 +161,16 @@ def _finish(run_dir: Path, start_accuracy: float, final_accuracy: float, wall_se
             print_table(summary, write_report(run_dir))
 
 
-def _rollout_metrics(session: Session, collected: Collected, seconds: float) -> dict[str, float]:
-    """Figures about all responses, trained on or not, over the whole job: each was generated by exactly one rank."""
-    rollouts, rewards, values = collected.rollouts, collected.rewards, collected.values
+def _rollout_metrics(session: Session, collected: Collected, step: int, seconds: float) -> dict[str, float]:
+    """Figures about all responses, trained on or not, over the whole job: each was generated by exactly one rank.
+
+    staleness: updates that the trainer (at `step`) is ahead of the weights that a token was sampled with, mean over tokens.
+    """
+    present = [not r.is_dropped for r in collected.rollouts]
+    rollouts = [r for r in collected.rollouts if not r.is_dropped]
+    rewards, values = collected.rewards, collected.values[present]
     n = len(rollouts)
+    spans = [span for r in rollouts for span in r.versions_by_token]
     tokens = sum(len(r.token_ids) for r in rollouts)
     group_size = session.config.rollout.group_size
     means = reduce_metrics(
@@ -151,7 +181,10 @@ def _rollout_metrics(session: Session, collected: Collected, seconds: float) -> 
             "well_formed": (sum(r.well_formed for r in rewards), n),
             "response_length_mean": (tokens, n),
             "finished_fraction": (sum(r.finish_reason == "stop" for r in rollouts), n),
-            "zero_signal_groups": (num_zero_signal_groups(values, group_size) if n else 0, n / group_size),
+            "staleness": (sum((step - version) * count for version, count in spans), tokens),
+            "mixed_version_fraction": (sum(len(r.versions_by_token) > 1 for r in rollouts), n),
+            "dropped_fraction": (len(present) - n, len(present)),
+            "zero_signal_groups": (num_zero_signal_groups(collected.values, group_size) if present else 0, len(present) / group_size),
             "num_responses": (n, 1.0 / torch.distributed.get_world_size()),
         }
     )

@@ -1,35 +1,99 @@
-"""Export -> quantise -> push: the one place where policy and rollout engine meet.
+"""Export -> quantise -> push -> verify: the one place where policy and rollout engine meet.
 
 Weights leave Megatron as whole tensors under Hugging Face names, a bucket at a time; each bucket is quantised here, once,
 and handed to the engine together with the KV scales as one transaction. Afterwards the engine's weights equal
-quantise(export(policy)), bit for bit.
+quantise(export(policy)), bit for bit. Of a remote engine that is tested: it answers a few prompts, and the policy must find
+those answers about as likely as the engine says they are.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
+import torch
+
+from ais_megatron.batch import Prompt, assemble
 from ais_megatron.config import RolloutConfig
-from ais_megatron.distributed import rank_consistent
+from ais_megatron.distributed import Unavailable, gather_batch, rank_consistent
 from ais_megatron.policy.policy import Policy
 from ais_megatron.quantization.fp8 import quantize_bucket
 from ais_megatron.quantization.kv_scales import KVScales
-from ais_megatron.rollout.engine import Bucket, RolloutEngine
+from ais_megatron.rollout.engine import Bucket, RolloutEngine, SamplingParams
+
+PROBE_TOKENS = 8  # sampled for each probe prompt
 
 
-def push(policy: Policy, engine: RolloutEngine, rollout: RolloutConfig, scales: KVScales | None, version: int) -> None:
-    """Bring the engine to `version`: the policy's weights, and `scales` where its KV cache is FP8. Collective.
+class WeightSync:
+    """Brings one engine to the policy's weights. All methods are collective.
 
-    Raises:
-        ValueError, RuntimeError: the engine refused; on all ranks together.
+    probe_prompts: asked of every server of a remote engine after each push.
     """
-    stream = weight_stream(policy, rollout, scales)
-    with rank_consistent():
+
+    def __init__(self, policy: Policy, engine: RolloutEngine, rollout: RolloutConfig, probe_prompts: Sequence[Prompt] = ()) -> None:
+        self._policy, self._engine, self._rollout, self._probe_prompts = policy, engine, rollout, probe_prompts
+        self._last: tuple[KVScales | None, int] | None = None
+
+    def push(self, scales: KVScales | None, version: int) -> None:
+        """Bring the engine to `version`: the policy's weights, and `scales` where its KV cache is FP8.
+
+        A remote engine that failed, or that then disagrees with the policy, gets everything once more.
+
+        Raises:
+            ValueError: the engine refused a tensor.
+            Unavailable: no part of the engine answers any more.
+            RuntimeError: it failed twice. All of them on all ranks together.
+        """
+        self._last = (scales, version)
         try:
-            engine.update_weights(stream, version)
-        finally:
-            for _ in stream:  # the other ranks wait in the same gathers: a rank whose engine failed still takes part
-                pass
+            self._push_once(scales, version)
+        except Unavailable:
+            raise
+        except RuntimeError as error:
+            if not self._engine.takes_updates_while_generating:  # an embedded engine fails for reasons that stay
+                raise
+            try:
+                self._push_once(scales, version)
+            except Unavailable:
+                raise
+            except RuntimeError as again:
+                raise RuntimeError(f"weights of version {version} were pushed twice: {again}") from error
+
+    def repeat(self) -> None:
+        """The last push once more, before the policy has changed: servers that were restarted take part again."""
+        assert self._last is not None, "there was no push to repeat"
+        self.push(*self._last)
+
+    def _push_once(self, scales: KVScales | None, version: int) -> None:
+        stream = weight_stream(self._policy, self._rollout, scales)
+        with rank_consistent():
+            try:
+                self._engine.update_weights(stream, version)
+            finally:
+                for _ in stream:  # the other ranks wait in the same gathers: a rank whose engine failed still takes part
+                    pass
+        self._verify()
+
+    def _verify(self) -> None:
+        """RuntimeError if a server and the policy disagree about what the server just sampled."""
+        with rank_consistent():
+            sampling = SamplingParams(1, PROBE_TOKENS, self._rollout.temperature)
+            answers = self._engine.probe(self._probe_prompts, sampling) if self._probe_prompts else []
+            rollouts = [rollout for answer in answers for rollout in answer]
+            local = assemble(rollouts, torch.zeros(len(rollouts)), torch.zeros(len(rollouts)))
+        batch = gather_batch(local, None)
+        if not len(batch):
+            return
+        distance = (self._policy.logprobs(batch) - batch.rollout_logprobs).abs() * batch.loss_mask
+        servers = len(batch) // len(self._probe_prompts)
+        by_server = distance.view(servers, -1).sum(1) / batch.loss_mask.view(servers, -1).sum(1)
+        limit = self._rollout.sglang.verify_tolerance
+        with rank_consistent():
+            if not bool((by_server <= limit).all()):  # (NaN, of a server without usable log-probabilities, is not within limits)
+                raise RuntimeError(
+                    f"after the sync the engine's log-probabilities are {by_server.max().item():.3g} nats per token away from the "
+                    f"policy's on its own samples (by server: {[round(v, 3) for v in by_server.tolist()]}; "
+                    f"rollout.sglang.verify_tolerance={limit:g}): its weights or KV scales are corrupt"
+                )
 
 
 def weight_stream(policy: Policy, rollout: RolloutConfig, scales: KVScales | None) -> Iterator[Bucket]:

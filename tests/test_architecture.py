@@ -10,14 +10,15 @@ PACKAGE = Path(__file__).parents[1] / "ais_megatron"
 # Lower floors first; a module may import from its own floor and below. policy and rollout share a floor but never meet.
 FLOORS = [
     {"section", "algorithm_config", "sglang_config", "config", "batch"},
-    {"run_folder", "layout"},
-    {"distributed", "metrics", "summary", "doctor", "launcher"},
+    {"run_folder", "hf_config", "layout"},
+    {"distributed", "metrics", "summary", "doctor", "sglang_doctor", "launcher"},
     {"report"},
     {"scaling"},
     {"algorithm", "tasks", "quantization", "tokenizer"},
     {"prompts"},
     {"policy", "rollout"},
     {"weight_sync", "sft", "update"},
+    {"generation"},
     {"session"},
     {"collection"},
     {"trainer"},

@@ -34,6 +34,7 @@ class Engine:
 
 def collected(rank: int, config: Config, tp: int, pp: int, first: int):  # noqa: ANN201
     from ais_megatron.collection import collect
+    from ais_megatron.generation import Generator
     from ais_megatron.metrics import PhaseTimer
     from ais_megatron.policy.policy import initialize_parallel
     from ais_megatron.session import share_of_this_rank
@@ -41,7 +42,7 @@ def collected(rank: int, config: Config, tp: int, pp: int, first: int):  # noqa:
     initialize_parallel(config)
     session = SimpleNamespace(
         config=config,
-        engine=Engine(),
+        generator=Generator(Engine(), None, config.rollout),
         share=share_of_this_rank(),
         sampling=None,
         tokenizer=SimpleNamespace(encode_prompt=lambda text: [1] * len(text)),

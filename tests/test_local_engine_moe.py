@@ -302,7 +302,7 @@ def test_routed_experts_of_a_dense_model_are_an_error():
 def test_corrupt_weights_are_named_by_prompt():
     engine = make_engine(FP8 | ROUTED)
     weights = make_weights()
-    bad = _replaced(weights, ROUTER, torch.full((EXPERTS, 32), float("nan")))
+    bad = _replaced(weights, ROUTER, torch.full((EXPERTS, 32), 3e38))
     engine.update_weights([quantize_bucket(bad)], 3)
     with pytest.raises(RuntimeError, match="prompt 0.*weight version 3"):
         engine.generate(make_prompts([4]), SamplingParams(2, 4))

@@ -25,7 +25,8 @@ ROW_KEYS = set(
     "is_weight_mean is_weight_min is_weight_max fraction_truncated prob_diff_mean prob_diff_max reward_mean reward_std accuracy "
     "fraction_rejected mean_weight prompts_sampled reference_kl "
     "response_length_mean finished_fraction zero_signal_groups loss entropy grad_norm lr clip_fraction policy_ratio_mean "
-    "num_response_tokens tokens_per_second weight_version q_amax kv_saturated_fraction time/generate time/reward time/logprobs "
+    "num_response_tokens tokens_per_second staleness mixed_version_fraction "
+    "dropped_fraction q_amax kv_saturated_fraction time/generate time/reward time/logprobs "
     "time/diagnose time/train time/calibrate time/sync time/step".split()
 )
 
@@ -108,7 +109,7 @@ def test_figures_of_a_row_fit_together(finished: tuple[Path, str]) -> None:
         assert 0.0 < row["alpha"] < 1.0 and 0.0 < row["weight_reliability"] <= 1.0 and row["divergence_severity"] > 0.0
         assert row["policy_ratio_mean"] == pytest.approx(1.0, abs=1e-6), "one update per batch starts on the policy"
         assert row["num_response_tokens"] == pytest.approx(row["response_length_mean"] * 8)
-        assert row["weight_version"] == row["step"] - 1
+        assert row["staleness"] == 0
 
 
 def test_the_same_command_makes_the_same_run(finished: tuple[Path, str], tmp_path: Path) -> None:
@@ -222,10 +223,11 @@ def test_report_and_doctor_and_a_typo(finished: tuple[Path, str]) -> None:
 
 def refusal(rank: int, config: Config, poison: str | None = None) -> str:
     """What `train` raises on this rank; with `poison`, rank 1's engine misbehaves."""
-    from ais_megatron import session, trainer
+    from ais_megatron import trainer
     from ais_megatron.batch import Rollout
+    from ais_megatron.rollout import build
 
-    class Poisoned(session.LocalEngine):
+    class Poisoned(build.LocalEngine):
         def generate(self, prompts, sampling):  # noqa: ANN001, ANN202
             first, *others = super().generate(prompts, sampling)
             if rank == 1 and poison == "nan":
@@ -234,14 +236,14 @@ def refusal(rank: int, config: Config, poison: str | None = None) -> str:
                 first = Rollout(first.prompt, (), (), "stop", 0)
             return [first, *others]
 
-    original = session.LocalEngine
-    session.LocalEngine = Poisoned
+    original = build.LocalEngine
+    build.LocalEngine = Poisoned
     try:
         trainer.train(config)
     except (ValueError, RuntimeError) as error:
         return f"{type(error).__name__}: {error}"
     finally:
-        session.LocalEngine = original
+        build.LocalEngine = original
     return "finished"
 
 

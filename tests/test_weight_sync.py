@@ -29,14 +29,14 @@ def make_engine(config, dtype: torch.dtype):  # noqa: ANN001, ANN201
 
 
 def pushed_state(rank: int, path: Path, quantization: str, parallel: dict[str, object] | None = None, **layout):  # noqa: ANN201
-    from ais_megatron.weight_sync import push
+    from ais_megatron.weight_sync import WeightSync
 
     rollout = {"quantization": quantization, "sync_bucket_mb": 0.02, "max_response_tokens": 20}
     config = moe_config(path, parallel, dtype="bf16") if parallel else make_config(path, dtype="bf16", **layout)
     config = config.model_copy(update={"rollout": config.rollout.model_copy(update=rollout)})
     policy, engine = make_policy(config, path), make_engine(config, torch.bfloat16)
     calibration = policy.calibrate(my_rows(make_batch())[0])
-    push(policy, engine, config.rollout, calibration.scales, version=5)
+    WeightSync(policy, engine, config.rollout).push(calibration.scales, version=5)
     assert engine.version == 5
     scales = {kv_scale_name(layer, kind): getattr(calibration.scales, f"{kind}_scale")[layer] for layer in range(4) for kind in "kv"}
     return {name: tensor.clone() for name, tensor in engine.state_tensors().items()}, scales if quantization != "none" else {}
@@ -72,12 +72,12 @@ def test_the_engine_holds_every_expert(ranks: RankPool, moe_checkpoint: Path, la
 def agreement(rank: int, path: Path) -> None:
     """float32 without FP8: engine and trainer are the same policy, so AIS must leave every token's weight at exactly 1."""
     from ais_megatron.rollout.engine import SamplingParams
-    from ais_megatron.weight_sync import push
+    from ais_megatron.weight_sync import WeightSync
 
     config = make_config(path)
     config = config.model_copy(update={"rollout": config.rollout.model_copy(update={"quantization": "none"})})
     policy, engine = make_policy(config, path), make_engine(config, torch.float32)
-    push(policy, engine, config.rollout, None, version=0)
+    WeightSync(policy, engine, config.rollout).push(None, version=0)
     sampling = SamplingParams(num_samples=4, max_tokens=20, temperature=config.rollout.temperature)
     rollouts = engine.generate(PROMPTS, sampling)
     batch = assemble(rollouts, torch.zeros(12), torch.linspace(-1, 1, 12))
@@ -95,14 +95,14 @@ def test_engine_and_trainer_agree_in_float32(ranks: RankPool, checkpoint: Path) 
 
 
 def refused_on_one_rank(rank: int, path: Path) -> str:
-    from ais_megatron.weight_sync import push
+    from ais_megatron.weight_sync import WeightSync
 
     config = make_config(path, tp=2, dtype="bf16")
     policy, engine = make_policy(config, path), make_engine(config, torch.bfloat16)
     if rank == 1:
-        engine._weights.pop("model.norm.weight")
+        engine._manifest._required.pop("model.norm.weight")
     try:
-        push(policy, engine, config.rollout, None, version=0)
+        WeightSync(policy, engine, config.rollout).push(None, version=0)
     except ValueError as error:
         return f"{error} / version {engine.version}"
     return "accepted"

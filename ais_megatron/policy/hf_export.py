@@ -11,11 +11,8 @@ from safetensors.torch import save_file
 
 from ais_megatron.config import Architecture
 from ais_megatron.distributed import rank_consistent
+from ais_megatron.hf_config import hf_config
 from ais_megatron.policy.hf_weights import Bucket
-
-CLASS_NAMES = {"qwen3": "Qwen3ForCausalLM", "qwen3_moe": "Qwen3MoeForCausalLM"}
-
-MOE_KEYS = {"num_experts", "num_experts_per_tok", "moe_intermediate_size", "norm_topk_prob"}
 
 
 def save_hf(
@@ -49,18 +46,3 @@ def save_hf(
             index = {"metadata": {"total_size": total}, "weight_map": files}
             (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
             (folder / "config.json").write_text(json.dumps(hf_config(architecture, dtype, eos_id, pad_id), indent=2))
-
-
-def hf_config(architecture: Architecture, dtype: str, eos_id: int | None, pad_id: int | None) -> dict[str, object]:
-    """config.json: transformers' names are ours; `rope_parameters` is where its version 5 looks for rope_theta."""
-    return {
-        **architecture.model_dump(exclude=None if architecture.is_moe else MOE_KEYS),
-        **({"decoder_sparse_step": 1, "mlp_only_layers": []} if architecture.is_moe else {}),
-        "architectures": [CLASS_NAMES[architecture.model_type]],
-        "rope_parameters": {"rope_type": "default", "rope_theta": architecture.rope_theta},
-        "hidden_act": "silu",
-        "attention_bias": False,
-        "dtype": {"bf16": "bfloat16", "fp32": "float32"}[dtype],
-        "eos_token_id": eos_id,
-        "pad_token_id": pad_id,
-    }

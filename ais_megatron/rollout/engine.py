@@ -33,8 +33,19 @@ class SamplingParams:
     seed: int = 0
 
 
+class WeightsLost(RuntimeError):
+    """The engine answers, but no longer with the weights it was given (a server was restarted). `update_weights` brings them
+    back; the same call of `generate` then continues with the responses that are still missing."""
+
+
 class RolloutEngine(Protocol):
-    """Generates with the weights it was last given, and says which those are."""
+    """Generates with the weights it was last given, and says which those are.
+
+    takes_updates_while_generating: whether `update_weights` may be called while `generate` runs in another thread. Responses
+        then carry the versions they were sampled with.
+    """
+
+    takes_updates_while_generating: bool
 
     @property
     def version(self) -> int:
@@ -47,6 +58,8 @@ class RolloutEngine(Protocol):
         Raises:
             ValueError: an empty prompt, or one that with `max_tokens` exceeds the context length (named by its index).
             RuntimeError: no weights yet, or the engine failed.
+            WeightsLost: see there.
+            Unavailable: a remote engine is gone.
         """
         ...
 
@@ -60,6 +73,11 @@ class RolloutEngine(Protocol):
         Raises:
             ValueError: unknown, missing, or wrongly shaped or typed tensors, named.
         """
+        ...
+
+    def probe(self, prompts: Sequence[Prompt], sampling: SamplingParams) -> list[list[Rollout]]:
+        """For each server a remote engine consists of, its responses to `prompts`; nothing from an embedded engine, whose
+        memory is known to hold what was pushed, and on ranks that do not update."""
         ...
 
     def health(self) -> bool:

@@ -22,11 +22,10 @@ from ais_megatron.rollout.engine import Bucket, SamplingParams
 from ais_megatron.rollout.experts import FP8Experts, RoutingRecord, named_expert_tensors, replace_experts
 from ais_megatron.rollout.fp8_linear import FP8Linear, InputQuantizer, replace_linears
 from ais_megatron.rollout.kv_cache import ATTENTION, set_kv_scales
-from ais_megatron.rollout.sampling import check_sampling
+from ais_megatron.rollout.manifest import TIED_HEAD, Manifest
+from ais_megatron.rollout.sampling import check_prompt, check_sampling
 
 logger = logging.getLogger(__name__)
-
-_TIED_HEAD = "lm_head.weight"
 
 
 class LocalEngine:
@@ -41,6 +40,8 @@ class LocalEngine:
     Raises:
         ValueError: routed experts wanted of a dense model.
     """
+
+    takes_updates_while_generating = False
 
     def __init__(
         self,
@@ -65,12 +66,17 @@ class LocalEngine:
         causal_lm, self._quantizer, routing = _build(architecture, rollout, device, dtype)
         scales = self._kv_scales if self._kv_is_fp8 else None
         self._model = Model(causal_lm, architecture, scales, dtype, device, eos_id, pad_id, routing)
-        self._weights, self._optional = self._destinations()
+        weights, optional = self._tensors()
+        self._destinations = weights | optional
+        self._manifest = Manifest(*({name: (tuple(t.shape), t.dtype) for name, t in part.items()} for part in (weights, optional)))
 
     @property
     def version(self) -> int:
         """Version of the weights in force; -1 before the first update, during one, and after one that failed."""
         return self._version
+
+    def probe(self, prompts: Sequence[Prompt], sampling: SamplingParams) -> list[list[Rollout]]:
+        return []
 
     def health(self) -> bool:
         return self._version >= 0 and not self._closed
@@ -78,7 +84,7 @@ class LocalEngine:
     def close(self) -> None:
         if not self._closed:
             self._closed, self._version = True, -1
-            del self._model, self._weights, self._optional, self._quantizer
+            del self._model, self._destinations, self._quantizer
 
     @torch.inference_mode()
     def generate(self, prompts: Sequence[Prompt], sampling: SamplingParams) -> list[Rollout]:
@@ -87,28 +93,13 @@ class LocalEngine:
             raise RuntimeError(f"the local rollout engine {state}; generate after a successful update_weights")
         check_sampling(sampling)
         for prompt in prompts:
-            self._check_prompt(prompt, sampling)
+            check_prompt(prompt, sampling, self._architecture)
         rollouts: dict[Row, Rollout] = {}
         for wave in plan_waves(prompts, sampling.num_samples, self._max_batch):
             rollouts.update(self._collect(prompts, wave, decode_wave(self._model, prompts, wave, sampling)))
         if self._quantizer is not None:
             self._quantizer.forget()
         return [rollouts[i, sample] for i in range(len(prompts)) for sample in range(sampling.num_samples)]
-
-    def _check_prompt(self, prompt: Prompt, sampling: SamplingParams) -> None:
-        length, limit = len(prompt.token_ids), self._architecture.max_position_embeddings
-        if not length:
-            raise ValueError(f"prompt {prompt.index} is empty; a response needs at least one token to follow")
-        if length + sampling.max_tokens > limit:
-            raise ValueError(
-                f"prompt {prompt.index} has {length} tokens, which with max_tokens={sampling.max_tokens} exceeds "
-                f"max_position_embeddings={limit}; lower rollout.max_response_tokens or drop prompts of more than "
-                f"{max(limit - sampling.max_tokens, 0)} tokens"
-            )
-        if not 0 <= min(prompt.token_ids) <= max(prompt.token_ids) < self._architecture.vocab_size:
-            raise ValueError(
-                f"prompt {prompt.index} has token ids outside 0..{self._architecture.vocab_size - 1}: the tokenizer is not this model's"
-            )
 
     def _collect(self, prompts: Sequence[Prompt], wave: Sequence[Row], responses: Responses) -> dict[Row, Rollout]:
         """Cut each row behind its first end-of-sequence token, and its routing also in front of its prompt."""
@@ -146,69 +137,38 @@ class LocalEngine:
             raise ValueError(f"version={version}: must be 0 or more; -1 means that there are no weights")
         self._version = -1
         self._kv_scales.fill_(1.0)
-        arrived: set[str] = set()
+        self._manifest.begin()
         for bucket in buckets:
             for name, tensor in bucket:
-                self._take(name, tensor, arrived)
-        self._check_complete(arrived)
+                self._manifest.take(name, tensor)
+                self._destinations[name].copy_(tensor)
+        self._manifest.check_complete()
+        if self._kv_is_fp8 and not self._manifest.has_scales and not self._warned_about_scales:
+            self._warned_about_scales = True
+            logger.warning(
+                "FP8 KV cache without pushed scales: k_scale and v_scale are 1.0 in every layer (calibration.mode=off does that)"
+            )
         for module in self._model.causal_lm.modules():
             if isinstance(module, FP8Linear | FP8Experts):
                 module.refresh()
         set_kv_scales(self._model.causal_lm, self._kv_scales)
         self._version = version
 
-    def _take(self, name: str, tensor: Tensor, arrived: set[str]) -> None:
-        destination = self._weights.get(name, self._optional.get(name))
-        if destination is None:
-            raise ValueError(f"{name}: {self._why_unknown(name)}")
-        if name in arrived:
-            raise ValueError(f"{name}: arrived twice in one update")
-        if tensor.shape != destination.shape or tensor.dtype != destination.dtype:
-            raise ValueError(
-                f"{name}: got {tensor.dtype} {list(tensor.shape)}, expected {destination.dtype} {list(destination.shape)}; "
-                "push whole tensors, quantised exactly when rollout.quantization says so"
-            )
-        destination.copy_(tensor)
-        arrived.add(name)
-
-    def _why_unknown(self, name: str) -> str:
-        if name.endswith(("attn.k_scale", "attn.v_scale")):
-            return "KV scales are of no use here, since the KV cache is not FP8 (rollout.kv_cache) or has no such layer"
-        if name.endswith("weight_scale_inv"):
-            return "FP8 scales are of no use here: rollout.quantization=none, or a layer that is not quantised"
-        return "the model has no such tensor"
-
-    def _check_complete(self, arrived: set[str]) -> None:
-        """Every weight, and of the KV scales all, finite and positive, or none."""
-        missing = sorted(self._weights.keys() - arrived)
-        scales = self._optional.keys() - {_TIED_HEAD}
-        if arrived & scales:
-            missing += sorted(scales - arrived)
-        if missing:
-            others = f", as are {len(missing) - 1} others" if len(missing) > 1 else ""
-            raise ValueError(f"{missing[0]}: missing from the update{others}; push one full set of weights")
-        bad = [name for name in sorted(scales) if not 0.0 < self._optional[name].item() < float("inf")]
-        if bad:
-            raise ValueError(f"{bad[0]}: is {self._optional[bad[0]].item()}; a KV scale must be finite and above 0")
-        if self._kv_is_fp8 and not arrived & scales and not self._warned_about_scales:
-            self._warned_about_scales = True
-            logger.warning(
-                "FP8 KV cache without pushed scales: k_scale and v_scale are 1.0 in every layer (calibration.mode=off does that)"
-            )
-
     def state_tensors(self) -> dict[str, Tensor]:
         """What was pushed, as it is kept: views of the engine's own memory, under the names it was pushed with.
 
         With an FP8 KV cache the scales in force are among them, pushed or not.
         """
-        return self._weights | {name: tensor for name, tensor in self._optional.items() if name != _TIED_HEAD}
+        return {
+            name: tensor for name, tensor in self._destinations.items() if name != TIED_HEAD or not self._architecture.tie_word_embeddings
+        }
 
-    def _destinations(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    def _tensors(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Where each tensor goes by name: those that must arrive, and those that may."""
         weights = dict(self._model.causal_lm.state_dict()) | dict(named_expert_tensors(self._model.causal_lm))
         optional = {}
         if self._architecture.tie_word_embeddings:
-            optional[_TIED_HEAD] = weights.pop(_TIED_HEAD)  # the embedding's own memory; both names carry the same values
+            optional[TIED_HEAD] = weights.pop(TIED_HEAD)  # the embedding's own memory; both names carry the same values
         if self._kv_is_fp8:
             for layer, kinds in enumerate(self._kv_scales):
                 optional |= {kv_scale_name(layer, kind): scale for kind, scale in zip("kv", kinds, strict=True)}

@@ -12,6 +12,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ais_megatron.batch import Prompt
+from ais_megatron.config import Architecture
 from ais_megatron.rollout.engine import SamplingParams
 
 
@@ -28,14 +30,35 @@ def check_sampling(sampling: SamplingParams) -> None:
             raise ValueError(f"sampling: {name}={getattr(sampling, name)}; allowed: {allowed}")
 
 
+def check_prompt(prompt: Prompt, sampling: SamplingParams, architecture: Architecture) -> None:
+    """Raises `ValueError` for a prompt that is empty, too long for its response, or another tokenizer's."""
+    length, limit = len(prompt.token_ids), architecture.max_position_embeddings
+    if not length:
+        raise ValueError(f"prompt {prompt.index} is empty; a response needs at least one token to follow")
+    if length + sampling.max_tokens > limit:
+        raise ValueError(
+            f"prompt {prompt.index} has {length} tokens, which with max_tokens={sampling.max_tokens} exceeds "
+            f"max_position_embeddings={limit}; lower rollout.max_response_tokens or drop prompts of more than "
+            f"{max(limit - sampling.max_tokens, 0)} tokens"
+        )
+    if not 0 <= min(prompt.token_ids) <= max(prompt.token_ids) < architecture.vocab_size:
+        raise ValueError(f"prompt {prompt.index} has token ids outside 0..{architecture.vocab_size - 1}: the tokenizer is not this model's")
+
+
+def response_seed(sampling: SamplingParams, prompt: int, sample: int) -> int:
+    """32 bits for the random numbers of one response: of (seed, prompt index, sample number) alone."""
+    digest = hashlib.blake2b(f"{sampling.seed}/{prompt}/{sample}".encode(), digest_size=4).digest()
+    return int.from_bytes(digest)
+
+
 def uniform_draws(sampling: SamplingParams, rows: Sequence[tuple[int, int]]) -> Tensor:
     """float64 ``[rows, max_tokens]`` on the CPU, uniform in [0, 1), for rows of (prompt index, sample number)."""
     draws = torch.empty(len(rows), sampling.max_tokens, dtype=torch.float64)
     generator = torch.Generator()
     for row, (prompt, sample) in enumerate(rows):
         # The CPU's Mersenne Twister takes 32 bits of seed and fills a tensor in order: fewer tokens are a prefix of more.
-        digest = hashlib.blake2b(f"{sampling.seed}/{prompt}/{sample}".encode(), digest_size=4).digest()
-        torch.rand(sampling.max_tokens, generator=generator.manual_seed(int.from_bytes(digest)), dtype=torch.float64, out=draws[row])
+        generator.manual_seed(response_seed(sampling, prompt, sample))
+        torch.rand(sampling.max_tokens, generator=generator, dtype=torch.float64, out=draws[row])
     return draws
 
 

@@ -1,0 +1,62 @@
+"""The engine that a configuration asks for, on every rank."""
+
+from __future__ import annotations
+
+import secrets
+from pathlib import Path
+
+import torch
+
+from ais_megatron.config import Config
+from ais_megatron.distributed import broadcast_text, device, rank, rank_consistent
+from ais_megatron.rollout.engine import RolloutEngine
+from ais_megatron.rollout.local import LocalEngine
+
+
+def build_engine(config: Config, *, eos_id: int, pad_id: int) -> RolloutEngine:
+    """An engine without weights. Collective.
+
+    Where `rollout.sglang.servers` is empty, the first rank starts the servers of its host, and stops them when its engine is
+    closed or its process ends.
+
+    Raises:
+        ValueError: a port that is taken, an unusable key file, a model that the engine cannot hold.
+        RuntimeError: a server that does not start. Both on all ranks together.
+    """
+    dtype = torch.bfloat16 if config.model.dtype == "bf16" else torch.float32
+    if config.rollout.engine == "sglang":
+        return _sglang_engine(config, eos_id, dtype)
+    with rank_consistent():
+        return LocalEngine(config.architecture, config.rollout, eos_id=eos_id, pad_id=pad_id, device=device(), dtype=dtype)
+
+
+def _sglang_engine(config: Config, eos_id: int, dtype: torch.dtype) -> RolloutEngine:
+    from ais_megatron.rollout.access_key import read_or_create_key
+    from ais_megatron.rollout.sglang_client import SGLangEngine
+    from ais_megatron.rollout.sglang_pool import ServerPool
+    from ais_megatron.rollout.sglang_sync import make_transport
+
+    sglang = config.rollout.sglang
+    run_id = broadcast_text(secrets.token_hex(4))
+    urls = sglang.servers or [f"http://{sglang.host}:{sglang.port + i}" for i in range(sglang.num_servers)]
+    pool = transport = None
+    with rank_consistent():
+        if rank() == 0:
+            transport = make_transport(config, urls, device(), run_id)
+            if not sglang.servers:
+                pool = ServerPool(config, Path(config.run.dir) / "servers")
+                pool.start()
+    with rank_consistent():
+        key = read_or_create_key(sglang.key_file) if sglang.key_file else None
+        return SGLangEngine(
+            config.architecture,
+            config.rollout,
+            urls,
+            eos_id=eos_id,
+            dtype=dtype,
+            run_id=run_id,
+            key=key,
+            transport=transport,
+            number=rank(),
+            on_close=pool.stop if pool else lambda: None,
+        )

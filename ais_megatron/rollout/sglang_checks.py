@@ -1,0 +1,93 @@
+"""Does a server take what it is sent? Asked once of every server, and again after a restart, because it would not say.
+
+Coverage: overwrite all its tensors with noise, push, and every single checksum must have changed. A name that the server
+does not know, or a tensor that we never send, shows here and nowhere else.
+
+Scales: K and V divided by s, rounded to FP8 and multiplied by s again do not depend on s, until s is so large that they all
+round to zero. So with doubled scales nothing may change, prefill and decoding (which replays captured CUDA graphs) must
+agree, and with scales 2^14 times too large something must. A server that ignores scales fails the last; one that reads
+with other scales than it writes with fails the first.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from typing import Any
+
+from ais_megatron.rollout.engine import Bucket
+from ais_megatron.rollout.sglang_api import ServerAPI
+from ais_megatron.rollout.sglang_sync import Transport, WeightUpdate
+
+PROMPT_TOKENS, DECODED_TOKENS = 24, 8
+TOLERANCE = 0.5  # nats: what rounding to FP8 on another grid may do to a token's log-probability
+FLUSHES = 2.0**14
+
+Checksums = list[dict[str, str]]
+
+
+async def randomize(servers: Sequence[ServerAPI]) -> list[Checksums]:
+    """Overwrite the servers' weights with noise; returns its checksums, for `check_coverage` after the push."""
+    await asyncio.gather(*(server.randomize_weights() for server in servers))
+    return list(await asyncio.gather(*(server.checksums() for server in servers)))
+
+
+async def check_coverage(servers: Sequence[ServerAPI], noise: list[Checksums]) -> None:
+    """RuntimeError if a tensor of a server still is what `randomize` left."""
+    pushed = await asyncio.gather(*(server.checksums() for server in servers))
+    for server, old, new in zip(servers, noise, pushed, strict=True):
+        untouched = sorted({name for a, b in zip(old, new, strict=True) for name in a if a[name] == b.get(name)})
+        if untouched:
+            raise RuntimeError(
+                f"{server.url}: the weight sync did not reach {untouched[0]} and {len(untouched) - 1} other tensors; the server runs "
+                "another model than model.architecture describes, or an SGLang whose names differ (0.5.23 is known to work)"
+            )
+
+
+async def check_scales(server: ServerAPI, transport: Transport, scales: Bucket, version: str, vocab_size: int) -> None:
+    """RuntimeError if the server's KV cache does not obey `scales`; they are in force again afterwards."""
+    prompt = [1 + (7 * i) % (vocab_size - 1) for i in range(PROMPT_TOKENS)]
+    base, _ = await _logprobs(server, prompt)
+    await _push_scaled(server, transport, scales, 2.0, version)
+    doubled, decoding_error = await _logprobs(server, prompt)
+    await _push_scaled(server, transport, scales, FLUSHES, version)
+    flushed, _ = await _logprobs(server, prompt)
+    await _push_scaled(server, transport, scales, 1.0, version)
+    noise = max(_distance(base, doubled), decoding_error)
+    effect = _distance(base, flushed)
+    if effect <= max(2 * noise, 1e-6):
+        raise RuntimeError(
+            f"{server.url}: pushed KV scales have no effect (log-probabilities moved by {effect:.2g} nats with scales {FLUSHES:g} times "
+            "too large): its FP8 cache runs with scale 1.0. Install ais_megatron into SGLang's environment (its plugin makes the "
+            "scales loadable; `ais-megatron doctor CONFIG` looks for it), or set rollout.kv_cache=bf16"
+        )
+    if noise > TOLERANCE:
+        raise RuntimeError(
+            f"{server.url}: KV is written with other scales than it is read with (log-probabilities moved by {noise:.2g} nats when all "
+            "scales were doubled, or between prefill and decoding). An attention backend that bakes scales into captured graphs does "
+            "that: use rollout.sglang.attention_backend=fa3, or rollout.kv_cache=bf16"
+        )
+
+
+async def _push_scaled(server: ServerAPI, transport: Transport, scales: Bucket, factor: float, version: str) -> None:
+    update = WeightUpdate(transport, [server], "retract", version)
+    await update.begin()
+    await update.end([(name, tensor * factor) for name, tensor in scales])
+
+
+async def _logprobs(server: ServerAPI, prompt: list[int]) -> tuple[list[float], float]:
+    """Of the prompt's tokens, and by how much those of a greedy continuation differ between decoding and prefill."""
+    decoded = await _ask(server, prompt, DECODED_TOKENS)
+    tokens = prompt + decoded["output_ids"]
+    prefilled = [entry[0] for entry in (await _ask(server, tokens, 1))["meta_info"]["input_token_logprobs"][1:]]
+    while_decoding = [entry[0] for entry in decoded["meta_info"]["output_token_logprobs"]]
+    return prefilled[: len(prompt) - 1], _distance(prefilled[len(prompt) - 1 :], while_decoding)
+
+
+async def _ask(server: ServerAPI, tokens: list[int], max_tokens: int) -> dict[str, Any]:
+    sampling = {"max_new_tokens": max_tokens, "temperature": 0.0, "ignore_eos": True}
+    return await server.generate(input_ids=tokens, sampling_params=sampling, return_logprob=True, logprob_start_len=0)
+
+
+def _distance(one: list[float], other: list[float]) -> float:
+    return max(abs(a - b) for a, b in zip(one, other, strict=True))

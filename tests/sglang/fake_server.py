@@ -1,0 +1,92 @@
+"""A server that speaks SGLang's HTTP as far as the client needs it, in a thread: for what a real one will not do on demand."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections import Counter
+from typing import Any
+
+from aiohttp import web
+
+
+class FakeServer:
+    """Answers each request with `answer(body)`, by default two tokens, the second of them the end of sequence.
+
+    version: what its weights are called. delay_s: before each answer. status: of /generate. is_hung: answers nothing at all.
+    asked: how often a response to each first prompt token was begun.
+    """
+
+    def __init__(self, version: str = "default") -> None:
+        self.version, self.delay_s, self.status, self.is_hung = version, 0.0, 200, False
+        self.key: str | None = None
+        self.asked: Counter[int] = Counter()
+        self.bodies: list[dict[str, Any]] = []
+        self.calls: list[str] = []
+        self.in_flight = self.most_in_flight = 0
+        self._loop = asyncio.new_event_loop()
+        self._ready = threading.Event()
+        threading.Thread(target=self._serve, daemon=True).start()
+        assert self._ready.wait(10)
+
+    def answer(self, body: dict[str, Any]) -> dict[str, Any]:
+        return response([7, 2], [-0.5, -0.25], self.version)
+
+    def stop(self) -> None:
+        """Close the port and every connection."""
+        asyncio.run_coroutine_threadsafe(self._runner.cleanup(), self._loop).result(10)
+
+    def start(self) -> None:
+        """Open the same port again."""
+        asyncio.run_coroutine_threadsafe(self._open(), self._loop).result(10)
+
+    def _serve(self) -> None:
+        asyncio.set_event_loop(self._loop)
+        self._port = 0
+        self._loop.run_until_complete(self._open())
+        self._ready.set()
+        self._loop.run_forever()
+
+    async def _open(self) -> None:
+        app = web.Application(client_max_size=2**30)
+        app.router.add_route("*", "/{path}", self._handle)
+        self._runner = web.AppRunner(app, shutdown_timeout=0.1)
+        await self._runner.setup()
+        site = web.TCPSite(self._runner, "127.0.0.1", self._port)
+        await site.start()
+        self._port = site._server.sockets[0].getsockname()[1]
+        self.url = f"http://127.0.0.1:{self._port}"
+
+    async def _handle(self, request: web.Request) -> web.Response:
+        path = request.match_info["path"]
+        self.calls.append(path)
+        while self.is_hung:
+            await asyncio.sleep(0.05)
+        if self.key is not None and request.headers.get("Authorization") != f"Bearer {self.key}":
+            return web.json_response({"error": "Unauthorized"}, status=401)
+        if path == "model_info":
+            return web.json_response({"weight_version": self.version})
+        if path != "generate":
+            return web.json_response({"success": True})
+        body = await request.json()
+        self.bodies.append(body)
+        self.asked[body["input_ids"][0]] += 1
+        self.in_flight += 1
+        self.most_in_flight = max(self.most_in_flight, self.in_flight)
+        try:
+            await asyncio.sleep(self.delay_s)
+            while self.is_hung:
+                await asyncio.sleep(0.05)
+        finally:
+            self.in_flight -= 1
+        if self.status != 200:
+            return web.json_response({"error": {"message": "no"}}, status=self.status)
+        return web.json_response(self.answer(body))
+
+
+def response(tokens: list[int], logprobs: list[float | None], version: str, reason: str = "stop", **meta: Any) -> dict[str, Any]:
+    """What SGLang sends for one request."""
+    spans = [{"version": version, "start": 0, "end": len(tokens)}]
+    entries = [[value, token, None] for token, value in zip(tokens, logprobs, strict=True)]
+    meta = {"finish_reason": {"type": reason}, "weight_version": version, "weight_versions": spans, "output_token_logprobs": entries} | meta
+    return {"output_ids": tokens, "meta_info": meta}
