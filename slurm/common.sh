@@ -189,7 +189,13 @@ compose_commands() {
   step 0 "$(joined "${TRAINERS[@]}")" $((${#TRAINERS[@]} * RANKS)) "$CONTAINER" "$RUN_DIR/logs/trainer-%t.log"
   STEP+=("--ntasks-per-node=$RANKS" env "MASTER_ADDR=$MASTER" "MASTER_PORT=$PORT")
   TRAINER_COMMAND=$(quoted "${STEP[@]}" "${AIS[@]}" train "$AIS_CONFIG" "${OVERRIDES[@]}" "${engine[@]}")
-  step 0 "${TRAINERS[0]}" 1 "$CONTAINER"
+  # What could fail are the servers: their doctor looks at the first rollout node, whose ports must still be free.
+  DOCTOR_NODE=${TRAINERS[0]}
+  step 0 "$DOCTOR_NODE" 1 "$CONTAINER"
+  if [ ${#urls[@]} -gt 0 ]; then
+    DOCTOR_NODE=${ROLLOUTS[0]} engine=(rollout.sglang.host=0.0.0.0 "$key")
+    step 1 "$DOCTOR_NODE" 1 "$SGLANG_CONTAINER"
+  fi
   DOCTOR_COMMAND=$(quoted "${STEP[@]}" "${AIS[@]}" doctor "$AIS_CONFIG" "${OVERRIDES[@]}" "${engine[@]}")
 }
 
@@ -200,7 +206,7 @@ print_commands() {
   echo "run folder: $RUN_DIR"
   echo "key:        $RUN_DIR/key (made with mode 600)"
   echo
-  echo "# ${TRAINERS[0]}: first, what is missing"
+  echo "# $DOCTOR_NODE: first, what is missing"
   echo "$DOCTOR_COMMAND"
   for i in "${!SERVERS[@]}"; do
     read -r node port gpus <<<"${SERVERS[i]}"

@@ -9,7 +9,7 @@ from pathlib import Path
 from tests.slurm.conftest import Slurm
 
 SERVERS = {"AIS_TRAINER_NODES": 2, "AIS_ROLLOUT_NODES": 2}
-WITH_SERVERS = ("rollout.engine=sglang", "rollout.sglang.device=cpu")
+WITH_SERVERS = ("rollout.engine=sglang", "rollout.sglang.device=cpu", "rollout.quantization=none")
 FOUR_NODES = ("--nodes=4",)
 
 
