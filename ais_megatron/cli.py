@@ -55,11 +55,34 @@ def evaluate(
 
 
 @app.command()
-def report(run: RunFolder) -> None:
+def report(
+    run: RunFolder,
+    scaling: Annotated[bool, typer.Option("--scaling", help="RUN is the folder of a scaling experiment: one table and one plot")] = False,
+) -> None:
     """Draw the report of a run, finished or not, and print its path."""
+    if scaling:
+        from ais_megatron.scaling import write_scaling_report
+
+        print(write_scaling_report(run))
+        return
     from ais_megatron.report import write_report
 
     print(write_report(run))
+
+
+@app.command()
+def layout(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    trainer_nodes: Annotated[str, typer.Option(metavar="HOST,HOST...")] = "localhost",
+    rollout_nodes: Annotated[str, typer.Option(metavar="HOST,HOST...")] = "",
+    gpus_per_node: Annotated[int, typer.Option(help="0: on a CPU")] = 8,
+) -> None:
+    """Where a cluster job would put its ranks and SGLang servers, one per line; what does not fit is an error. Starts nothing."""
+    from ais_megatron.layout import plan_from_file
+
+    nodes = [[name for name in names.split(",") if name] for names in (trainer_nodes, rollout_nodes)]
+    print("\n".join(plan_from_file(config, overrides or [], *nodes, gpus_per_node).lines()))
 
 
 @app.command()

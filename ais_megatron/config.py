@@ -29,6 +29,7 @@ from ais_megatron.algorithm_config import (
 from ais_megatron.section import Fraction, PositiveInt, Section
 from ais_megatron.sglang_config import FP8_BLOCK, SGLangConfig, graph_problems, ragged_shards
 
+OFF = BeforeValidator(lambda value: "off" if value is False else value)  # what YAML makes of an unquoted off
 SUPPORTED_MODEL_TYPES = ("qwen3", "qwen3_moe")
 
 
@@ -191,7 +192,7 @@ class SFTConfig(Section):
 
 
 class CalibrationConfig(Section):
-    mode: Literal["lagged", "fresh", "off"] = Field(
+    mode: Annotated[Literal["lagged", "fresh", "off"], OFF] = Field(
         "lagged",
         description="lagged: free, from the old-logprob pass (training pass if ais.lag=1); fresh: a pass with the new weights; off: 1.0",
     )
@@ -214,7 +215,7 @@ class CheckpointConfig(Section):
 class MetricsConfig(Section):
     progress_bar: bool = True
     tensorboard: bool = False
-    wandb: Literal["off", "offline", "online"] = "off"
+    wandb: Annotated[Literal["off", "offline", "online"], OFF] = "off"
     wandb_project: str = "ais_megatron"
 
 

@@ -41,6 +41,12 @@ def test_overrides_apply_in_order_with_their_types(tmp_path: Path) -> None:
     assert (config.train.steps, config.ais.tau, config.task.name, config.rollout.quantization) == (8, 1e-3, "sudoku", "fp8_e4m3")
 
 
+def test_off_is_a_word_although_yaml_reads_it_as_false(tmp_path: Path) -> None:
+    (path := tmp_path / "c.yaml").write_text(dump_config(build()))
+    config = load_config(path, ["metrics.wandb=off", "calibration.mode=off"])
+    assert (config.metrics.wandb, config.calibration.mode) == ("off", "off")
+
+
 @pytest.mark.parametrize(
     ("sections", "message"),
     [

@@ -7,6 +7,7 @@ so nothing is generated with stale weights, and nobody needs to be told.
 from __future__ import annotations
 
 import signal
+import socket
 import sys
 import threading
 import time
@@ -29,7 +30,9 @@ class ServerPool:
     def __init__(self, config: Config, folder: Path) -> None:
         sglang = config.rollout.sglang
         ports = range(sglang.port, sglang.port + sglang.num_servers)
-        self.servers = [SGLangServer(config, folder / f"{sglang.host}-{port}", port, index) for index, port in enumerate(ports)]
+        # Servers of several hosts may share a run folder, and those that bind every interface would share a name.
+        host = socket.gethostname() if sglang.host in ("0.0.0.0", "::") else sglang.host
+        self.servers = [SGLangServer(config, folder / f"{host}-{port}", port, index) for index, port in enumerate(ports)]
         self.restarts = [0] * sglang.num_servers
         self.given_up: dict[str, str] = {}  # url -> why
         self._sglang = sglang

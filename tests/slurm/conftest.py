@@ -1,0 +1,136 @@
+"""A real Slurm with four pretended nodes of eight pretended H100s, and what the tests do to it: submit, signal, wait."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+ENDED = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "DEADLINE"}
+NUM_NODES = 4
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if Path(__file__).parent in item.path.parents:
+            item.add_marker(pytest.mark.slurm)
+
+
+class Slurm:
+    """Jobs of one test: their run folders and outputs lie below `folder`."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.jobs = folder, list[str]()
+        self.environment = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "SBATCH_", "AIS_"))}
+        self.environment |= {"AIS_PYTHON": sys.executable, "AIS_RUN_ROOT": str(folder / "runs"), "OMP_NUM_THREADS": "1"}
+
+    def sbatch(self, *arguments: object, status: int = 0, **environment: object) -> str:
+        """What sbatch says, stdout and stderr."""
+        env = self.environment | {name: str(value) for name, value in environment.items()}
+        command = ["sbatch", *map(str, arguments)]
+        done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=60, check=False)
+        assert done.returncode == status, done.stdout + done.stderr
+        return done.stdout + done.stderr
+
+    def submit(self, script: str, *overrides: object, options: tuple[str, ...] = (), **environment: object) -> str:
+        """The id of a job from slurm/`script`."""
+        said = self.sbatch("--parsable", f"--output={self.folder}/%A_%a.out", *options, f"slurm/{script}", *overrides, **environment)
+        self.jobs.append(said.split()[0])
+        return self.jobs[-1]
+
+    def output(self, job: str) -> str:
+        return "".join(path.read_text(errors="replace") for path in sorted(self.folder.glob(f"{job}_*.out")))
+
+    def run_dir(self, job: str) -> Path:
+        (folder,) = (self.folder / "runs").glob(f"*-{job}")
+        return folder
+
+    def states(self, job: str) -> list[str]:
+        """Of a job, or of every task of an array."""
+        done = subprocess.run(["scontrol", "-o", "show", "job", job], capture_output=True, text=True, timeout=60, check=False)
+        return re.findall(r"JobState=(\w+)", done.stdout)
+
+    def wait(self, job: str, *expected: str, timeout: float = 120.0) -> str:
+        """Until the job, and every part of it, has ended; returns its output."""
+        self.until(lambda: ENDED.issuperset(self.states(job)), job, timeout)
+        assert set(self.states(job)) == set(expected or ("COMPLETED",)), f"{self.states(job)}\n{self.output(job)}\n{self.logs()}"
+        return self.output(job)
+
+    def until(self, true: Callable[[], bool], job: str, timeout: float = 60.0) -> None:
+        deadline = time.monotonic() + timeout
+        while not true():
+            assert time.monotonic() < deadline, f"{self.states(job)}\n{self.output(job)}\n{self.logs()}"
+            time.sleep(0.2)
+
+    def logs(self) -> str:
+        return "\n".join(f"--- {path}\n{path.read_text()[-3000:]}" for path in sorted(self.folder.glob("runs/**/logs/*.log")))
+
+
+@pytest.fixture(scope="session")
+def cluster() -> Iterator[None]:
+    script = Path(__file__).with_name("cluster.sh")
+    done = subprocess.run([script, "start", str(NUM_NODES)], capture_output=True, text=True, timeout=600, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    yield
+    subprocess.run([script, "stop"], capture_output=True, timeout=120, check=True)
+
+
+@pytest.fixture
+def slurm(cluster: None, tmp_path: Path) -> Iterator[Slurm]:
+    slurm = Slurm(tmp_path)
+    yield slurm
+    for job in slurm.jobs:
+        subprocess.run(["scancel", job], capture_output=True, timeout=60, check=False)
+
+
+STAND_IN = '''#!{python}
+"""In the place of python -m ais_megatron: the parts of a job without their work. STAND_IN_… says how each behaves."""
+import os, signal, sys, time
+from pathlib import Path
+command, arguments, env = sys.argv[3], sys.argv[4:], os.environ
+if command in ("layout", "report"):
+    os.execv("{python}", ["{python}", *sys.argv[1:]])
+folder = Path(next(a for a in arguments if a.startswith("run.dir=")).partition("=")[2])
+def note(what):
+    with open(folder / "notes", "a") as file:
+        file.write(what + "\\n")
+if command == "doctor":
+    sys.exit(int(env.get("STAND_IN_DOCTOR", "0")))
+where = f"{{os.uname().nodename}} {{env.get('CUDA_VISIBLE_DEVICES', '-')}} {{env['SLURM_PROCID']}}/{{env['SLURM_NTASKS']}}"
+resumed = "run.resume=true" in arguments
+note(f"{{command}} {{where}} resumed={{resumed}} master={{env.get('MASTER_ADDR')}} {{' '.join(a for a in arguments if 'sglang' in a)}}")
+if command == "serve":
+    time.sleep(1)
+    if env.get("STAND_IN_SERVE") == "fail":
+        sys.exit(7)
+    time.sleep(600)
+if env.get("STAND_IN_TRAIN") == "fail" and env["SLURM_PROCID"] == "1":
+    print("out of memory, say"); sys.exit(3)
+if env.get("STAND_IN_TRAIN") == "finish" or resumed:
+    sys.exit(0)
+def stop(*_):
+    time.sleep(1)
+    note(f"saved {{env['SLURM_PROCID']}}")
+    sys.exit(75)
+signal.signal(signal.SIGUSR1, stop)
+signal.signal(signal.SIGTERM, stop)
+note("ready")
+time.sleep(600)
+'''
+
+
+@pytest.fixture
+def stand_in(slurm: Slurm) -> Slurm:
+    """`slurm` with an interpreter that only pretends to train and to serve."""
+    path = slurm.folder / "python"
+    path.write_text(STAND_IN.format(python=sys.executable))
+    path.chmod(0o755)
+    slurm.environment["AIS_PYTHON"] = str(path)
+    return slurm
