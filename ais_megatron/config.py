@@ -31,6 +31,7 @@ from ais_megatron.sglang_config import FP8_BLOCK, SGLangConfig, graph_problems, 
 
 OFF = BeforeValidator(lambda value: "off" if value is False else value)  # what YAML makes of an unquoted off
 SUPPORTED_MODEL_TYPES = ("qwen3", "qwen3_moe")
+SGLANG_QUANTIZATIONS = ("none", "fp8_e4m3")
 
 
 class ConfigError(ValueError):
@@ -142,9 +143,14 @@ class RolloutConfig(Section):
     save_dir: str | None = Field(None, description="folder that every response is recorded in, for a later replay; empty: none")
     replay_dir: str | None = Field(None, description="engine=replay: the save_dir of an earlier run")
     quantization: Annotated[
-        Literal["none", "fp8_e4m3"], BeforeValidator(lambda v: {"fp8": "fp8_e4m3", "bf16": "none", None: "none"}.get(v, v))
-    ] = Field("fp8_e4m3", description="none: BF16 weights; fp8_e4m3 (or fp8): block-128x128 weights, 1x128 activations")
-    kv_cache: Literal["auto", "bf16", "fp8_e4m3"] = Field("auto", description="auto: FP8 exactly when the weights are")
+        Literal["none", "fp8_e4m3", "fp8_e5m2", "fp4_e2m1"],
+        BeforeValidator(lambda v: {"fp8": "fp8_e4m3", "bf16": "none", None: "none"}.get(v, v)),
+    ] = Field(
+        "fp8_e4m3",
+        description="none: BF16 weights; fp8_e4m3 (or fp8), fp8_e5m2: block-128x128 weights, 1x128 activations; fp4_e2m1: blocks of "
+        "1x32 for both. Local engine only: fp8_e5m2, fp4_e2m1",
+    )
+    kv_cache: Literal["auto", "bf16", "fp8_e4m3"] = Field("auto", description="auto: FP8 exactly when the weights are quantised")
     prompts_per_step: PositiveInt = 32
     group_size: PositiveInt = Field(8, description="responses sampled for each prompt")
     max_response_tokens: PositiveInt = 48
@@ -335,7 +341,14 @@ def _recording_problems(config: Config) -> list[str]:
 def _engine_problems(config: Config) -> list[str]:
     """What an SGLang server could not load."""
     rollout, arch = config.rollout, config.model.architecture
-    if rollout.engine != "sglang" or arch is None:
+    if rollout.engine != "sglang":
+        return []
+    if rollout.quantization not in SGLANG_QUANTIZATIONS:
+        return [
+            f"rollout.quantization={rollout.quantization}: only the embedded engine emulates it; with rollout.engine=sglang use one of "
+            f"{', '.join(SGLANG_QUANTIZATIONS)}, or set rollout.engine=local"
+        ]
+    if arch is None:
         return []
     sglang, problems = rollout.sglang, graph_problems(rollout.sglang, rollout.kv_cache_is_fp8)
     if arch.num_attention_heads % sglang.tp:
