@@ -474,7 +474,7 @@ def read_architecture(folder: str | Path) -> Architecture:
     try:
         return Architecture(**{k: v for k, v in raw.items() if k in Architecture.model_fields})
     except ValidationError as error:
-        raise ConfigError(f"model.path={folder}: {path} does not describe a Qwen3 model\n" + _explain(error)) from error
+        raise ConfigError(f"model.path={folder}: {path} does not describe a Qwen3 model\n" + explain(error)) from error
 
 
 def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Config:
@@ -482,6 +482,15 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
 
     Raises:
         ConfigError: unreadable file, unknown key (with the nearest known one), wrong type, impossible combination.
+    """
+    return build_config(read_yaml(path, overrides))
+
+
+def read_yaml(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> dict[str, Any]:
+    """A YAML file with ``key=value`` overrides applied in order, unchecked.
+
+    Raises:
+        ConfigError: a file that cannot be read or is not a mapping, or an override that is not ``key=value``.
     """
     path = Path(path)
     if not path.is_file():
@@ -494,7 +503,7 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
         if not isinstance(loaded, DictConfig):
             raise ConfigError(f"{path}: expected a mapping of sections, got {type(loaded).__name__}")
         merged = OmegaConf.merge(loaded, OmegaConf.from_dotlist(list(overrides)))
-        data = OmegaConf.to_container(merged, resolve=True)
+        return OmegaConf.to_container(merged, resolve=True)
     except ConfigError:
         raise
     except (OmegaConfBaseException, OSError, ValueError, AttributeError, TypeError) as error:
@@ -503,7 +512,6 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
         if type(error).__module__.startswith("yaml"):
             raise ConfigError(f"{path}: not valid YAML: {error}") from error
         raise
-    return build_config(data)
 
 
 def build_config(data: dict[str, Any]) -> Config:
@@ -514,7 +522,7 @@ def build_config(data: dict[str, Any]) -> Config:
     try:
         return Config(**data)
     except ValidationError as error:
-        raise ConfigError(_explain(error)) from error
+        raise ConfigError(explain(error)) from error
 
 
 def dump_config(config: Config) -> str:
@@ -534,13 +542,13 @@ def _types_in(annotation: Any) -> list[Any]:
     return [annotation, *getattr(annotation, "__args__", ())]
 
 
-def _explain(error: ValidationError) -> str:
-    """pydantic's findings as lines of `key: what is wrong, what is allowed`."""
+def explain(error: ValidationError, schema: type[BaseModel] = Config) -> str:
+    """pydantic's findings about a `schema` as lines of `key: what is wrong, what is allowed`."""
     lines = []
     for item in error.errors():
         key = ".".join(str(part) for part in item["loc"])
         if item["type"] == "extra_forbidden":
-            nearest = _nearest_key(key)
+            nearest = _nearest_key(key, schema)
             lines.append(f"{key}: unknown key" + (f"; did you mean {nearest}?" if nearest else ""))
         elif item["type"] == "value_error":
             message = str(item["ctx"]["error"])
@@ -552,8 +560,8 @@ def _explain(error: ValidationError) -> str:
     return "\n".join(lines)
 
 
-def _nearest_key(key: str) -> str | None:
-    known = _known_keys(Config)
+def _nearest_key(key: str, schema: type[BaseModel]) -> str | None:
+    known = _known_keys(schema)
     section, _, name = key.rpartition(".")
     siblings = {k.rpartition(".")[2]: k for k in known if k.rpartition(".")[0] == section}
     close = difflib.get_close_matches(name, siblings, n=1, cutoff=0.5)
