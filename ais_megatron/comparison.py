@@ -161,8 +161,8 @@ def _process(num_ranks: int, arguments: list[str], log: IO[bytes]) -> int:
 
 def last_line(cell: Cell) -> str:
     """Of what the run said: for one that failed, usually why."""
-    log = cell.folder / LOG_FILE
-    lines = log.read_text(encoding="utf-8", errors="replace").split("\n") if log.exists() else []
+    logs = [log for log in (cell.folder / LOG_FILE, cell.folder / "logs" / "trainer-0.log") if log.exists()]  # the second: Slurm's
+    lines = [line for log in logs for line in log.read_text(encoding="utf-8", errors="replace").split("\n")]
     lines = [line.strip() for line in lines if line.strip()]
     errors = [line for line in lines if line.startswith("error:")]
     return (errors or lines or ["(nothing)"])[-1]

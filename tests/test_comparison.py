@@ -219,3 +219,25 @@ def test_the_command_trains_reports_and_finds_everything_done(write, tmp_path: P
     name, base, folder, *overrides = compare("--list").stdout.splitlines()[0].split("\t")
     assert (name, base, folder) == ("countdown/ais/3", str(tmp_path / "base.yaml"), str(tmp_path / "out/countdown/ais/seed_3"))
     assert "train.steps=2" in overrides and "run.seed=3" in overrides
+
+
+def test_an_array_task_is_one_run_of_the_list(write, tmp_path: Path) -> None:
+    path = write()
+    environment = os.environ | {"AIS_DRY_RUN": "1", "AIS_GPUS_PER_NODE": "0", "AIS_TRAINER_NODES": "1", "AIS_ROLLOUT_NODES": "0"}
+    environment |= {"AIS_COMPARISON": str(path), "AIS_PYTHON": sys.executable}
+
+    def task(number: int, *overrides: str, **more: str) -> subprocess.CompletedProcess[str]:
+        command = ["bash", "slurm/compare.sbatch", *overrides]
+        variables = environment | {"SLURM_ARRAY_TASK_ID": str(number)} | more
+        return subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True, timeout=120, check=False)
+
+    done = task(2)
+    folder = tmp_path / "out" / "countdown" / "ais" / "seed_0"
+    assert done.returncode == 0 and f" train {tmp_path}/base.yaml run.dir={folder} " in done.stdout, done.stdout + done.stderr
+    assert "correction=ais train.optimizer.lr=0.002 run.seed=0" in done.stdout and "run.resume" not in done.stdout
+    folder.mkdir(parents=True)
+    (folder / "metrics.jsonl").write_text("")
+    assert "run.resume=true" in task(1, "seeds=[0]", AIS_ONLY="ais").stdout
+    (folder / "summary.json").write_text("{}\n")
+    assert "finished already" in task(2).stdout
+    assert "has only 4 runs; submit with sbatch --array=1-4" in task(5).stderr
