@@ -4,9 +4,9 @@ Coverage: overwrite all its tensors with noise, push, and every single checksum 
 does not know, or a tensor that we never send, shows here and nowhere else.
 
 Scales: K and V divided by s, rounded to FP8 and multiplied by s again hardly depend on s, until s is so large that they all
-round to zero. So between scales 2 and 32 times too large little may change, and prefill and decoding (which replays captured
+round to zero. So between scales 8 and 64 times too large little may change, and prefill and decoding (which replays captured
 CUDA graphs) must agree; with scales 2^14 times too large much must. A server that ignores scales fails the last; one that
-reads with other scales than it writes with is off by a factor of 16, and fails the first.
+reads with other scales than it writes with is off by a factor of 8, and fails the first.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from ais_megatron.rollout.sglang_api import ServerAPI
 from ais_megatron.rollout.sglang_sync import Transport, WeightUpdate
 
 PROMPT_TOKENS, DECODED_TOKENS = 24, 8
-LOW, HIGH, FLUSHES = 2.0, 32.0, 2.0**14  # powers of two: E4M3's grid stays the same; above 1: nothing saturates
-NOISE = 0.25  # share of the flush's effect that a harmless factor may have
+LOW, HIGH, FLUSHES = 8.0, 64.0, 2.0**14  # powers of two: E4M3's grid stays the same; well above 1: nothing saturates
+NOISE = 0.5  # share of the flush's effect that a harmless factor may have
 
 Checksums = list[dict[str, str]]
 

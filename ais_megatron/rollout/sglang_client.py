@@ -36,6 +36,7 @@ from ais_megatron.rollout.sglang_responses import ResponseFormat
 from ais_megatron.rollout.sglang_sync import Transport, WeightUpdate
 
 SCALES = (".attn.k_scale", ".attn.v_scale")
+EMBEDDING = "model.embed_tokens.weight"
 
 
 class SGLangEngine:
@@ -224,9 +225,15 @@ class SGLangEngine:
             for name, tensor in bucket:
                 self._manifest.take(name, tensor)
             scales += [(name, tensor) for name, tensor in bucket if name.endswith(SCALES)]
-            kept = [(n, t) for n, t in bucket if not (n == TIED_HEAD and self._architecture.tie_word_embeddings)]
-            if kept:
-                yield kept
+            if self._architecture.tie_word_embeddings:
+                bucket = self._with_tied_head(bucket)
+            if bucket:
+                yield bucket
+
+    def _with_tied_head(self, bucket: Bucket) -> Bucket:
+        """SGLang's dense Qwen3 shares the embedding's memory with the head; its MoE has a head of its own, tied or not."""
+        tied = [(TIED_HEAD, tensor) for name, tensor in bucket if name == EMBEDDING and self._architecture.is_moe]
+        return [(name, tensor) for name, tensor in bucket if name != TIED_HEAD] + tied
 
     async def _servers_to_update(self, is_first: bool) -> tuple[list[Server], list[ServerAPI]]:
         """Those that answer, and which of them have never had, or no longer have, weights of this run. At the start of a run
