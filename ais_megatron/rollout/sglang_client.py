@@ -188,7 +188,7 @@ class SGLangEngine:
         self._known -= {server.url for server in fresh}
         noise = self._run(randomize(fresh))
         scales = self._push(buckets, servers, version)
-        self._run(check_coverage(fresh, noise))
+        self._run(check_coverage(fresh, noise, scales))
         if scales:
             for server in fresh:
                 self._run(check_scales(server, self._transport, scales, self._format.name(version), self._architecture.vocab_size))

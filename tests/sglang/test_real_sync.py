@@ -273,13 +273,13 @@ def test_closing_ends_what_is_in_flight(sglang_server, connect) -> None:
             time.sleep(0.2)
 
 
-def test_scales_that_are_ignored_stop_the_run(connect, tmp_path: Path) -> None:
+def test_scales_that_would_be_dropped_stop_the_run(connect, tmp_path: Path) -> None:
     """Without our plugin SGLang drops the scales and answers 200."""
     config = sglang_config(port=free_port(), env={"SGLANG_PLUGINS": "cpu_fp8_linear,cpu_fp8_kv_cache,cpu_routed_experts"})
     with SGLangServer(config, tmp_path / "server", config.rollout.sglang.port) as server:
         server.wait_until_healthy(300)
         engine = connect(RunningServer(server.url, None, config, config.architecture, server))
-        with pytest.raises(RuntimeError, match="pushed KV scales have no effect .* plugin"):
+        with pytest.raises(RuntimeError, match=r"has no model.layers.0.self_attn.attn.k_scale; .* plugin"):
             engine.update_weights(buckets(config), 0)
         assert engine.version == -1
 
