@@ -12,6 +12,7 @@ from typing import Annotated
 import typer
 
 from ais_megatron.config import Config, ConfigError, build_config, load_config
+from ais_megatron.exits import CHECK_FAILED, EXIT_REQUEUE, INTERRUPTED, USER_ERROR, Preempted
 from ais_megatron.launcher import is_launched, run_ranks
 
 app = typer.Typer(
@@ -27,7 +28,6 @@ Overrides = Annotated[
 ]
 RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="a run folder")]
 
-CHECK_FAILED, USER_ERROR, INTERRUPTED = 1, 2, 130
 
 
 @app.command()
@@ -132,13 +132,16 @@ def _run_distributed(config: Config, work: Callable[[Config], None]) -> None:
 
     if "OMP_NUM_THREADS" in os.environ:
         torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
-    init_process_group(config.run.backend)
+    init_process_group(config.run.backend, config.run.timeout_minutes)
     work(config)
     dist.barrier()
     dist.destroy_process_group()
 
 
 def _train(config: Config) -> None:
+    from ais_megatron.interruption import listen
+
+    listen()  # before the imports that take seconds: until then a signal just ends the process, and nothing is lost
     from ais_megatron.trainer import train
 
     train(config)
@@ -163,7 +166,7 @@ def _evaluate(config: Config, run: Path | None) -> None:
     from ais_megatron.session import build_session
     from ais_megatron.trainer import begin
 
-    folder = _newest_checkpoint(run) if run else None
+    folder = _newest_checkpoint(run, config) if run else None
     session = build_session(config, from_checkpoint=run is not None)
     begin(session, folder, with_optimizer=False)
     accuracy = session.held_out_accuracy()
@@ -176,7 +179,7 @@ def _export(config: Config, run: Path, out: Path) -> None:
     from ais_megatron.policy.hf_export import save_hf
     from ais_megatron.session import build_policy
 
-    folder = _newest_checkpoint(run)
+    folder = _newest_checkpoint(run, config)
     policy, _, tokenizer = build_policy(config, from_checkpoint=True)
     checkpoint.load(policy, folder, with_optimizer=False)
     save_hf(policy.export_buckets(2**30), config.architecture, config.model.dtype, out, eos_id=tokenizer.eos_id, pad_id=tokenizer.pad_id)
@@ -184,17 +187,18 @@ def _export(config: Config, run: Path, out: Path) -> None:
     print(out)
 
 
-def _newest_checkpoint(run: Path) -> Path:
-    from ais_megatron.policy import checkpoint
+def _newest_checkpoint(run: Path, config: Config) -> Path:
+    from ais_megatron.policy import saver
 
-    folder = checkpoint.newest(run / "checkpoints")
+    folder = saver.newest_on_all_ranks(run / "checkpoints")
     if folder is None:
         raise ConfigError(f"{run}: holds no complete checkpoint; wait for checkpoint.every, or for the end of the run")
+    saver.verify(folder, config.checkpoint)
     return folder
 
 
 def main() -> None:
-    """Entry point. What the user can mend is one message and status 2, on every rank together; an interrupt is status 130."""
+    """Entry point. What the user can mend is one message and status 2, on every rank together; see `exits` for the others."""
     try:
         app()
     except (ValueError, RuntimeError) as error:
@@ -203,5 +207,9 @@ def main() -> None:
                 traceback.print_exc()
             print(f"error: {error}", file=sys.stderr, flush=True)
         os._exit(USER_ERROR)  # no clean-up at exit: a process group that other ranks have left would wait for them
+    except Preempted as stop:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"stopped: {stop}", flush=True)
+        os._exit(EXIT_REQUEUE)
     except KeyboardInterrupt:
         os._exit(INTERRUPTED)

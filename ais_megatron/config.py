@@ -42,6 +42,10 @@ class RunConfig(Section):
     seed: int = Field(0, description="seed of weights, puzzles, prompt order and sampling")
     resume: bool = Field(False, description="continue from the newest checkpoint in run.dir; otherwise run.dir must hold no run")
     backend: Literal["auto", "cpu", "cuda"] = "auto"
+    timeout_minutes: float = Field(30.0, gt=0.0, description="a collective that waits longer than this for another rank ends the job")
+    watchdog_minutes: float = Field(
+        0.0, ge=0.0, description="a step longer than this ends the job with the stacks of all ranks in logs/ (status 124); 0: off"
+    )
 
 
 class ParallelConfig(Section):
@@ -132,7 +136,11 @@ class TaskConfig(Section):
 
 
 class RolloutConfig(Section):
-    engine: Literal["local", "sglang"] = Field("local", description="local: embedded in each rank; sglang: servers, see rollout.sglang")
+    engine: Literal["local", "sglang", "replay"] = Field(
+        "local", description="local: embedded in each rank; sglang: servers, see rollout.sglang; replay: none, responses from replay_dir"
+    )
+    save_dir: str | None = Field(None, description="folder that every response is recorded in, for a later replay; empty: none")
+    replay_dir: str | None = Field(None, description="engine=replay: the save_dir of an earlier run")
     quantization: Annotated[
         Literal["none", "fp8_e4m3"], BeforeValidator(lambda v: {"fp8": "fp8_e4m3", "bf16": "none", None: "none"}.get(v, v))
     ] = Field("fp8_e4m3", description="none: BF16 weights; fp8_e4m3 (or fp8): block-128x128 weights, 1x128 activations")
@@ -178,6 +186,9 @@ class TrainConfig(Section):
     steps: PositiveInt = 100
     updates_per_batch: PositiveInt = 1
     tokens_per_microbatch: PositiveInt = Field(16384, description="padded tokens in one forward pass of one rank")
+    max_skipped_updates: PositiveInt = Field(
+        5, description="updates in a row with a loss or gradient that is not finite: each is skipped, the last ends the run"
+    )
     logprob_chunk_tokens: PositiveInt = Field(2048, description="tokens whose [chunk, vocab/tp] logits are in float32 at a time")
     optimizer: OptimizerConfig = OptimizerConfig()
 
@@ -208,8 +219,16 @@ class EvalConfig(Section):
 
 
 class CheckpointConfig(Section):
+    """Checkpoints in ``run.dir/checkpoints``, each complete (every file in its manifest, with size and checksum) or absent."""
+
     every: int = Field(0, ge=0, description="steps between checkpoints; 0: only at the end")
-    keep: PositiveInt = 2
+    keep: PositiveInt = Field(2, description="newest checkpoints that are kept; older ones are deleted")
+    keep_every: int = Field(0, ge=0, description="checkpoints of steps that this divides are never deleted; 0: none of them")
+    async_save: bool = Field(False, description="write in the background from a copy in CPU memory (one more of this rank's share)")
+    verify: Literal["checksum", "size"] = Field("checksum", description="what of every file is compared with the manifest before loading")
+    on_damage: Literal["stop", "previous"] = Field(
+        "stop", description="run.resume with a damaged newest checkpoint: stop, or set it aside and continue from the one before"
+    )
 
 
 class MetricsConfig(Section):
@@ -246,7 +265,7 @@ class Config(Section):
             self.correction, self.ais, self.correction_options, self.objective, self.train.updates_per_batch, self.rollout.group_size
         )
         problems = [*_layout_problems(self), *_batch_problems(self), *algorithm, *_source_problems(self), *_replay_problems(self)]
-        problems += _engine_problems(self)
+        problems += [*_engine_problems(self), *_recording_problems(self)]
         if problems:
             raise ValueError("\n".join(problems))
         return self
@@ -298,6 +317,19 @@ def _replay_problems(config: Config) -> list[str]:
     if not config.rollout.return_routed_experts:
         return ["moe.routing_replay=true: the engine must tell its routing; set rollout.return_routed_experts=true too"]
     return []
+
+
+def _recording_problems(config: Config) -> list[str]:
+    rollout, problems = config.rollout, []
+    if rollout.engine == "replay" and rollout.replay_dir is None:
+        problems.append("rollout.engine=replay: set rollout.replay_dir to the rollout.save_dir of the run to replay")
+    if rollout.engine != "replay" and rollout.replay_dir is not None:
+        problems.append(
+            f"rollout.replay_dir={rollout.replay_dir}: without effect on rollout.engine={rollout.engine}; set rollout.engine=replay"
+        )
+    if rollout.replay_dir is not None and rollout.replay_dir == rollout.save_dir:
+        problems.append(f"rollout.save_dir={rollout.save_dir}: is what is being replayed (rollout.replay_dir); choose another folder")
+    return problems
 
 
 def _engine_problems(config: Config) -> list[str]:

@@ -35,11 +35,12 @@ def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 
 
-def init_process_group(backend: str = "auto", timeout_minutes: int = 30) -> None:
+def init_process_group(backend: str = "auto", timeout_minutes: float = 30.0) -> None:
     """Join the job that torchrun's or srun's variables describe; alone, become a world of one rank.
 
     Args:
         backend: "cpu" (gloo), "cuda" (NCCL), or "auto": CUDA where there is a device.
+        timeout_minutes: a collective that waits longer for another rank fails.
     """
     env = os.environ
     if "RANK" not in env and "SLURM_PROCID" in env and int(env.get("SLURM_NTASKS", "1")) > 1:

@@ -1,15 +1,25 @@
-"""Starting the local ranks of a job when no launcher has, through torch's own elastic agent.
+"""Starting the local ranks of a job when no launcher has.
 
-The agent gives each rank its variables and a rendezvous on the loopback interface, passes SIGINT and SIGTERM on, and ends
-all ranks when one fails.
+One process per rank, each in a session of its own, with torchrun's variables; the rendezvous store is hosted here, on the
+loopback interface, so that no rank has to be the first. Signals are passed on and the ranks decide: torch's elastic agent,
+which this replaces, kills ranks 30 seconds after a SIGTERM, and a step of a large model takes longer than that. When a rank
+fails, the others get a few seconds to say why (they usually fail with it) and are then killed.
 """
 
 from __future__ import annotations
 
-import logging
 import os
+import signal
+import subprocess
 import sys
-import uuid
+import time
+from collections.abc import Sequence
+
+from ais_megatron.exits import EXIT_REQUEUE, INTERRUPTED
+
+FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+GRACE_SECONDS = 10.0  # for the other ranks to end by themselves after the first one has failed, or after an interrupt
+POLL_SECONDS = 0.05
 
 
 def is_launched() -> bool:
@@ -20,31 +30,81 @@ def is_launched() -> bool:
 
 
 def run_ranks(num_ranks: int, arguments: list[str]) -> int:
-    """Run ``python -m ais_megatron ARGUMENTS`` as `num_ranks` local ranks; returns the job's exit status."""
-    from torch.distributed.elastic.multiprocessing.api import SignalException
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+    """Run ``python -m ais_megatron ARGUMENTS`` as `num_ranks` local ranks; returns the job's exit status (`exits`)."""
+    received: list[int] = []
+    ranks: list[subprocess.Popen[bytes]] = []
 
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # the ranks have said what is wrong
-    threads = max(1, (os.cpu_count() or 1) // num_ranks)
-    os.environ.setdefault("OMP_NUM_THREADS", str(threads))
-    config = LaunchConfig(
-        min_nodes=1,
-        max_nodes=1,
-        nproc_per_node=num_ranks,
-        run_id=uuid.uuid4().hex,
-        rdzv_backend="c10d",
-        rdzv_endpoint="127.0.0.1:0",
-        rdzv_configs={"is_host": True},
-        local_addr="127.0.0.1",
-        max_restarts=0,
-        monitor_interval=0.1,
-    )
+    def forward(number: int, _: object) -> None:
+        received.append(number)
+        _send(ranks, number)
+
+    before = {number: signal.signal(number, forward) for number in FORWARDED}
     try:
-        elastic_launch(config, sys.executable)("-m", "ais_megatron", *arguments)
-    except ChildFailedError as error:
-        codes = [failure.exitcode for failure in error.failures.values()]
-        return next((code for code in codes if code > 0), 1)
-    except (SignalException, KeyboardInterrupt):
-        return 130
-    return 0
+        from torch.distributed import TCPStore
+
+        store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        for number in range(num_ranks):
+            environment = _environment(number, num_ranks, store.port)
+            ranks.append(subprocess.Popen([sys.executable, "-m", "ais_megatron", *arguments], env=environment, start_new_session=True))
+        if received:  # before there was anybody to pass it on to
+            _send(ranks, received[-1])
+        return _status(_wait(ranks, received), received)
+    finally:
+        _send(ranks, signal.SIGKILL)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _environment(rank: int, num_ranks: int, port: int) -> dict[str, str]:
+    threads = max(1, (os.cpu_count() or 1) // num_ranks)
+    ours = {
+        **{name: str(rank) for name in ("RANK", "LOCAL_RANK")},
+        **{name: str(num_ranks) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE")},
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",  # torch: the store at that port is hosted by the launcher, not by rank 0
+    }
+    return {"OMP_NUM_THREADS": str(threads), **os.environ, **ours}
+
+
+def _wait(ranks: Sequence[subprocess.Popen[bytes]], received: list[int]) -> int:
+    """Until all ranks have ended; returns the return code of the first that failed, 0 if none did."""
+    first_failure, deadline = 0, float("inf")
+    while True:
+        codes = [process.poll() for process in ranks]
+        failed = sorted(code for code in codes if code)  # negative first: a killed rank is the cause, its neighbours' errors follow
+        if not first_failure and failed:
+            first_failure, deadline = failed[0], time.monotonic() + GRACE_SECONDS
+            if first_failure < 0 and not received:
+                print(
+                    f"error: rank {codes.index(first_failure)} was killed by {signal.Signals(-first_failure).name}"
+                    f"{' (out of memory?)' if first_failure == -signal.SIGKILL else ''}; ending the other ranks",
+                    file=sys.stderr,
+                    flush=True,
+                )
+        if signal.SIGINT in received:
+            deadline = min(deadline, time.monotonic() + GRACE_SECONDS)
+        if None not in codes:
+            return first_failure
+        if time.monotonic() > deadline:
+            _send(ranks, signal.SIGKILL)
+            for process in ranks:
+                process.wait()
+            return first_failure
+        time.sleep(POLL_SECONDS)
+
+
+def _status(code: int, received: list[int]) -> int:
+    """The job's status for the first failing rank's return code, given the signals that were passed on."""
+    if signal.SIGINT in received:
+        return INTERRUPTED
+    if code < 0 and -code in received:  # it came before the rank listened, so before there was anything to save
+        return EXIT_REQUEUE
+    return code if code >= 0 else 128 - code
+
+
+def _send(ranks: Sequence[subprocess.Popen[bytes]], number: int) -> None:
+    """To every rank that runs, and to the processes it has started."""
+    for process in ranks:
+        if process.poll() is None:
+            os.killpg(process.pid, number)

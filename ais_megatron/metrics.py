@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from ais_megatron.config import Config, ConfigError
+from ais_megatron.exits import Preempted
 from ais_megatron.run_folder import METRICS_FILE, encode_json, write_text_atomic
 
 PHASES = ("generate", "reward", "logprobs", "diagnose", "train", "calibrate", "sync", "evaluate", "checkpoint")
@@ -142,7 +143,7 @@ class Sinks:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        self.close(failed=kind is not None)
+        self.close(failed=kind is not None and kind is not Preempted)
 
     def _log_tensorboard(self, step: int, figures: Mapping[str, Any]) -> None:
         if not self._config.metrics.tensorboard:

@@ -7,6 +7,7 @@ all together.
 from __future__ import annotations
 
 import time
+from contextlib import closing
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -17,11 +18,13 @@ from ais_megatron.batch import Batch, Rollout, assemble
 from ais_megatron.collection import Collected, collect, next_prompts
 from ais_megatron.config import Config
 from ais_megatron.distributed import Unavailable, device, gather_batch, rank, rank_consistent, reduce_metrics
+from ais_megatron.interruption import stop_if_asked
 from ais_megatron.metrics import PhaseTimer, Sinks, read_metrics
 from ais_megatron.policy import checkpoint
 from ais_megatron.policy.calibration import Calibration
-from ais_megatron.policy.checkpoint import TrainingState
 from ais_megatron.policy.policy import model_parallel_group
+from ais_megatron.policy.saver import Saver, checkpoint_to_resume, tidy
+from ais_megatron.policy.training_state import TrainingState
 from ais_megatron.prompts import training_prompts
 from ais_megatron.quantization.kv_scales import KVScales
 from ais_megatron.report import write_report
@@ -29,6 +32,7 @@ from ais_megatron.run_folder import SUMMARY_FILE, open_run_folder, write_json_at
 from ais_megatron.session import Session, build_session
 from ais_megatron.summary import print_table, summarize
 from ais_megatron.update import lagged_update, update
+from ais_megatron.watchdog import Watchdog
 
 
 def train(config: Config) -> Path:
@@ -37,6 +41,7 @@ def train(config: Config) -> Path:
     Raises:
         ValueError: the configuration, a data file or a checkpoint cannot be used.
         RuntimeError: the engine or a gradient is corrupt. Both on all ranks together, before a weight has changed.
+        Preempted: a signal asked for it; the state is saved. On all ranks together.
     """
     started = time.perf_counter()
     with rank_consistent():
@@ -44,32 +49,36 @@ def train(config: Config) -> Path:
         sinks = Sinks(config, run_dir, is_main=rank() == 0)
     session = build_session(config)
     checkpoints = run_dir / "checkpoints"
-    state = begin(session, checkpoint.newest(checkpoints) if config.run.resume else None)
+    tidy(checkpoints)
+    state = begin(session, checkpoint_to_resume(checkpoints, config.checkpoint) if config.run.resume else None)
     if state.start_accuracy is None:
         state = replace(state, start_accuracy=session.held_out_accuracy())
     _say(f"held-out pass@1 at the start: {state.start_accuracy:.1%}")
     sinks.truncate_after(state.step)
-    accuracy = state.start_accuracy
     timer = PhaseTimer(torch.cuda.synchronize if device().type == "cuda" else None)
-    with sinks:
+    saver = Saver(session.policy, checkpoints, config.checkpoint, state.step, add_files=session.tokenizer.save)
+    with closing(session.engine), sinks, Watchdog(config.run.watchdog_minutes, run_dir, rank()) as watchdog:
         while state.step < config.train.steps:
+            stop_if_asked(saver, state)
             try:
                 row, state, outage = train_step(session, state, timer)
             except Unavailable as error:  # no rollouts: the policy still is where `state` says
-                _save(session, checkpoints / f"step_{state.step:06d}", state)
+                saver.save_and_finish(state)
                 raise _resumable(error, checkpoints) from error
             done, is_last = state.step, state.step == config.train.steps
             if not outage and (is_last or (config.eval.every and done % config.eval.every == 0)):
                 with timer.phase("evaluate"):
-                    accuracy = row["held_out_accuracy"] = session.held_out_accuracy()
-            if is_last or outage or (config.checkpoint.every and done % config.checkpoint.every == 0):
-                with timer.phase("checkpoint"):
-                    _save(session, checkpoints / f"step_{done:06d}", state)
-            sinks.log(done, row | timer.take())
+                    row["held_out_accuracy"] = session.held_out_accuracy()
+            sinks.log(done, row | timer.take())  # before the checkpoint: a resumed run begins after it, and must find this row
             if outage:
+                saver.save_and_finish(state)
                 raise _resumable(outage, checkpoints) from outage
-    _finish(run_dir, state.start_accuracy, accuracy, time.perf_counter() - started)
-    session.engine.close()
+            if is_last or (config.checkpoint.every and done % config.checkpoint.every == 0):
+                with timer.phase("checkpoint"):
+                    saver.save(state)
+            watchdog.beat()
+        saver.finish()
+    _finish(run_dir, state.start_accuracy, time.perf_counter() - started)
     return run_dir
 
 
@@ -139,24 +148,18 @@ def _scales(config: Config, calibration: Calibration) -> KVScales | None:
     return None if config.calibration.mode == "off" else calibration.scales
 
 
-def _save(session: Session, folder: Path, state: TrainingState) -> None:
-    state = replace(state, calibration=session.policy.calibrator.latest)
-    checkpoint.save(session.policy, folder, state, session.config.checkpoint.keep)
-    with rank_consistent():
-        if rank() == 0:
-            session.tokenizer.save(folder)
-
-
 def _say(text: str) -> None:
     if rank() == 0:
         print(text, flush=True)
 
 
-def _finish(run_dir: Path, start_accuracy: float, final_accuracy: float, wall_seconds: float) -> None:
+def _finish(run_dir: Path, start_accuracy: float, wall_seconds: float) -> None:
     """summary.json, the report and the closing table."""
     with rank_consistent():
         if rank() == 0:
-            summary = summarize(read_metrics(run_dir), start_accuracy, final_accuracy, wall_seconds)
+            rows = read_metrics(run_dir)
+            final_accuracy = next((a for row in reversed(rows) if (a := row.get("held_out_accuracy")) is not None), start_accuracy)
+            summary = summarize(rows, start_accuracy, final_accuracy, wall_seconds)
             write_json_atomic(run_dir / SUMMARY_FILE, summary)
             print_table(summary, write_report(run_dir))
 

@@ -9,15 +9,15 @@ PACKAGE = Path(__file__).parents[1] / "ais_megatron"
 
 # Lower floors first; a module may import from its own floor and below. policy and rollout share a floor but never meet.
 FLOORS = [
-    {"section", "algorithm_config", "sglang_config", "config", "batch"},
-    {"run_folder", "hf_config", "layout"},
-    {"distributed", "metrics", "summary", "doctor", "sglang_doctor", "launcher"},
+    {"section", "algorithm_config", "sglang_config", "config", "batch", "exits"},
+    {"run_folder", "hf_config", "layout", "checkpoint_files"},
+    {"distributed", "metrics", "summary", "doctor", "sglang_doctor", "launcher", "watchdog"},
     {"report"},
     {"scaling"},
     {"algorithm", "tasks", "quantization", "tokenizer"},
     {"prompts"},
     {"policy", "rollout"},
-    {"weight_sync", "sft", "update"},
+    {"weight_sync", "sft", "update", "interruption"},
     {"generation"},
     {"session"},
     {"collection"},
@@ -81,7 +81,7 @@ def test_fences() -> None:
 
 
 def test_configuration_needs_no_torch() -> None:
-    for name in ("config.py", "layout.py", "run_folder.py", "cli.py", "launcher.py"):
+    for name in ("config.py", "layout.py", "run_folder.py", "cli.py", "launcher.py", "checkpoint_files.py", "exits.py"):
         tree = ast.parse((PACKAGE / name).read_text(encoding="utf-8"))
         top = [alias.name for node in tree.body if isinstance(node, ast.Import) for alias in node.names]
         top += [node.module for node in tree.body if isinstance(node, ast.ImportFrom)]

@@ -1,85 +1,115 @@
-"""Checkpoints of the policy through Megatron's distributed checkpointing: layout-independent, complete or absent.
+"""A policy's weights, optimizer and schedule through Megatron's distributed checkpointing, independent of the layout.
 
-A checkpoint is first written under a temporary name and renamed when every rank is done, so a folder called
-``step_000120`` is always whole. Optimizer state is stored "fully reshardable": it loads under another TP, PP or DP.
+Optimizer state is stored "fully reshardable": it loads under another TP, PP or DP. A save is three acts, so that the middle one
+can run beside the training:
+
+    begin    collective: who writes which tensor; copies of them, if the training will go on
+    write    this rank's files; no collective
+    finish   collective: any rank's failure is everybody's, and the metadata that makes the files a checkpoint
+
+`saver` decides when each happens and puts the finished folder in place.
 """
 
 from __future__ import annotations
 
-import json
+import queue
 import shutil
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, is_main_replica
+from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
 from megatron.core.optimizer import ChainedOptimizer
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
 
-from ais_megatron.algorithm.ais import AISState
-from ais_megatron.distributed import rank_consistent
+from ais_megatron.checkpoint_files import Entries, entries
+from ais_megatron.distributed import all_reduce_sum, rank_consistent
 from ais_megatron.policy import cpu_backend
-from ais_megatron.policy.calibration import Calibration
 from ais_megatron.policy.policy import Policy
-from ais_megatron.quantization.kv_scales import KVScales
-
-
-@dataclass(frozen=True)
-class TrainingState:
-    """What a run needs besides the policy.
-
-    step: steps done. start_accuracy: held-out, at the start of the run; None until it is measured. calibration: of the KV
-    cache, in force. next_prompt: the position in the prompt stream. ais: what alpha remembers.
-    (Prompts and sampling noise are functions of the seed and the stream's position, so there is no random state to keep.)
-    """
-
-    step: int = 0
-    start_accuracy: float | None = None
-    calibration: Calibration | None = None
-    next_prompt: int = 0
-    ais: AISState = AISState()
-
-    def to_json(self) -> str:
-        calibration = self.calibration and {
-            "amax": torch.stack([self.calibration.scales.q_amax, self.calibration.scales.k_amax, self.calibration.scales.v_amax]).tolist(),
-            "margin": self.calibration.scales.margin,
-            "saturated_fraction": self.calibration.saturated_fraction,
-        }
-        plain = {"step": self.step, "start_accuracy": self.start_accuracy, "next_prompt": self.next_prompt, "ais": self.ais.to_json()}
-        return json.dumps(plain | {"calibration": calibration})
-
-    @staticmethod
-    def from_json(text: str) -> TrainingState:
-        raw = json.loads(text)
-        calibration = raw["calibration"]
-        if calibration:
-            q, k, v = torch.tensor(calibration["amax"], dtype=torch.float32)
-            scales = KVScales(k_amax=k, v_amax=v, q_amax=q, margin=calibration["margin"])
-            calibration = Calibration(scales, calibration["saturated_fraction"])
-        return TrainingState(raw["step"], raw["start_accuracy"], calibration, raw["next_prompt"], AISState(**raw["ais"]))
-
+from ais_megatron.policy.training_state import STATE_FILE, TrainingState
 
 _OPTIMIZER_FORMAT = {"distrib_optim_sharding_type": "fully_reshardable"}
-STATE_FILE = "state.json"
+
+# Megatron returns a writer's results through the server process of a multiprocessing Manager, in case the writer is another
+# process. Ours runs in this one, and a server would cost seconds to start, die of a SIGTERM sent to the whole job and outlive
+# a killed rank.
+filesystem_async._get_write_results_queue = queue.Queue
 
 
-def save(policy: Policy, folder: Path, state: TrainingState, keep: int) -> None:
-    """Write weights, optimizer, schedule and `state` to `folder`, then delete all but the newest `keep`. Collective."""
-    partial = folder.with_name(folder.name + ".partial")
+class PendingSave:
+    """One save of `policy` into the existing, empty `folder`. Constructing it is `begin`, and collective.
+
+    Args:
+        copies: leave the training free to change weights before `write` has run.
+    Raises:
+        RuntimeError: the disk has no room; on all ranks together.
+    """
+
+    def __init__(self, policy: Policy, folder: Path, copies: bool) -> None:
+        self._folder = folder
+        with cpu_backend.active():
+            state = _sharded_state(policy, is_loading=False)
+            _check_room(state, folder)
+            self._request: AsyncRequest = dist_checkpointing.save(
+                state, str(folder), content_metadata=_OPTIMIZER_FORMAT, async_sharded_save=True
+            )
+            self._arguments = list(self._request.async_fn_args)
+            if self._request.preload_fn is not None:
+                buckets = self._request.preload_fn()  # on CUDA this copies to the CPU; on a CPU it returns the live tensors
+                self._arguments[1] = [_copied(bucket) for bucket in buckets] if copies else buckets
+        self._written: Entries = {}
+
+    def write(self) -> None:
+        """Write this rank's files and read them back for the manifest; may run in a thread."""
+        if self._request.async_fn is not None:
+            self._request.async_fn(*self._arguments, **self._request.async_fn_kwargs)
+        self._arguments = []  # the copies are not needed any more
+        self._written = entries(self._folder, sorted(path.name for path in self._folder.glob(f"__{dist.get_rank()}_*")))
+
+    def finish(self) -> Entries:
+        """Collective; `write` has returned on this rank. Returns the manifest's entries of all ranks' files.
+
+        Raises:
+            RuntimeError: a rank could not write its part; on all ranks together.
+        """
+        failure = None
+        try:
+            with cpu_backend.active():
+                for finalize in self._request.finalize_fns:
+                    finalize()
+        except CheckpointException as error:  # a BaseException, raised on every rank; only the first one knows the reasons
+            failure = error
+        with rank_consistent():
+            if failure is not None:
+                reasons = "; ".join(sorted({str(wrapped[0]) for wrapped in failure.failures.values()})) or "on another rank"
+                raise RuntimeError(f"{self._folder}: the checkpoint could not be written ({reasons}); is the disk full?")
+        parts: list[Entries] = [{}] * dist.get_world_size()
+        dist.all_gather_object(parts, self._written)
+        return {name: entry for part in parts for name, entry in part.items()}
+
+
+def _copied(bucket: tuple) -> tuple:  # type: ignore[type-arg]
+    """Megatron's (path, key, (bytes, tensors)) with tensors of its own."""
+    path, key, (in_bytes, tensors) = bucket
+    return path, key, (in_bytes, [(item, tensor.clone()) for item, tensor in tensors])
+
+
+def _check_room(state: dict[str, object], folder: Path) -> None:
+    """Refuse on all ranks before the first byte: a disk that fills up under one rank alone leaves the others waiting."""
+    mine = [t for t in nested_values(state) if isinstance(t, ShardedTensor) and t.data is not None and is_main_replica(t.replica_id)]
+    need = int(all_reduce_sum(torch.tensor(sum(t.data.numel() * t.data.element_size() for t in mine), dtype=torch.float64)))
     with rank_consistent():
-        if dist.get_rank() == 0:
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
-    with cpu_backend.active():
-        dist_checkpointing.save(_sharded_state(policy, is_loading=False), str(partial), content_metadata=_OPTIMIZER_FORMAT)
-    with rank_consistent():
-        if dist.get_rank() == 0:
-            (partial / STATE_FILE).write_text(state.to_json())
-            shutil.rmtree(folder, ignore_errors=True)
-            partial.rename(folder)
-            for old in complete_checkpoints(folder.parent)[:-keep]:
-                shutil.rmtree(old)
+        free = shutil.disk_usage(folder).free
+        if need > free:
+            raise RuntimeError(
+                f"{folder}: the checkpoint needs about {need / 2**20:,.1f} MiB and the disk has {free / 2**20:,.1f} MiB left; "
+                "make room, lower checkpoint.keep, or choose another run.dir"
+            )
 
 
 def load(policy: Policy, folder: Path, with_optimizer: bool) -> TrainingState:
@@ -101,20 +131,8 @@ def load(policy: Policy, folder: Path, with_optimizer: bool) -> TrainingState:
             policy.schedule.load_state_dict(loaded["schedule"])
         else:
             policy.optimizer.reload_model_params()
-    if state.calibration:
-        policy.calibrator.restore(state.calibration)
+    state.restore(policy)
     return state
-
-
-def complete_checkpoints(folder: Path) -> list[Path]:
-    """The whole checkpoints in a run's ``checkpoints`` folder, oldest first."""
-    return sorted(path.parent for path in folder.glob(f"step_*/{STATE_FILE}") if not path.parent.name.endswith(".partial"))
-
-
-def newest(folder: Path) -> Path | None:
-    """The newest whole checkpoint in a run's ``checkpoints`` folder, None where there is none."""
-    found = complete_checkpoints(folder)
-    return found[-1] if found else None
 
 
 def _load_optimizer(optimizer: ChainedOptimizer, state: dict[str, object]) -> None:

@@ -1,4 +1,4 @@
-"""Megatron's Adam and learning-rate schedule from our configuration, and the guard in front of every update."""
+"""Megatron's Adam and learning-rate schedule from our configuration, and the guard before every update."""
 
 from __future__ import annotations
 
@@ -29,17 +29,54 @@ def optimizer_config(config: Config, optimizer: OptimizerConfig) -> MegatronOpti
     )
 
 
-def refuse_non_finite(get_grad_norm: Callable[[], float]) -> Callable[[], float]:
-    """Megatron asks for the global norm, equal on all ranks, before it clips and steps: the moment to stop a NaN.
-    (Clipping would multiply every gradient by it; the loss scaler that could skip the step exists for FP16 only.)"""
+class NonFiniteUpdate(Exception):
+    """The loss or gradient of this update is not finite, on all ranks alike; caught by whoever asked for the update."""
 
-    def guarded() -> float:
-        norm = float(get_grad_norm())
-        if not math.isfinite(norm):
-            raise RuntimeError(f"gradient norm is {norm}: this update was refused on all ranks before any weight changed")
-        return norm
 
-    return guarded
+class Guard:
+    """Stands before every optimizer step: an update that is not finite is skipped by all ranks together, and one too many in a
+    row ends the run. (Clipping would multiply every gradient by a NaN norm; the loss scaler that could skip exists for FP16 only.)
+
+    limit: skipped updates in a row that end the run.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self.skipped_in_a_row = 0
+        self.grad_norm = math.nan
+        self._loss = 0.0
+
+    def watch(self, get_grad_norm: Callable[[], float]) -> Callable[[], float]:
+        """Megatron asks for the global norm, equal on all ranks, after the reduction and before it clips and steps."""
+
+        def guarded() -> float:
+            self.grad_norm = float(get_grad_norm())
+            if not (math.isfinite(self.grad_norm) and math.isfinite(self._loss)):
+                raise NonFiniteUpdate
+            return self.grad_norm
+
+        return guarded
+
+    def step(self, optimizer_step: Callable[[], object], loss: float) -> int:
+        """Run the optimizer step unless its gradient or the (global) loss is not finite; returns the number of skipped updates.
+
+        Raises:
+            RuntimeError: `limit` updates in a row were skipped; on all ranks together, with the weights unchanged.
+        """
+        self._loss = loss
+        try:
+            optimizer_step()
+        except NonFiniteUpdate:
+            self.skipped_in_a_row += 1
+            if self.skipped_in_a_row >= self.limit:
+                raise RuntimeError(
+                    f"{self.skipped_in_a_row} updates in a row had a loss or gradient that is not finite (now loss {loss}, gradient "
+                    f"norm {self.grad_norm}); each was skipped on all ranks, so the weights are those before the first of them. "
+                    f"Lower train.optimizer.lr or look at the batch; train.max_skipped_updates={self.limit} is the limit"
+                ) from None
+            return 1
+        self.skipped_in_a_row = 0
+        return 0
 
 
 def schedule(megatron_optimizer: object, optimizer: OptimizerConfig, total_steps: int) -> OptimizerParamScheduler:

@@ -40,7 +40,7 @@ from ais_megatron.policy.cpu_backend import ON_CPU
 from ais_megatron.policy.hf_weights import Bucket, export_buckets, load_hf
 from ais_megatron.policy.microbatches import idle_microbatch, make_microbatches, pad_columns
 from ais_megatron.policy.model import build_model, uses_transformer_engine
-from ais_megatron.policy.optimizer import optimizer_config, refuse_non_finite, schedule
+from ais_megatron.policy.optimizer import Guard, optimizer_config, schedule
 from ais_megatron.policy.routing import Routing, attach
 
 # (microbatch, its row numbers, logprobs, entropy) -> (loss sum with grad, number of tokens, float64 metric sums)
@@ -67,6 +67,7 @@ def initialize_parallel(config: Config) -> None:
             context_parallel_size=parallel.cp,
             expert_model_parallel_size=parallel.ep,
             expert_tensor_parallel_size=parallel.etp,
+            distributed_timeout_minutes=config.run.timeout_minutes,
             create_gloo_process_groups=False,
         )
         model_parallel_cuda_manual_seed(config.run.seed)
@@ -106,7 +107,8 @@ class Policy:
             self.ddp.broadcast_params()
             self.optimizer = get_megatron_optimizer(optimizer_config(config, optimizer), [self.ddp], use_gloo_process_groups=False)
             self.schedule = schedule(self.optimizer, optimizer, total_steps)
-        self.optimizer.get_grad_norm = refuse_non_finite(self.optimizer.get_grad_norm)
+        self.guard = Guard(config.train.max_skipped_updates)
+        self.optimizer.get_grad_norm = self.guard.watch(self.optimizer.get_grad_norm)
         self.model.config.finalize_model_grads_func = finalize_model_grads
         self.model.config.grad_scale_func = self.optimizer.scale_loss
         self.routing = _routing(config) if config.architecture.is_moe else None
@@ -178,16 +180,18 @@ class Policy:
         """`train.updates_per_batch` optimizer steps over this batch.
 
         Returns:
-            means over the updates of loss, entropy, policy_ratio_mean, clip_fraction, reference_kl, grad_norm, and lr.
+            means over the updates of loss, entropy, policy_ratio_mean, clip_fraction, reference_kl, grad_norm, and lr; and
+            skipped_updates, how many were not applied because their loss or gradient was not finite.
         Raises:
-            RuntimeError: loss or gradient not finite; raised on all ranks before the optimizer touches a weight.
+            RuntimeError: too many of those in a row (`Guard`); on all ranks together.
         """
         updates = torch.arange(len(batch)).chunk(self.config.train.updates_per_batch)
         results = [
             self._update(batch.rows(rows), old_logprobs[rows], scaler, None if reference_logprobs is None else reference_logprobs[rows])[0]
             for rows in updates
         ]
-        return {name: sum(r[name] for r in results) / len(results) for name in results[0]} | self.routing_metrics
+        means = {name: sum(r[name] for r in results) / len(results) for name in results[0]}
+        return means | {"skipped_updates": sum(r["skipped_updates"] for r in results)} | self.routing_metrics
 
     def lagged_train_step(
         self, batch: Batch, scaler: AISLossScaler, reference_logprobs: Tensor | None = None
@@ -262,9 +266,11 @@ class Policy:
         num_tokens = max(totals[-1].item(), 1.0)
         metrics = {name: value / num_tokens for name, value in zip(names, totals.tolist(), strict=False)}
         with cpu_backend.active():
-            self.schedule.step(1)  # before the update: with warm-up, the first one must not run at learning rate 0
-            _, grad_norm, _ = self.optimizer.step()
-        return {**metrics, "grad_norm": float(grad_norm), "lr": self.schedule.get_lr(self.optimizer.param_groups[0])}, reduced
+            # Before the update: with warm-up, the first one must not run at learning rate 0. A skipped one counts too.
+            self.schedule.step(1)
+            skipped = self.guard.step(self.optimizer.step, metrics["loss"])
+        lr = self.schedule.get_lr(self.optimizer.param_groups[0])
+        return {**metrics, "grad_norm": self.guard.grad_norm, "lr": lr, "skipped_updates": skipped}, reduced
 
     def _run(self, batch: Batch, loss_function: LossFunction, forward_only: bool) -> Tensor:
         """All microbatches through Megatron's schedule; on the last stage the float64 ``[microbatches, metrics + 1]``
