@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import shutil
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch.distributed as dist
@@ -57,7 +58,8 @@ class Saver:
             if rank() == 0:
                 shutil.rmtree(partial, ignore_errors=True)
                 partial.mkdir(parents=True)
-        pending = PendingSave(self._policy, partial, copies=self._config.async_save)
+        with _removed_on_failure(partial):
+            pending = PendingSave(self._policy, partial, copies=self._config.async_save)
         self._in_flight = _InFlight(pending, state.of(self._policy), partial, folder, in_background=self._config.async_save)
         self.newest_step = state.step
         if not self._config.async_save:
@@ -75,7 +77,7 @@ class Saver:
         if self._in_flight is None:
             return
         flight, self._in_flight = self._in_flight, None
-        try:
+        with _removed_on_failure(flight.partial):
             with rank_consistent():
                 flight.wait()
             listed = flight.pending.finish()
@@ -86,10 +88,17 @@ class Saver:
                     files.write_manifest(flight.partial, listed)
                     files.put_in_place(flight.partial, flight.folder)
                     files.prune(self._checkpoints, self._config.keep, self._config.keep_every)
-        except (RuntimeError, ValueError):
-            if rank() == 0:
-                shutil.rmtree(flight.partial, ignore_errors=True)  # where the disk is full, the rest of it is in the way
-            raise
+
+
+@contextmanager
+def _removed_on_failure(partial: Path) -> Iterator[None]:
+    """Where the disk is full, an unfinished checkpoint is in the way."""
+    try:
+        yield
+    except (RuntimeError, ValueError):
+        if rank() == 0:
+            shutil.rmtree(partial, ignore_errors=True)
+        raise
 
 
 class _InFlight:
