@@ -40,8 +40,6 @@ def stop_if_asked(saver: Saver, state: TrainingState) -> None:
             saver.finish()
         return
     name = signal.Signals(signal_number).name
-    if state.step == 0:
-        raise Preempted(f"{name} before the first step; status {EXIT_REQUEUE}: start the same command again")
     saver.save_and_finish(state)
     raise Preempted(f"{name} after step {state.step}, which is saved; status {EXIT_REQUEUE}: continue with run.resume=true")
 

@@ -14,7 +14,7 @@ from ais_megatron import checkpoint_files as files
 from ais_megatron.config import CheckpointConfig, build_config
 from tests.ranks import RankPool
 from tests.test_policy import LAYOUTS, make_batch, make_config, make_policy, my_rows
-from tests.test_training import assert_same_rows, rows_of, small
+from tests.test_training import SMALL, assert_same_rows, rows_of, small
 
 
 def checkpoint_at(folder: Path, step: int, content: bytes = b"weights") -> Path:
@@ -81,7 +81,7 @@ def test_what_a_kill_leaves_is_swept_and_never_loaded(tmp_path: Path) -> None:
 def make_saver(policy, folder: Path, **options):  # noqa: ANN001, ANN201
     from ais_megatron.policy.saver import Saver
 
-    return Saver(policy, folder, CheckpointConfig(**options), 0, add_files=lambda partial: (partial / "vocabulary").write_text("a b"))
+    return Saver(policy, folder, CheckpointConfig(**options), None, add_files=lambda partial: (partial / "vocabulary").write_text("a b"))
 
 
 def weights_of(policy) -> dict[str, torch.Tensor]:  # noqa: ANN001
@@ -224,7 +224,7 @@ def trained(rank: int, config) -> None:  # noqa: ANN001
 @pytest.mark.parametrize("case", ["async", "moe-lagged"])
 def test_a_resumed_run_is_the_run_that_never_stopped(ranks: RankPool, tmp_path: Path, case: str) -> None:
     """Every row after the resume, to the last bit, and none twice though the last line was torn."""
-    data = small(tmp_path, sft={"steps": 0}, checkpoint={"every": 1, "keep": 9, "async_save": True})
+    data = small(tmp_path, **SMALL, checkpoint={"every": 1, "keep": 9, "async_save": True})
     data["train"] |= {"steps": 4}
     if case == "moe-lagged":  # the load-balancing loss reads where the previous batch's tokens went
         data["model"]["architecture"] |= dict(model_type="qwen3_moe", num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32)

@@ -29,12 +29,12 @@ class Saver:
     """Saves `policy` into `checkpoints`, a run's folder of them.
 
     Args:
-        newest_step: the step that the run begins with.
+        newest_step: the step of the checkpoint that was loaded, if any.
         add_files: called on the first rank with the folder, for what else belongs into a checkpoint (the tokenizer).
     """
 
     def __init__(
-        self, policy: Policy, checkpoints: Path, config: CheckpointConfig, newest_step: int, add_files: Callable[[Path], None]
+        self, policy: Policy, checkpoints: Path, config: CheckpointConfig, newest_step: int | None, add_files: Callable[[Path], None]
     ) -> None:
         self._policy, self._checkpoints, self._config, self._add_files = policy, checkpoints, config, add_files
         self._in_flight: _InFlight | None = None
