@@ -197,6 +197,9 @@ def _evaluate(config: Config, run: Path | None, out: Path | None = None) -> None
     from ais_megatron.session import build_session
     from ais_megatron.trainer import begin
 
+    if config.rollout.engine == "replay":
+        raise ConfigError("rollout.engine=replay: a recording holds no answers of other weights; set rollout.engine=local")
+    config = config.model_copy(update={"rollout": config.rollout.model_copy(update={"save_dir": None})})  # nothing to train on later
     folder = _newest_checkpoint(run, config) if run else None
     session = build_session(config, from_checkpoint=run is not None)
     begin(session, folder, with_optimizer=False)

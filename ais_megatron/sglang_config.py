@@ -36,7 +36,7 @@ class SGLangConfig(Section):
     )
     sync_dir: str | None = Field(None, description="transport=disk: a folder that trainer and servers share; empty: in run.dir")
     pause: Literal["retract", "in_place"] = Field(
-        "retract", description="requests in flight during a sync: retract recomputes their KV with the new weights, in_place keeps it"
+        "retract", description="requests in flight during a sync: retract recomputes their KV, in_place keeps it (no prefix cache then)"
     )
     verify_tolerance: float = Field(
         1.0, gt=0.0, description="a sync is refused if engine and trainer differ by more nats per token on a few probe tokens"

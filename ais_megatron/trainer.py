@@ -50,20 +50,21 @@ def train(config: Config) -> Path:
     session = build_session(config)
     checkpoints = run_dir / "checkpoints"
     tidy(checkpoints)
-    state = begin(session, checkpoint_to_resume(checkpoints, config.checkpoint) if config.run.resume else None)
+    resumed = checkpoint_to_resume(checkpoints, config.checkpoint) if config.run.resume else None
+    state = begin(session, resumed)
     if state.start_accuracy is None:
         state = replace(state, start_accuracy=session.held_out_accuracy())
     _say(f"held-out pass@1 at the start: {state.start_accuracy:.1%}")
     sinks.truncate_after(state.step)
     timer = PhaseTimer(torch.cuda.synchronize if device().type == "cuda" else None)
-    saver = Saver(session.policy, checkpoints, config.checkpoint, state.step, add_files=session.tokenizer.save)
+    saver = Saver(session.policy, checkpoints, config.checkpoint, state.step if resumed else None, add_files=session.tokenizer.save)
     with closing(session.engine), sinks, Watchdog(config.run.watchdog_minutes, run_dir, rank()) as watchdog:
         while state.step < config.train.steps:
             stop_if_asked(saver, state)
             try:
                 row, state, outage = train_step(session, state, timer)
             except Unavailable as error:  # no rollouts: the policy still is where `state` says
-                saver.save_now(state)
+                saver.save_and_finish(state)
                 raise _resumable(error, checkpoints) from error
             done, is_last = state.step, state.step == config.train.steps
             if not outage and (is_last or (config.eval.every and done % config.eval.every == 0)):
@@ -71,7 +72,7 @@ def train(config: Config) -> Path:
                     row["held_out_accuracy"] = session.held_out_accuracy()
             sinks.log(done, row | timer.take())  # before the checkpoint: a resumed run begins after it, and must find this row
             if outage:
-                saver.save_now(state)
+                saver.save_and_finish(state)
                 raise _resumable(outage, checkpoints) from outage
             if is_last or (config.checkpoint.every and done % config.checkpoint.every == 0):
                 with timer.phase("checkpoint"):

@@ -8,18 +8,21 @@ those answers about as likely as the engine says they are.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 
 import torch
 
 from ais_megatron.batch import Prompt, assemble
 from ais_megatron.config import RolloutConfig
-from ais_megatron.distributed import Unavailable, gather_batch, rank_consistent
+from ais_megatron.distributed import Unavailable, gather_batch, rank, rank_consistent
 from ais_megatron.policy.policy import Policy
 from ais_megatron.quantization.formats import FORMATS
 from ais_megatron.quantization.fp8 import quantize_bucket
 from ais_megatron.quantization.kv_scales import KVScales
 from ais_megatron.rollout.engine import Bucket, RolloutEngine, SamplingParams
+
+logger = logging.getLogger(__name__)
 
 PROBE_TOKENS = 8  # sampled for each probe prompt
 
@@ -33,6 +36,7 @@ class WeightSync:
     def __init__(self, policy: Policy, engine: RolloutEngine, rollout: RolloutConfig, probe_prompts: Sequence[Prompt] = ()) -> None:
         self._policy, self._engine, self._rollout, self._probe_prompts = policy, engine, rollout, probe_prompts
         self._last: tuple[KVScales | None, int] | None = None
+        self._q_warned: set[int] = set()
 
     def push(self, scales: KVScales | None, version: int) -> None:
         """Bring the engine to `version`: the policy's weights, and `scales` where its KV cache is FP8.
@@ -45,6 +49,8 @@ class WeightSync:
             RuntimeError: it failed twice. All of them on all ranks together.
         """
         self._last = (scales, version)
+        if scales is not None and self._rollout.kv_cache_is_fp8:
+            self._warn_about_q(scales.q_overflow_layers())
         try:
             self._push_once(scales, version)
         except Unavailable:
@@ -63,6 +69,17 @@ class WeightSync:
         """The last push once more, before the policy has changed: servers that were restarted take part again."""
         assert self._last is not None, "there was no push to repeat"
         self.push(*self._last)
+
+    def _warn_about_q(self, layers: list[int]) -> None:
+        """Once for each layer: there is no scale for Q, so what exceeds 448 saturates where attention is computed in FP8."""
+        new = [layer for layer in layers if layer not in self._q_warned]
+        self._q_warned.update(new)
+        if new and rank() == 0:
+            logger.warning(
+                "Q exceeds 448 in layers %s: attention kernels that cast Q to FP8 (FlashAttention-3 with an FP8 KV cache) saturate there; "
+                "rollout.kv_cache=bf16 avoids it, and the metric q_amax shows where it goes",
+                new,
+            )
 
     def _push_once(self, scales: KVScales | None, version: int) -> None:
         stream = weight_stream(self._policy, self._rollout, scales)

@@ -75,6 +75,8 @@ def server_command(config: Config, model_folder: Path, port: int, index: int = 0
         ("--max-running-requests", sglang.max_running or (CPU_RUNNING if sglang.device == "cpu" else None)),
     ):
         command += [flag, str(value)] if value is not None else []
+    if sglang.pause == "in_place":
+        command += ["--disable-radix-cache"]  # the cache cannot be flushed under running requests: prefixes would keep old weights
     if rollout.return_routed_experts:
         command += ["--enable-return-routed-experts"]
     if sglang.device == "cpu":

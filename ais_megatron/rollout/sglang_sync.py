@@ -268,7 +268,8 @@ class WeightUpdate:
 
     def __init__(self, transport: Transport, servers: Sequence[ServerAPI], pause: str, version: str) -> None:
         self._transport, self._servers, self._pause = transport, servers, pause
-        # Old weights' KV must not outlive them, except under requests that `in_place` lets continue: then a flush is refused.
+        # Old weights' KV must not outlive them, except under requests that `in_place` lets continue: then a flush is refused, and
+        # servers run without a prefix cache (see sglang_server).
         self._ending = {"flush_cache": pause == "retract", "weight_version": version}
 
     async def begin(self) -> None:

@@ -14,7 +14,7 @@ import torch
 
 from ais_megatron.batch import DROPPED, Prompt
 from ais_megatron.distributed import Unavailable
-from ais_megatron.rollout import sglang_client
+from ais_megatron.rollout import sglang_dispatch
 from ais_megatron.rollout.engine import SamplingParams, WeightsLost
 from ais_megatron.rollout.sglang_client import SGLangEngine
 from tests.sglang.conftest import sglang_config
@@ -43,9 +43,9 @@ def servers() -> Iterator[Callable[[int], list[FakeServer]]]:
 def engine_of() -> Iterator[Callable[..., SGLangEngine]]:
     made: list[SGLangEngine] = []
 
-    def make(servers: list[FakeServer], kind: str = "dense", key: str | None = None, **sglang: Any) -> SGLangEngine:
+    def make(fakes: list[FakeServer], kind: str = "dense", key: str | None = None, **sglang: Any) -> SGLangEngine:
         config = sglang_config(kind, **({"recovery_timeout_s": 1.0, "request_timeout_s": 5.0} | sglang))
-        urls = [server.url for server in servers]
+        urls = [fake.url for fake in fakes]
         made.append(SGLangEngine(config.architecture, config.rollout, urls, eos_id=2, dtype=torch.bfloat16, run_id=RUN, key=key))
         made[-1].update_weights([], 0)  # not the rank that pushes: it only learns the version
         return made[-1]
@@ -147,8 +147,8 @@ def test_when_the_only_server_restarts_the_call_can_be_continued(servers, engine
 
 
 def test_a_hung_server_is_noticed_and_its_work_done_elsewhere(servers, engine_of, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sglang_client, "HEALTH_SECONDS", 0.1)
-    monkeypatch.setattr(sglang_client, "HEALTH_TIMEOUT", 0.2)
+    monkeypatch.setattr(sglang_dispatch, "HEALTH_SECONDS", 0.1)
+    monkeypatch.setattr(sglang_dispatch, "HEALTH_TIMEOUT", 0.2)
     one, two = servers(2)
     one.delay_s = two.delay_s = 0.2
     engine = engine_of([one, two], request_timeout_s=60.0)
@@ -174,7 +174,7 @@ def test_all_servers_gone(servers, engine_of) -> None:
     [(400, "prompt 0: .*answered 400"), (500, "prompt .: 5 attempts failed, the last one: .*answered 500"), (401, "key_file")],
 )
 def test_refusals(servers, engine_of, status: int, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sglang_client, "BACKOFF", 0.001)
+    monkeypatch.setattr(sglang_dispatch, "BACKOFF", 0.001)
     (server,) = servers(1)
     server.status = status
     with pytest.raises(RuntimeError, match=message):
@@ -183,11 +183,21 @@ def test_refusals(servers, engine_of, status: int, message: str, monkeypatch: py
 
 
 def test_a_passing_refusal_costs_nothing(servers, engine_of, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sglang_client, "BACKOFF", 0.01)
+    monkeypatch.setattr(sglang_dispatch, "BACKOFF", 0.01)
     (server,) = servers(1)
     server.status = 503
     threading.Timer(0.02, lambda: setattr(server, "status", 200)).start()
     assert len(engine_of([server]).generate(PROMPTS, TWO)) == 12
+
+
+def test_a_router_spreads_what_servers_are_fitted_with(servers, engine_of) -> None:
+    server, router = servers(2)
+    engine = engine_of([server], router=router.url, servers=[server.url])
+    assert len(engine.generate(PROMPTS, TWO)) == 12
+    assert sum(router.asked.values()) == 12 and not server.asked
+    router.version = "default"
+    with pytest.raises(WeightsLost, match="behind"):
+        engine.generate(PROMPTS, TWO)
 
 
 def test_the_key_is_sent(servers, engine_of) -> None:
