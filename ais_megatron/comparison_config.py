@@ -119,6 +119,7 @@ def _cell(comparison: Comparison, path: Path, base: Path, task: tuple[str, Overr
     ]
     folder = Path(comparison.dir) / task[0] / arm[0] / f"seed_{seed}"
     changes += [f"run.seed={seed}", f"run.dir={folder}"]
+    changes = [f"{key}={value}" for key, value in dict(change.split("=", 1) for change in changes).items()]  # the last of each key
     try:
         config = load_config(base, changes)
     except ConfigError as error:
