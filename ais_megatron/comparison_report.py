@@ -87,7 +87,7 @@ def difference(line: Line, reference: Line) -> tuple[float, float, int] | None:
 def markdown_table(comparison: Comparison, lines: Sequence[Line]) -> str:
     """One row per task and arm, aligned so that it also reads in a terminal."""
     reference, percent = comparison.reference_arm, f"{100 * comparison.threshold:g} %"
-    header = ["task", "arm", "runs", "final [%]", "best [%]", f"- {reference} [points]", f"steps to {percent}", "collapsed"]
+    header = ["task", "arm", "runs", "final [%]", "best [%]", f"vs {reference} [points]", f"steps to {percent}", "collapsed"]
     header += ["mean alpha", "mean D", "least rho"]
     table = []
     for line in lines:
@@ -139,10 +139,10 @@ def write_comparison_report(comparison: Comparison, results: Sequence[Result], c
     table = markdown_table(comparison, lines)
     done = [result for result in results if result.finished]
     closing = [f"{len(done)} of {len(results)} runs finished"]
-    for result in results:
-        if not result.finished:
-            why = f": {last_line(result.cell)}" if result.state.startswith("crashed") else ""
-            closing.append(f"{result.cell.name}: {result.state}{why}")
+    closing += [f"{r.cell.name}: {r.state}: {last_line(r.cell)}" for r in results if r.state.startswith("crashed")]
+    closing += [f"{r.cell.name}: {r.state}" for r in results if not r.finished and not r.state.startswith(("crashed", "missing"))]
+    if missing := [r.cell.name for r in results if r.state == "missing"]:
+        closing.append(f"missing: {', '.join(missing)}")
     if any(result.rows for result in results):
         _save_figure(comparison, lines, folder / FIGURE_FILE)
         drawn = f"\n![comparison]({FIGURE_FILE})\n"
@@ -162,7 +162,7 @@ def _legend(comparison: Comparison) -> list[str]:
         final = "the last policy evaluated again with " + ", ".join(f"{k}={v}" for k, v in comparison.final_eval.items())
     return [
         f"final: {final}; ± is the deviation over seeds",
-        f"- {comparison.reference_arm}: difference to that arm in points, seed by seed; ± is the standard error of its mean",
+        f"vs {comparison.reference_arm}: difference to that arm in points, seed by seed; ± is the standard error of its mean",
         f"best, steps, collapsed (last below {comparison.collapse:g} of the best): of evaluations during training, by the rollout engine",
     ]
 
