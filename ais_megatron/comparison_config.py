@@ -148,18 +148,15 @@ def _flatten(changes: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def select(cells: Sequence[Cell], only: Sequence[str]) -> list[Cell]:
-    """The cells that one of the selections names: ARM, ARM/SEED or TASK/ARM/SEED; all without a selection.
+    """The cells that one of the selections names (ARM, ARM/SEED or TASK/ARM/SEED), in `cells`' order; all without a selection.
 
     Raises:
         ConfigError: a selection that names none.
     """
-    chosen = list(cells) if not only else []
+    names = [{cell.name, f"{cell.arm}/{cell.seed}", cell.arm} for cell in cells]
     for selection in only:
-        names = [{cell.name, f"{cell.arm}/{cell.seed}", cell.arm} for cell in cells]
-        found = [cell for cell, known in zip(cells, names, strict=True) if selection in known]
-        if not found:
+        if not any(selection in known for known in names):
             near = difflib.get_close_matches(selection, sorted(set().union(*names)), n=1, cutoff=0.5)
             hint = f"; did you mean {near[0]}?" if near else ""
             raise ConfigError(f"--only {selection}: there is no such run{hint} Write ARM, ARM/SEED or TASK/ARM/SEED")
-        chosen += [cell for cell in found if cell not in chosen]
-    return chosen
+    return [cell for cell, known in zip(cells, names, strict=True) if not only or known & set(only)]
