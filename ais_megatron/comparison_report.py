@@ -211,7 +211,8 @@ def _draw(axes: Axes, line: Line, key: str, colour: str) -> None:
     deviation = np.array([statistics.stdev(by_step[step]) if len(by_step[step]) > 1 else 0.0 for step in steps])
     axes.plot(steps, mean, color=colour, label=line.arm, marker="o" if len(steps) <= 20 else None, markersize=4)
     if deviation.any():
-        axes.fill_between(steps, mean - deviation, mean + deviation, color=colour, alpha=0.15, linewidth=0)
+        least = min(min(values) for values in by_step.values())  # below what was measured a logarithmic axis would show holes
+        axes.fill_between(steps, np.maximum(mean - deviation, least), mean + deviation, color=colour, alpha=0.15, linewidth=0)
 
 
 def _smoothed(result: Result, key: str) -> list[tuple[int, float]]:
