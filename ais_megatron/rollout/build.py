@@ -11,18 +11,32 @@ from ais_megatron.config import Config
 from ais_megatron.distributed import broadcast_text, device, rank, rank_consistent
 from ais_megatron.rollout.engine import RolloutEngine
 from ais_megatron.rollout.local import LocalEngine
+from ais_megatron.rollout.recording import RecordingEngine
+from ais_megatron.rollout.replay import ReplayEngine
 
 
 def build_engine(config: Config, *, eos_id: int, pad_id: int) -> RolloutEngine:
-    """An engine without weights. Collective.
+    """An engine without weights, which with `rollout.save_dir` records what it generates. Collective.
 
     Where `rollout.sglang.servers` is empty, the first rank starts the servers of its host, and stops them when its engine is
     closed or its process ends.
 
     Raises:
-        ValueError: a port that is taken, an unusable key file, a model that the engine cannot hold.
+        ValueError: a recording that cannot be made or replayed, a port that is taken, an unusable key file, a model that the
+            engine cannot hold.
         RuntimeError: a server that does not start. Both on all ranks together.
     """
+    engine = _build(config, eos_id, pad_id)
+    if config.rollout.save_dir is None:
+        return engine
+    with rank_consistent():
+        return RecordingEngine(engine, Path(config.rollout.save_dir), rank(), continues=config.run.resume)
+
+
+def _build(config: Config, eos_id: int, pad_id: int) -> RolloutEngine:
+    if config.rollout.engine == "replay":
+        with rank_consistent():
+            return ReplayEngine(Path(config.rollout.replay_dir))
     dtype = torch.bfloat16 if config.model.dtype == "bf16" else torch.float32
     if config.rollout.engine == "sglang":
         return _sglang_engine(config, eos_id, dtype)

@@ -1,0 +1,166 @@
+"""The engine that generates nothing: it returns what another run's engine returned (`recording`).
+
+For training again on the same samples: to debug a step, or to compare corrections and objectives. Responses to training prompts
+are found by the prompt's number alone, so that any layout may replay any other's; those to held-out prompts also by the version
+of the weights. Rewards, lengths and held-out accuracy are therefore those of the run that was recorded, whatever is trained now.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from ais_megatron.batch import Prompt, Rollout
+from ais_megatron.rollout.engine import Bucket, SamplingParams
+from ais_megatron.rollout.recording import FORMAT, FORMAT_VERSION, SUFFIX
+
+_OPEN_FILES = 4  # whose contents are kept: a rank's prompts come from few files at a time
+
+_Key = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class _Contents:
+    """One file: the prompts' tokens, and their responses' in the same order."""
+
+    prompt_tokens: list[tuple[int, ...]]
+    responses: list[list[tuple[dict[str, Any], tuple[int, ...], tuple[float, ...], Tensor | None]]]
+
+
+class ReplayEngine:
+    """A `RolloutEngine`; see there for what its methods promise.
+
+    Args:
+        folder: the `rollout.save_dir` of the run to replay.
+    Raises:
+        ValueError: nothing was recorded there, or a file is damaged or of another format (named).
+    """
+
+    takes_updates_while_generating = True
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._version = -1
+        self._headers = {path: _read_header(path) for path in folder.glob(f"*{SUFFIX}")}
+        if not self._headers:
+            raise ValueError(f"rollout.replay_dir={folder}: holds no recorded responses; give the rollout.save_dir of an earlier run")
+        self._places: dict[_Key, tuple[Path, int]] = {}
+        for path, header in sorted(self._headers.items(), key=lambda item: item[1]["written"]):  # later ones replace earlier ones
+            for number, prompt in enumerate(header["prompts"]):
+                self._places[_key(prompt["index"], header["version"])] = (path, number)
+        self._contents: dict[Path, _Contents] = {}
+
+    @property
+    def version(self) -> int:
+        return self._version
+
+    def update_weights(self, buckets: Iterable[Bucket], version: int) -> None:
+        """Weights are of no use here, but every rank takes part in gathering them."""
+        for _ in buckets:
+            pass
+        self._version = version
+
+    def generate(self, prompts: Sequence[Prompt], sampling: SamplingParams) -> list[Rollout]:
+        """Raises `ValueError` where the recording does not hold these responses, sampled like this, to these very tokens."""
+        if self._version < 0:
+            raise RuntimeError("the replay engine has no version yet; generate after update_weights")
+        return [rollout for prompt in prompts for rollout in self._replayed(prompt, sampling)]
+
+    def probe(self, prompts: Sequence[Prompt], sampling: SamplingParams) -> list[list[Rollout]]:
+        return []
+
+    def health(self) -> bool:
+        return self._version >= 0
+
+    def close(self) -> None:
+        self._contents.clear()
+
+    def _replayed(self, prompt: Prompt, sampling: SamplingParams) -> list[Rollout]:
+        place = self._places.get(_key(prompt.index, self._version))
+        if place is None:
+            raise ValueError(self._why_missing(prompt.index))
+        path, number = place
+        recorded = self._headers[path]["sampling"]
+        for name, asked in asdict(sampling).items():
+            if recorded.get(name) != asked:
+                raise ValueError(
+                    f"prompt {prompt.index}: sampling {name}={asked} is asked for, but {path} was recorded with "
+                    f"{recorded.get(name)}; replay with the recorded run's rollout, eval and run.seed settings"
+                )
+        contents = self._open(path)
+        if contents.prompt_tokens[number] != prompt.token_ids:
+            raise ValueError(
+                f"prompt {prompt.index}: has other tokens in {path}; replay with the recorded run's task, tokenizer and run.seed"
+            )
+        return [
+            Rollout(
+                prompt=prompt,
+                token_ids=tokens,
+                logprobs=logprobs,
+                finish_reason=about["finish_reason"],
+                weight_version=about["weight_version"],
+                routed_experts=experts,
+                version_spans=tuple((int(version), int(count)) for version, count in about["version_spans"]),
+            )
+            for about, tokens, logprobs, experts in contents.responses[number]
+        ]
+
+    def _why_missing(self, index: int) -> str:
+        where = f"rollout.replay_dir={self._folder}: holds no responses to"
+        if index >= 0:
+            known = [i for version, i in self._places if i >= 0]
+            of = f"prompts {min(known)} to {max(known)}" if known else "held-out prompts alone"
+            return f"{where} prompt {index}, but to {of}; lower train.steps, or keep the recorded rollout and objective settings"
+        versions = sorted({version for version, i in self._places if i < 0})
+        return (
+            f"{where} held-out prompt {-1 - index} at weight version {self._version}, but at versions {versions}; "
+            "keep the recorded eval settings and train.steps"
+        )
+
+    def _open(self, path: Path) -> _Contents:
+        if path not in self._contents:
+            if len(self._contents) >= _OPEN_FILES:
+                del self._contents[next(iter(self._contents))]
+            self._contents[path] = _read_contents(path, self._headers[path])
+        return self._contents[path]
+
+
+def _key(index: int, version: int) -> _Key:
+    """A training prompt is answered once in a run; a held-out prompt (negative index) once per version."""
+    return (version if index < 0 else 0, index)
+
+
+def _read_header(path: Path) -> dict[str, Any]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = json.loads((file.metadata() or {})[FORMAT])
+    except (OSError, SafetensorError, KeyError, ValueError) as error:
+        raise ValueError(f"{path}: not a recording of responses, or damaged ({error}); delete it, or record again") from error
+    if header["format_version"] != FORMAT_VERSION:
+        raise ValueError(f"{path}: is of format version {header['format_version']}; this version reads {FORMAT_VERSION}; record again")
+    return header
+
+
+def _read_contents(path: Path, header: dict[str, Any]) -> _Contents:
+    try:
+        with safe_open(path, framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{path}: damaged ({error}); record again") from error
+    prompts, responses = header["prompts"], header["rollouts"]
+    prompt_tokens = [tuple(part.tolist()) for part in tensors["prompt_tokens"].split([p["num_tokens"] for p in prompts])]
+    counts = [r["num_tokens"] for r in responses]
+    tokens, logprobs = (tensors[name].split(counts) for name in ("tokens", "logprobs"))
+    routed: list[Tensor | None] = [None] * len(responses)
+    if "routed_experts" in tensors:
+        parts = iter(tensors["routed_experts"].int().split([r["num_routed"] for r in responses if r["num_routed"] is not None]))
+        routed = [None if r["num_routed"] is None else next(parts) for r in responses]
+    flat = [(r, tuple(t.tolist()), tuple(p.tolist()), e) for r, t, p, e in zip(responses, tokens, logprobs, routed, strict=True)]
+    size = len(responses) // len(prompts)
+    return _Contents(prompt_tokens, [flat[i * size : (i + 1) * size] for i in range(len(prompts))])
