@@ -35,13 +35,11 @@ def stop_if_asked(saver: Saver, state: TrainingState) -> None:
         Preempted: on all ranks together, when a checkpoint of `state` is complete.
     """
     signal_number, busy = _agree(max(_received, default=0), int(saver.busy))
-    if not busy or signal_number:
-        saver.finish()
     if not signal_number:
+        if not busy:
+            saver.finish()
         return
     name = signal.Signals(signal_number).name
-    if state.step == 0:
-        raise Preempted(f"{name} before the first step; status {EXIT_REQUEUE}: start the same command again")
     saver.save_now(state)
     raise Preempted(f"{name} after step {state.step}, which is saved; status {EXIT_REQUEUE}: continue with run.resume=true")
 

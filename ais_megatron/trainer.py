@@ -50,13 +50,14 @@ def train(config: Config) -> Path:
     session = build_session(config)
     checkpoints = run_dir / "checkpoints"
     tidy(checkpoints)
-    state = begin(session, checkpoint_to_resume(checkpoints, config.checkpoint) if config.run.resume else None)
+    resumed = checkpoint_to_resume(checkpoints, config.checkpoint) if config.run.resume else None
+    state = begin(session, resumed)
     if state.start_accuracy is None:
         state = replace(state, start_accuracy=session.held_out_accuracy())
     _say(f"held-out pass@1 at the start: {state.start_accuracy:.1%}")
     sinks.truncate_after(state.step)
     timer = PhaseTimer(torch.cuda.synchronize if device().type == "cuda" else None)
-    saver = Saver(session.policy, checkpoints, config.checkpoint, state.step, add_files=session.tokenizer.save)
+    saver = Saver(session.policy, checkpoints, config.checkpoint, state.step if resumed else None, add_files=session.tokenizer.save)
     with closing(session.engine), sinks, Watchdog(config.run.watchdog_minutes, run_dir, rank()) as watchdog:
         while state.step < config.train.steps:
             stop_if_asked(saver, state)

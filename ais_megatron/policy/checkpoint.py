@@ -24,6 +24,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor, is_main_repl
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
 from megatron.core.optimizer import ChainedOptimizer
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
@@ -156,11 +157,23 @@ def _load_optimizer(optimizer: ChainedOptimizer, state: dict[str, object]) -> No
 
 
 def _sharded_state(policy: Policy, is_loading: bool) -> dict[str, object]:
-    if is_loading:
-        # Megatron asks torch's optimizer for its step and moments before it fills them in: let it make some.
-        for optimizer in policy.optimizer.chained_optimizers:
-            if not optimizer.optimizer.state:
-                optimizer._init_optimizer_states_with_dummy_values()
+    for optimizer in policy.optimizer.chained_optimizers:
+        if not optimizer.optimizer.state:
+            _make_state(optimizer)
     model = policy.model.sharded_state_dict()
     optimizer = policy.optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=_OPTIMIZER_FORMAT)
     return {"model": model, "optimizer": optimizer, "schedule": policy.schedule.state_dict()}
+
+
+def _make_state(optimizer: DistributedOptimizer) -> None:
+    """Step 0 and zero moments. Megatron asks torch's optimizer for them before it fills them in, and before the first update
+    that was not skipped; it makes them with an update by zero gradients, whose weight decay must change nothing."""
+    rates = [group["lr"] for group in optimizer.optimizer.param_groups]
+    for group in optimizer.optimizer.param_groups:
+        group["lr"] = 0.0
+    optimizer._init_optimizer_states_with_dummy_values()
+    for group, rate in zip(optimizer.optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
+    for own in optimizer.optimizer.state.values():
+        if "step" in own:
+            own["step"].zero_()

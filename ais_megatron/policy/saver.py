@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import shutil
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch.distributed as dist
@@ -28,12 +29,12 @@ class Saver:
     """Saves `policy` into `checkpoints`, a run's folder of them.
 
     Args:
-        newest_step: the step that the run begins with.
+        newest_step: the step of the checkpoint that was loaded, if any.
         add_files: called on the first rank with the folder, for what else belongs into a checkpoint (the tokenizer).
     """
 
     def __init__(
-        self, policy: Policy, checkpoints: Path, config: CheckpointConfig, newest_step: int, add_files: Callable[[Path], None]
+        self, policy: Policy, checkpoints: Path, config: CheckpointConfig, newest_step: int | None, add_files: Callable[[Path], None]
     ) -> None:
         self._policy, self._checkpoints, self._config, self._add_files = policy, checkpoints, config, add_files
         self._in_flight: _InFlight | None = None
@@ -57,24 +58,26 @@ class Saver:
             if rank() == 0:
                 shutil.rmtree(partial, ignore_errors=True)
                 partial.mkdir(parents=True)
-        pending = PendingSave(self._policy, partial, copies=self._config.async_save)
+        with _removed_on_failure(partial):
+            pending = PendingSave(self._policy, partial, copies=self._config.async_save)
         self._in_flight = _InFlight(pending, state.of(self._policy), partial, folder, in_background=self._config.async_save)
         self.newest_step = state.step
         if not self._config.async_save:
             self.finish()
 
     def save_now(self, state: TrainingState) -> None:
-        """Have a complete checkpoint of `state` when this returns, because the run is about to end."""
-        if self.newest_step != state.step or state.step == 0:
-            self.save(state)
+        """Before leaving: nothing in flight any more, and `state` on the disk."""
         self.finish()
+        if self.newest_step != state.step:
+            self.save(state)
+            self.finish()
 
     def finish(self) -> None:
         """Wait for a save in flight and complete it."""
         if self._in_flight is None:
             return
         flight, self._in_flight = self._in_flight, None
-        try:
+        with _removed_on_failure(flight.partial):
             with rank_consistent():
                 flight.wait()
             listed = flight.pending.finish()
@@ -85,10 +88,17 @@ class Saver:
                     files.write_manifest(flight.partial, listed)
                     files.put_in_place(flight.partial, flight.folder)
                     files.prune(self._checkpoints, self._config.keep, self._config.keep_every)
-        except (RuntimeError, ValueError):
-            if rank() == 0:
-                shutil.rmtree(flight.partial, ignore_errors=True)  # where the disk is full, the rest of it is in the way
-            raise
+
+
+@contextmanager
+def _removed_on_failure(partial: Path) -> Iterator[None]:
+    """Where the disk is full, an unfinished checkpoint is in the way."""
+    try:
+        yield
+    except (RuntimeError, ValueError):
+        if rank() == 0:
+            shutil.rmtree(partial, ignore_errors=True)
+        raise
 
 
 class _InFlight:
