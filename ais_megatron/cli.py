@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import sys
 import traceback
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Annotated
 
@@ -135,6 +137,11 @@ def _run_distributed(config: Config, work: Callable[[Config], None]) -> None:
     work(config)
     dist.barrier()
     dist.destroy_process_group()
+    # gloo's threads outlive its groups, and now and then abort a process whose work is done: leave without destroying them.
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 def _train(config: Config) -> None:
@@ -170,8 +177,9 @@ def _evaluate(config: Config, run: Path | None) -> None:
     config = config.model_copy(update={"rollout": config.rollout.model_copy(update={"save_dir": None})})  # nothing to train on later
     folder = _newest_checkpoint(run, config) if run else None
     session = build_session(config, from_checkpoint=run is not None)
-    begin(session, folder, with_optimizer=False)
-    accuracy = session.held_out_accuracy()
+    with closing(session.engine):
+        begin(session, folder, with_optimizer=False)
+        accuracy = session.held_out_accuracy()
     if rank() == 0:
         print(f"held-out pass@1: {accuracy:.4f}  ({config.eval.num_prompts} problems, {config.eval.samples} responses each)")
 
