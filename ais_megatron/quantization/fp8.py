@@ -52,16 +52,29 @@ def quantize_block(weight: Tensor, block: int = BLOCK) -> tuple[Tensor, Tensor]:
     if weight.dim() != 2:
         raise ValueError(f"only a matrix [N, K] can be quantised in blocks, got shape {list(weight.shape)}")
     rows, columns = weight.shape
-    padded = F.pad(weight.float(), (0, -columns % block, 0, -rows % block))
-    blocks = padded.unflatten(1, (-1, block)).unflatten(0, (-1, block))  # [row blocks, block, column blocks, block]
-    amax = blocks.abs().amax(dim=(1, 3), keepdim=True)
-    if not torch.isfinite(amax).all():  # amax carries NaN and infinity along
+    q = torch.empty(rows, columns, dtype=E4M3, device=weight.device)
+    # On a CPU one row of blocks at a time, whose float32 form stays in the cache; on a GPU one set of kernels for all.
+    step = block if weight.device.type == "cpu" else max(rows, 1)
+    scales = [_quantize_rows(weight[i : i + step], q[i : i + step], block) for i in range(0, rows, step)]
+    scale_inv = torch.cat(scales) if scales else torch.empty(0, -(-columns // block), device=weight.device)
+    if not torch.isfinite(scale_inv).all():  # a block's amax carries NaN and infinity along
         raise ValueError("the weight holds NaN or infinity, so it has no FP8 form; the update before this sync has diverged")
-    scale = amax / E4M3_MAX
-    scale = torch.where(scale > 0, scale, torch.ones_like(scale))
-    q = (blocks / scale).clamp_(-E4M3_MAX, E4M3_MAX).to(E4M3)
-    q = q.view(padded.shape)[:rows, :columns].contiguous()
-    return q, scale[:, 0, :, 0].contiguous()
+    return q, scale_inv
+
+
+def _quantize_rows(weight: Tensor, into: Tensor, block: int) -> Tensor:
+    """Write the FP8 form of whole rows of blocks; returns their scales."""
+    rows, columns = weight.shape
+    values = weight.to(torch.float32, copy=True)
+    if rows % block or columns % block:
+        values = F.pad(values, (0, -columns % block, 0, -rows % block))
+    by_column = values.abs().unflatten(0, (-1, block)).amax(1)  # (this order of the two maxima is the one that vectorises)
+    scale = by_column.unflatten(1, (-1, block)).amax(2) / E4M3_MAX
+    scale = torch.where(scale == 0, 1.0, scale)
+    blocks = values.unflatten(1, (-1, block)).unflatten(0, (-1, block))  # [row blocks, block, column blocks, block]
+    blocks.div_(scale[:, None, :, None]).clamp_(-E4M3_MAX, E4M3_MAX)
+    into.copy_(values[:rows, :columns])
+    return scale
 
 
 def dequantize_block(q: Tensor, scale_inv: Tensor, dtype: torch.dtype = torch.float32, block: int = BLOCK) -> Tensor:
