@@ -49,10 +49,41 @@ def evaluate(
         Path, typer.Argument(metavar="CONFIG|RUN", help="a YAML file (its starting policy) or a run folder (its checkpoint)")
     ],
     overrides: Overrides = None,
+    out: Annotated[Path | None, typer.Option(metavar="FILE", help="write the figure as JSON too")] = None,
 ) -> None:
     """Measure pass@1 on the held-out problems with the rollout engine."""
     loaded = load_config(target / "config.yaml" if target.is_dir() else target, overrides or [])
-    _run_distributed(loaded, lambda config: _evaluate(config, target if target.is_dir() else None))
+    _run_distributed(loaded, lambda config: _evaluate(config, target if target.is_dir() else None, out))
+
+
+@app.command()
+def compare(
+    config: Annotated[Path, typer.Argument(metavar="COMPARISON", help="a YAML file, see configs/compare_*.yaml")],
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="for example seeds=[0] dir=runs/try")] = None,
+    only: Annotated[list[str] | None, typer.Option(metavar="ARM[/SEED]", help="these runs only; may be repeated")] = None,
+    report: Annotated[bool, typer.Option("--report", help="run nothing: table and figure of what is there")] = False,
+    evaluate: Annotated[
+        bool, typer.Option("--evaluate", help="train nothing: final evaluations that are missing, then the report")
+    ] = False,
+    as_list: Annotated[bool, typer.Option("--list", help="only print each run: name, base, folder, overrides, separated by tabs")] = False,
+) -> None:
+    """Train every arm with every seed on every task, then one table and one figure. Finished runs are not run again."""
+    from ais_megatron.comparison import result_of, run_cells
+    from ais_megatron.comparison_config import load_comparison, select
+    from ais_megatron.comparison_report import write_comparison_report
+
+    comparison, cells = load_comparison(config, overrides or [])
+    chosen = select(cells, only or [])
+    if as_list:
+        print("\n".join("\t".join([cell.name, str(cell.base), str(cell.folder), *cell.overrides]) for cell in chosen))
+        return
+    status = 0 if report else run_cells(comparison, config, chosen, may_train=not evaluate)
+    if status:
+        sys.exit(status)
+    results = [result_of(cell, comparison) for cell in cells]
+    print(write_comparison_report(comparison, results, " ".join(["ais-megatron compare", str(config), *(overrides or [])])))
+    if any(not result.finished for result in results if result.cell in chosen):
+        sys.exit(CHECK_FAILED)
 
 
 @app.command()
@@ -167,8 +198,9 @@ def _sft(config: Config) -> None:
         print(f"starting policy: {folder}")
 
 
-def _evaluate(config: Config, run: Path | None) -> None:
+def _evaluate(config: Config, run: Path | None, out: Path | None = None) -> None:
     from ais_megatron.distributed import rank
+    from ais_megatron.run_folder import write_json_atomic
     from ais_megatron.session import build_session
     from ais_megatron.trainer import begin
 
@@ -182,6 +214,8 @@ def _evaluate(config: Config, run: Path | None) -> None:
         accuracy = session.held_out_accuracy()
     if rank() == 0:
         print(f"held-out pass@1: {accuracy:.4f}  ({config.eval.num_prompts} problems, {config.eval.samples} responses each)")
+        if out is not None:
+            write_json_atomic(out, {"accuracy": accuracy, "num_prompts": config.eval.num_prompts, "samples": config.eval.samples})
 
 
 def _export(config: Config, run: Path, out: Path) -> None:

@@ -31,6 +31,7 @@ from ais_megatron.sglang_config import FP8_BLOCK, SGLangConfig, graph_problems, 
 
 OFF = BeforeValidator(lambda value: "off" if value is False else value)  # what YAML makes of an unquoted off
 SUPPORTED_MODEL_TYPES = ("qwen3", "qwen3_moe")
+SGLANG_QUANTIZATIONS = ("none", "fp8_e4m3")
 
 
 class ConfigError(ValueError):
@@ -142,9 +143,14 @@ class RolloutConfig(Section):
     save_dir: str | None = Field(None, description="folder that every response is recorded in, for a later replay; empty: none")
     replay_dir: str | None = Field(None, description="engine=replay: the save_dir of an earlier run")
     quantization: Annotated[
-        Literal["none", "fp8_e4m3"], BeforeValidator(lambda v: {"fp8": "fp8_e4m3", "bf16": "none", None: "none"}.get(v, v))
-    ] = Field("fp8_e4m3", description="none: BF16 weights; fp8_e4m3 (or fp8): block-128x128 weights, 1x128 activations")
-    kv_cache: Literal["auto", "bf16", "fp8_e4m3"] = Field("auto", description="auto: FP8 exactly when the weights are")
+        Literal["none", "fp8_e4m3", "fp8_e5m2", "fp4_e2m1"],
+        BeforeValidator(lambda v: {"fp8": "fp8_e4m3", "bf16": "none", None: "none"}.get(v, v)),
+    ] = Field(
+        "fp8_e4m3",
+        description="none: BF16 weights; fp8_e4m3 (or fp8), fp8_e5m2: block-128x128 weights, 1x128 activations; fp4_e2m1: blocks of "
+        "1x32 for both. Local engine only: fp8_e5m2, fp4_e2m1",
+    )
+    kv_cache: Literal["auto", "bf16", "fp8_e4m3"] = Field("auto", description="auto: FP8 exactly when the weights are quantised")
     prompts_per_step: PositiveInt = 32
     group_size: PositiveInt = Field(8, description="responses sampled for each prompt")
     max_response_tokens: PositiveInt = 48
@@ -335,7 +341,14 @@ def _recording_problems(config: Config) -> list[str]:
 def _engine_problems(config: Config) -> list[str]:
     """What an SGLang server could not load."""
     rollout, arch = config.rollout, config.model.architecture
-    if rollout.engine != "sglang" or arch is None:
+    if rollout.engine != "sglang":
+        return []
+    if rollout.quantization not in SGLANG_QUANTIZATIONS:
+        return [
+            f"rollout.quantization={rollout.quantization}: only the embedded engine emulates it; with rollout.engine=sglang use one of "
+            f"{', '.join(SGLANG_QUANTIZATIONS)}, or set rollout.engine=local"
+        ]
+    if arch is None:
         return []
     sglang, problems = rollout.sglang, graph_problems(rollout.sglang, rollout.kv_cache_is_fp8)
     if arch.num_attention_heads % sglang.tp:
@@ -461,7 +474,7 @@ def read_architecture(folder: str | Path) -> Architecture:
     try:
         return Architecture(**{k: v for k, v in raw.items() if k in Architecture.model_fields})
     except ValidationError as error:
-        raise ConfigError(f"model.path={folder}: {path} does not describe a Qwen3 model\n" + _explain(error)) from error
+        raise ConfigError(f"model.path={folder}: {path} does not describe a Qwen3 model\n" + explain(error)) from error
 
 
 def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Config:
@@ -469,6 +482,15 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
 
     Raises:
         ConfigError: unreadable file, unknown key (with the nearest known one), wrong type, impossible combination.
+    """
+    return build_config(read_yaml(path, overrides))
+
+
+def read_yaml(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> dict[str, Any]:
+    """A YAML file with ``key=value`` overrides applied in order, unchecked.
+
+    Raises:
+        ConfigError: a file that cannot be read or is not a mapping, or an override that is not ``key=value``.
     """
     path = Path(path)
     if not path.is_file():
@@ -481,7 +503,7 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
         if not isinstance(loaded, DictConfig):
             raise ConfigError(f"{path}: expected a mapping of sections, got {type(loaded).__name__}")
         merged = OmegaConf.merge(loaded, OmegaConf.from_dotlist(list(overrides)))
-        data = OmegaConf.to_container(merged, resolve=True)
+        return OmegaConf.to_container(merged, resolve=True)
     except ConfigError:
         raise
     except (OmegaConfBaseException, OSError, ValueError, AttributeError, TypeError) as error:
@@ -490,7 +512,6 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
         if type(error).__module__.startswith("yaml"):
             raise ConfigError(f"{path}: not valid YAML: {error}") from error
         raise
-    return build_config(data)
 
 
 def build_config(data: dict[str, Any]) -> Config:
@@ -501,7 +522,7 @@ def build_config(data: dict[str, Any]) -> Config:
     try:
         return Config(**data)
     except ValidationError as error:
-        raise ConfigError(_explain(error)) from error
+        raise ConfigError(explain(error)) from error
 
 
 def dump_config(config: Config) -> str:
@@ -521,13 +542,13 @@ def _types_in(annotation: Any) -> list[Any]:
     return [annotation, *getattr(annotation, "__args__", ())]
 
 
-def _explain(error: ValidationError) -> str:
-    """pydantic's findings as lines of `key: what is wrong, what is allowed`."""
+def explain(error: ValidationError, schema: type[BaseModel] = Config) -> str:
+    """pydantic's findings about a `schema` as lines of `key: what is wrong, what is allowed`."""
     lines = []
     for item in error.errors():
         key = ".".join(str(part) for part in item["loc"])
         if item["type"] == "extra_forbidden":
-            nearest = _nearest_key(key)
+            nearest = _nearest_key(key, schema)
             lines.append(f"{key}: unknown key" + (f"; did you mean {nearest}?" if nearest else ""))
         elif item["type"] == "value_error":
             message = str(item["ctx"]["error"])
@@ -539,8 +560,8 @@ def _explain(error: ValidationError) -> str:
     return "\n".join(lines)
 
 
-def _nearest_key(key: str) -> str | None:
-    known = _known_keys(Config)
+def _nearest_key(key: str, schema: type[BaseModel]) -> str | None:
+    known = _known_keys(schema)
     section, _, name = key.rpartition(".")
     siblings = {k.rpartition(".")[2]: k for k in known if k.rpartition(".")[0] == section}
     close = difflib.get_close_matches(name, siblings, n=1, cutoff=0.5)

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from typing import IO
 
 from ais_megatron.exits import EXIT_REQUEUE, INTERRUPTED
 
@@ -29,8 +30,11 @@ def is_launched() -> bool:
     return int(os.environ.get("SLURM_NTASKS", "1")) > 1 and "SLURM_PROCID" in os.environ
 
 
-def run_ranks(num_ranks: int, arguments: list[str]) -> int:
-    """Run ``python -m ais_megatron ARGUMENTS`` as `num_ranks` local ranks; returns the job's exit status (`exits`)."""
+def run_ranks(num_ranks: int, arguments: list[str], log: IO[bytes] | None = None) -> int:
+    """Run ``python -m ais_megatron ARGUMENTS`` as `num_ranks` local ranks; returns the job's exit status (`exits`).
+
+    log: where their output goes; empty: to this process's own.
+    """
     received: list[int] = []
     ranks: list[subprocess.Popen[bytes]] = []
 
@@ -45,7 +49,8 @@ def run_ranks(num_ranks: int, arguments: list[str]) -> int:
         store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         for number in range(num_ranks):
             environment = _environment(number, num_ranks, store.port)
-            ranks.append(subprocess.Popen([sys.executable, "-m", "ais_megatron", *arguments], env=environment, start_new_session=True))
+            command = [sys.executable, "-m", "ais_megatron", *arguments]
+            ranks.append(subprocess.Popen(command, env=environment, start_new_session=True, stdout=log, stderr=log))
         if received:  # before there was anybody to pass it on to
             _send(ranks, received[-1])
         return _status(_wait(ranks, received), received)

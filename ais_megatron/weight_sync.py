@@ -17,6 +17,7 @@ from ais_megatron.batch import Prompt, assemble
 from ais_megatron.config import RolloutConfig
 from ais_megatron.distributed import Unavailable, gather_batch, rank, rank_consistent
 from ais_megatron.policy.policy import Policy
+from ais_megatron.quantization.formats import FORMATS
 from ais_megatron.quantization.fp8 import quantize_bucket
 from ais_megatron.quantization.kv_scales import KVScales
 from ais_megatron.rollout.engine import Bucket, RolloutEngine, SamplingParams
@@ -115,8 +116,9 @@ class WeightSync:
 
 def weight_stream(policy: Policy, rollout: RolloutConfig, scales: KVScales | None) -> Iterator[Bucket]:
     """What is pushed, bucket by bucket."""
+    fmt = FORMATS.get(rollout.quantization)  # None: not quantised
     for bucket in policy.export_buckets(int(rollout.sync_bucket_mb * 2**20)):
-        yield quantize_bucket(bucket) if rollout.quantization != "none" else bucket
+        yield quantize_bucket(bucket, fmt) if fmt else bucket
     if scales is None and rollout.engine == "sglang":
         scales = KVScales.unit(policy.config.architecture.num_hidden_layers)  # said aloud: a server may hold others from before
     if scales is not None and rollout.kv_cache_is_fp8:

@@ -10,10 +10,10 @@ PACKAGE = Path(__file__).parents[1] / "ais_megatron"
 # Lower floors first; a module may import from its own floor and below. policy and rollout share a floor but never meet.
 FLOORS = [
     {"section", "algorithm_config", "sglang_config", "config", "batch", "exits"},
-    {"run_folder", "hf_config", "layout", "checkpoint_files"},
+    {"run_folder", "comparison_config", "hf_config", "layout", "checkpoint_files"},
     {"distributed", "metrics", "summary", "doctor", "sglang_doctor", "launcher", "watchdog"},
     {"report"},
-    {"scaling"},
+    {"scaling", "comparison", "comparison_report"},
     {"algorithm", "tasks", "quantization", "tokenizer"},
     {"prompts"},
     {"policy", "rollout"},
@@ -81,7 +81,17 @@ def test_fences() -> None:
 
 
 def test_configuration_needs_no_torch() -> None:
-    for name in ("config.py", "layout.py", "run_folder.py", "cli.py", "launcher.py", "checkpoint_files.py", "exits.py"):
+    for name in (
+        "config.py",
+        "layout.py",
+        "run_folder.py",
+        "cli.py",
+        "launcher.py",
+        "checkpoint_files.py",
+        "exits.py",
+        "comparison_config.py",
+        "comparison.py",
+    ):
         tree = ast.parse((PACKAGE / name).read_text(encoding="utf-8"))
         top = [alias.name for node in tree.body if isinstance(node, ast.Import) for alias in node.names]
         top += [node.module for node in tree.body if isinstance(node, ast.ImportFrom)]

@@ -12,9 +12,9 @@ from ais_megatron.quantization.fp8 import E4M3, dequantize_block, quantize_block
 from ais_megatron.quantization.kv_scales import KVScales
 from ais_megatron.rollout import kv_cache
 from ais_megatron.rollout.engine import SamplingParams
-from ais_megatron.rollout.fp8_linear import FP8Linear, InputQuantizer
 from ais_megatron.rollout.kv_cache import KVCache
 from ais_megatron.rollout.local import LocalEngine
+from ais_megatron.rollout.quantized_linear import InputQuantizer, QuantizedLinear
 from ais_megatron.rollout.sampling import choose_tokens, uniform_draws
 
 EOS, LAYERS = 2, 2
@@ -192,7 +192,7 @@ def test_top_k_one_generates_greedily():
 @pytest.mark.parametrize(("columns", "rows"), [(128, 256), (300, 130)])
 def test_fp8_linear_equals_a_plain_reference(columns, rows):
     torch.manual_seed(0)
-    layer = FP8Linear(columns, rows, InputQuantizer())
+    layer = QuantizedLinear(columns, rows, InputQuantizer())
     q, scale_inv = quantize_block(torch.randn(rows, columns))
     layer.weight.copy_(q)
     layer.weight_scale_inv.copy_(scale_inv)

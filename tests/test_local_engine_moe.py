@@ -9,7 +9,7 @@ from ais_megatron.batch import Prompt, assemble
 from ais_megatron.config import Architecture, ConfigError, RolloutConfig, build_config
 from ais_megatron.quantization.fp8 import E4M3, dequantize_block, quantize_bucket
 from ais_megatron.rollout.engine import SamplingParams
-from ais_megatron.rollout.experts import Experts, FP8Experts
+from ais_megatron.rollout.experts import Experts, QuantizedExperts
 from ais_megatron.rollout.kv_cache import KVCache
 from ais_megatron.rollout.local import LocalEngine
 
@@ -148,13 +148,13 @@ def test_responses_do_not_depend_on_the_batch():
 
 
 def filled_fp8_experts(architecture, seed=0):
-    """`FP8Experts` with random weights, and what was put in by name."""
+    """`QuantizedExperts` with random weights, and what was put in by name."""
     generator = torch.Generator().manual_seed(seed)
     plain = Experts(architecture, torch.bfloat16)
     prefix = "model.layers.0.mlp.experts."
     weights = [(prefix + name, torch.randn(t.shape, generator=generator).bfloat16()) for name, t in plain.named_tensors()]
     pushed = {name.removeprefix(prefix): tensor for name, tensor in quantize_bucket(weights)}
-    experts = FP8Experts(architecture)
+    experts = QuantizedExperts(architecture)
     names = dict(experts.named_tensors())
     assert names.keys() == pushed.keys()
     for name, tensor in pushed.items():
@@ -275,7 +275,7 @@ def _replaced(weights, name, tensor):
         (PLAIN, lambda w: [*w, (UP, dict(w)[UP])], f"{UP}: arrived twice"),
         (PLAIN, lambda w: _replaced(w, UP, torch.zeros(32, 24)), rf"{UP}: got .*\[32, 24\], expected .*\[24, 32\]"),
         (PLAIN, lambda w: _replaced(w, UP, torch.zeros(24, 32).bfloat16()), f"{UP}: got torch.bfloat16"),
-        (PLAIN, lambda w: [*w, (UP + "_scale_inv", torch.ones(1, 1))], f"{UP}_scale_inv: FP8 scales are of no use"),
+        (PLAIN, lambda w: [*w, (UP + "_scale_inv", torch.ones(1, 1))], f"{UP}_scale_inv: scales of weights are of no use"),
         (FP8, lambda w: w, "got torch.float32 .*expected torch.float8_e4m3fn"),
         (FP8, lambda w: _without(quantize_bucket(w), UP + "_scale_inv"), f"{UP}_scale_inv: missing"),
         (FP8, lambda w: _replaced(quantize_bucket(w), ROUTER, torch.zeros(6, 32).to(E4M3)), f"{ROUTER}: got torch.float8_e4m3fn"),

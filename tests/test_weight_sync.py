@@ -12,6 +12,7 @@ from ais_megatron.algorithm.diagnostics import diagnose
 from ais_megatron.algorithm.scaler import AISLossScaler
 from ais_megatron.batch import Prompt, assemble
 from ais_megatron.config import AISConfig
+from ais_megatron.quantization.formats import FORMATS
 from ais_megatron.quantization.fp8 import quantize_bucket
 from ais_megatron.quantization.kv_scales import kv_scale_name
 from tests.ranks import RankPool
@@ -43,13 +44,13 @@ def pushed_state(rank: int, path: Path, quantization: str, parallel: dict[str, o
 
 
 @pytest.mark.parametrize("layout", ["TP1", "TP2", "TP2xPP2"])
-@pytest.mark.parametrize("quantization", ["none", "fp8_e4m3"])
+@pytest.mark.parametrize("quantization", ["none", "fp8_e4m3", "fp8_e5m2", "fp4_e2m1"])
 def test_the_engine_holds_exactly_the_quantised_export(ranks: RankPool, checkpoint: Path, layout: str, quantization: str) -> None:
     from safetensors.torch import load_file
 
     world, tp, pp, sp = LAYOUTS[layout]
     original = [(name, tensor.bfloat16()) for name, tensor in load_file(checkpoint / "model.safetensors").items()]
-    expected = dict(quantize_bucket(original) if quantization != "none" else original)
+    expected = dict(quantize_bucket(original, FORMATS[quantization]) if quantization != "none" else original)
     for state, scales in ranks.run(world, pushed_state, path=checkpoint, quantization=quantization, tp=tp, pp=pp, sp=sp):
         assert state.keys() == (expected | scales).keys()
         for name, tensor in (expected | scales).items():

@@ -1,6 +1,8 @@
-"""Block FP8 (E4M3) in plain PyTorch: what the policy's weights become before they are sent, and what an engine makes of activations.
+"""Blockwise quantisation in plain PyTorch: what the policy's weights become before they are sent, and what an engine makes of
+activations.
 
-Weights: one float32 scale per 128x128 block; activations: one per row and 128 columns, measured as they come:
+By default E4M3 with one float32 scale per 128x128 block of a weight, and for activations one per row and 128 columns, measured
+as they come; `formats` lists the others:
     scale = amax / 448,   q = round_E4M3(x / scale),   x ~ q * scale.
 The layout (``X.weight`` with ``X.weight_scale_inv``, which multiplies) is that of DeepSeek-V3's technical report, section
 3.3.2, and of SGLang and vLLM for ``weight_block_size: [128, 128]``. E4M3FN has no infinity, so an overflowing cast would
@@ -16,12 +18,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-E4M3 = torch.float8_e4m3fn
-E4M3_MAX = 448.0
-BLOCK = 128
+from ais_megatron.quantization.formats import FP4_E2M1, FP8_E4M3, Format
 
-_SMALLEST_NORMAL = 2.0**-6  # below it the grid of E4M3 is uniform, 2**-9 apart
-_EXPONENT_BITS = 0x7F800000  # of a float32
+E4M3 = FP8_E4M3.dtype
+E4M3_MAX = FP8_E4M3.largest
+BLOCK = FP8_E4M3.group
+
 _MIN_GROUP_AMAX = 1e-10  # as in SGLang's kernel: an all-zero group must not become 0/0
 
 _QUANTIZED = re.compile(
@@ -30,7 +32,7 @@ _QUANTIZED = re.compile(
 
 
 def is_quantized_weight(hf_name: str) -> bool:
-    """Whether the tensor of that Hugging Face name is one of the decoder layers' projections, the only ones kept in FP8.
+    """Whether the tensor of that Hugging Face name is one of the decoder layers' projections, the only ones that are quantised.
 
     The pattern names what is quantised and matches whole names, so a router (``mlp.gate.weight``), a norm, an embedding or
     a head can never slip in.
@@ -38,87 +40,80 @@ def is_quantized_weight(hf_name: str) -> bool:
     return _QUANTIZED.fullmatch(hf_name) is not None
 
 
-def quantize_block(weight: Tensor, block: int = BLOCK) -> tuple[Tensor, Tensor]:
-    """Quantise a matrix in square blocks; the last row and column of blocks may be ragged.
+def quantize_block(weight: Tensor, fmt: Format = FP8_E4M3) -> tuple[Tensor, Tensor]:
+    """Quantise a matrix in blocks; the last row and column of blocks may be ragged.
 
     Args:
         weight: bfloat16 or float32 ``[N, K]``.
     Returns:
-        q: float8_e4m3fn ``[N, K]``.
-        scale_inv: float32 ``[ceil(N/block), ceil(K/block)]``, amax/448 of each block, 1.0 for an all-zero block.
+        q: ``[N, K]`` in the format's dtype.
+        scale_inv: float32, one for each block, ``[ceil(N/128), ceil(K/128)]`` for the FP8 formats; amax / largest of each
+            block, 1.0 for an all-zero block.
     Raises:
         ValueError: not a matrix, or it holds NaN or infinity.
     """
     if weight.dim() != 2:
         raise ValueError(f"only a matrix [N, K] can be quantised in blocks, got shape {list(weight.shape)}")
-    rows, columns = weight.shape
-    q = torch.empty(rows, columns, dtype=E4M3, device=weight.device)
-    # On a CPU one row of blocks at a time, whose float32 form stays in the cache; on a GPU one set of kernels for all.
-    step = block if weight.device.type == "cpu" else max(rows, 1)
-    scales = [_quantize_rows(weight[i : i + step], q[i : i + step], block) for i in range(0, rows, step)]
-    scale_inv = torch.cat(scales) if scales else torch.empty(0, -(-columns // block), device=weight.device)
+    q, scale_inv = _quantize_plain(weight, fmt)
     if not torch.isfinite(scale_inv).all():  # a block's amax carries NaN and infinity along
-        raise ValueError("the weight holds NaN or infinity, so it has no FP8 form; the update before this sync has diverged")
+        raise ValueError(f"the weight holds NaN or infinity, so it has no {fmt.name} form; the update before this sync has diverged")
     return q, scale_inv
 
 
-def _quantize_rows(weight: Tensor, into: Tensor, block: int) -> Tensor:
-    """Write the FP8 form of whole rows of blocks; returns their scales."""
+def _quantize_plain(weight: Tensor, fmt: Format) -> tuple[Tensor, Tensor]:
+    """`quantize_block` without its checks: the scale of a block that holds NaN or infinity is not finite either."""
     rows, columns = weight.shape
+    q = torch.empty(rows, columns, dtype=fmt.dtype, device=weight.device)
+    # On a CPU a few rows of blocks at a time, whose float32 form stays in the cache; on a GPU one set of kernels for all.
+    step = BLOCK if weight.device.type == "cpu" else max(rows, 1)
+    scales = [_quantize_rows(weight[i : i + step], q[i : i + step], fmt) for i in range(0, rows, step)]
+    return q, torch.cat(scales) if scales else torch.empty(fmt.scales_shape((0, columns)), device=weight.device)
+
+
+def _quantize_rows(weight: Tensor, into: Tensor, fmt: Format) -> Tensor:
+    """Write the quantised form of whole rows of blocks; returns their scales."""
+    (rows, columns), (height, width) = weight.shape, fmt.weight_block
     values = weight.to(torch.float32, copy=True)
-    if rows % block or columns % block:
-        values = F.pad(values, (0, -columns % block, 0, -rows % block))
-    by_column = values.abs().unflatten(0, (-1, block)).amax(1)  # (this order of the two maxima is the one that vectorises)
-    scale = by_column.unflatten(1, (-1, block)).amax(2) / E4M3_MAX
+    if rows % height or columns % width:
+        values = F.pad(values, (0, -columns % width, 0, -rows % height))
+    by_column = values.abs().unflatten(0, (-1, height)).amax(1)  # (this order of the two maxima is the one that vectorises)
+    # A tensor on the device: by a Python number CUDA multiplies with the reciprocal, which is another last bit than a CPU's.
+    scale = by_column.unflatten(1, (-1, width)).amax(2) / torch.full((), fmt.largest, device=weight.device)
     scale = torch.where(scale == 0, 1.0, scale)
-    blocks = values.unflatten(1, (-1, block)).unflatten(0, (-1, block))  # [row blocks, block, column blocks, block]
-    blocks.div_(scale[:, None, :, None]).clamp_(-E4M3_MAX, E4M3_MAX)
+    blocks = values.unflatten(1, (-1, width)).unflatten(0, (-1, height))  # [row blocks, height, column blocks, width]
+    blocks.div_(scale[:, None, :, None])
+    # The cast rounds to FP8 by itself; FP4's values are kept in a wider type and have to be found first.
+    values = fmt.round(values) if fmt is FP4_E2M1 else values.clamp_(-fmt.largest, fmt.largest)
     into.copy_(values[:rows, :columns])
     return scale
 
 
-def dequantize_block(q: Tensor, scale_inv: Tensor, dtype: torch.dtype = torch.float32, block: int = BLOCK) -> Tensor:
+def dequantize_block(q: Tensor, scale_inv: Tensor, dtype: torch.dtype = torch.float32, fmt: Format = FP8_E4M3) -> Tensor:
     """The values that `quantize_block`'s result stands for: ``[N, K]``, multiplied in float32 and rounded once to `dtype`.
 
     Raises:
         ValueError: `scale_inv` has not one entry for each block of `q`.
     """
-    rows, columns = q.shape
-    expected = (-(-rows // block), -(-columns // block))
+    (rows, columns), (height, width) = q.shape, fmt.weight_block
+    expected = fmt.scales_shape(tuple(q.shape))
     if tuple(scale_inv.shape) != expected:
         raise ValueError(
-            f"scale_inv has shape {list(scale_inv.shape)}; a weight {list(q.shape)} in blocks of {block} needs {list(expected)}"
+            f"scale_inv has shape {list(scale_inv.shape)}; a weight {list(q.shape)} in blocks of {height}x{width} needs {list(expected)}"
         )
-    scale = scale_inv.float().repeat_interleave(block, 0)[:rows].repeat_interleave(block, 1)[:, :columns]
+    scale = scale_inv.float().repeat_interleave(height, 0)[:rows].repeat_interleave(width, 1)[:, :columns]
     return (q.float() * scale).to(dtype)
 
 
 def round_to_e4m3(x: Tensor) -> Tensor:
-    """The float32 values of ``clamp(x, -448, 448).to(float8_e4m3fn)``, bit for bit (also NaN and the sign of zero), and faster.
-
-    The CPU's cast from FP8 back to float32 takes 3-5 ns an element, thrice all else together. Instead: with 2**e the power
-    of two below |x| (not under 2**-6, where E4M3 turns subnormal), its grid is 2**(e-3) apart, which is also how far apart
-    float32 values near 1.5 * 2**(e+20) are. Adding that number and subtracting it again therefore rounds x to the
-    grid, to nearest and ties to even, as the cast does.
-
-    Args:
-        x: float32, any shape.
-    """
-    return _round_to_grid(x.clamp(-E4M3_MAX, E4M3_MAX)).copysign_(x)
+    """The float32 values of ``clamp(x, -448, 448).to(float8_e4m3fn)``; see `Format.round`."""
+    return FP8_E4M3.round(x)
 
 
-def _round_to_grid(x: Tensor) -> Tensor:
-    """`round_to_e4m3` for ``|x| < 464`` (which still rounds to 448), up to the sign of zero: all zeros come out positive."""
-    anchor = (x.view(torch.int32) & _EXPONENT_BITS).view(torch.float32)
-    anchor.clamp_(min=_SMALLEST_NORMAL).mul_(1.5 * 2.0**20)
-    return (x + anchor).sub_(anchor)
+def quantize_dequantize_groups(x: Tensor, fmt: Format = FP8_E4M3) -> Tensor:
+    """What a dynamically quantised linear layer sees of its input.
 
-
-def quantize_dequantize_groups(x: Tensor, group: int = BLOCK) -> Tensor:
-    """What a dynamically quantised FP8 linear layer sees of its input.
-
-    Each row's groups of `group` neighbouring columns (the last may be ragged) are scaled by their own amax/448, rounded to
-    E4M3 and scaled back.
+    Each row's groups of `fmt.group` neighbouring columns (the last may be ragged) are scaled by their own amax / largest,
+    rounded to the format and scaled back.
 
     Args:
         x: bfloat16 or float32 ``[..., K]``.
@@ -126,16 +121,15 @@ def quantize_dequantize_groups(x: Tensor, group: int = BLOCK) -> Tensor:
         float32 ``[..., K]``: a BF16 result would round a second time.
     """
     columns = x.shape[-1]
-    group = min(group, columns)  # one ragged group is a whole one of its own width, and needs no padding
+    group = min(fmt.group, columns)  # one ragged group is a whole one of its own width, and needs no padding
     padded = F.pad(x.float(), (0, -columns % group)) if columns % group else x.float()
     groups = padded.unflatten(-1, (-1, group))
-    scale = groups.abs().amax(-1, keepdim=True).clamp_(min=_MIN_GROUP_AMAX).div_(E4M3_MAX)
-    # No clamp: |groups / scale| exceeds 448 by float32's rounding at most, which the grid takes back to 448.
-    return _round_to_grid(groups / scale).mul_(scale).flatten(-2)[..., :columns]
+    scale = groups.abs().amax(-1, keepdim=True).clamp_(min=_MIN_GROUP_AMAX).div_(fmt.largest)
+    return fmt.round_scaled(groups / scale).mul_(scale).flatten(-2)[..., :columns]
 
 
-def quantize_bucket(bucket: Iterable[tuple[str, Tensor]]) -> list[tuple[str, Tensor]]:
-    """Replace each projection ``X.weight`` by its FP8 form and ``X.weight_scale_inv``; pass everything else unchanged.
+def quantize_bucket(bucket: Iterable[tuple[str, Tensor]], fmt: Format = FP8_E4M3) -> list[tuple[str, Tensor]]:
+    """Replace each projection ``X.weight`` by its quantised form and ``X.weight_scale_inv``; pass everything else unchanged.
 
     Args:
         bucket: (Hugging Face name, tensor) pairs; the projections bfloat16 or float32 ``[N, K]`` and whole, not a TP shard:
@@ -149,7 +143,7 @@ def quantize_bucket(bucket: Iterable[tuple[str, Tensor]]) -> list[tuple[str, Ten
             quantized.append((name, tensor))
             continue
         try:
-            q, scale_inv = quantize_block(tensor)
+            q, scale_inv = quantize_block(tensor, fmt)
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
         quantized += [(name, q), (name.removesuffix("weight") + "weight_scale_inv", scale_inv)]

@@ -67,8 +67,9 @@ class RolloutEngine(Protocol):
         """Take one full set of weights, streamed in buckets under Hugging Face names, as one transaction.
 
         A quantised engine gets ``X.weight`` as float8_e4m3fn ``[N, K]`` with ``X.weight_scale_inv`` float32
-        ``[ceil(N/128), ceil(K/128)]``. KV scales come as ``model.layers.N.self_attn.attn.k_scale`` (and v_scale),
-        float32 scalars. `version` takes effect only when every expected tensor has arrived.
+        ``[ceil(N/128), ceil(K/128)]`` (other formats than fp8_e4m3: in their `Format`'s dtype and scales_shape). KV scales come
+        as ``model.layers.N.self_attn.attn.k_scale`` (and v_scale), float32 scalars. `version` takes effect only when every
+        expected tensor has arrived.
 
         Raises:
             ValueError: unknown, missing, or wrongly shaped or typed tensors, named.

@@ -1,4 +1,4 @@
-"""The experts of a mixture-of-experts layer, in the model's dtype or in emulated FP8, and the record of who chose which.
+"""The experts of a mixture-of-experts layer, in the model's dtype or in an emulated quantised format, and the record of who chose which.
 
     y = sum over the token's chosen experts e of  p_e * down_e(silu(gate_e(x)) * up_e(x))
 
@@ -21,7 +21,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ais_megatron.config import Architecture
-from ais_megatron.quantization.fp8 import BLOCK, E4M3, dequantize_block, quantize_dequantize_groups
+from ais_megatron.quantization.formats import FP8_E4M3, Format
+from ais_megatron.quantization.fp8 import dequantize_block, quantize_dequantize_groups
 
 _MULTIPLE = 8  # grouped_mm wants rows of whole 16 bytes: 8 BF16 values
 
@@ -100,21 +101,22 @@ class Experts(nn.Module):
         return out.mul_(probs[..., None]).sum(1).to(x.dtype)
 
 
-class FP8Experts(Experts):
-    """Experts with block-FP8 weights and inputs quantised as in `FP8Linear`: each expert's matrices have blocks of their own.
+class QuantizedExperts(Experts):
+    """Experts quantised as in `QuantizedLinear`, weights and inputs: each expert's matrices have blocks of their own.
 
-    gate_up, down: float8_e4m3fn; gate_up_scale_inv: float32 ``[num_experts, 2, ceil(intermediate/128), ceil(hidden/128)]``;
-    down_scale_inv: float32 ``[num_experts, ceil(hidden/128), ceil(intermediate/128)]``. Fill them, then call `refresh`.
+    gate_up, down: in the format's dtype; gate_up_scale_inv: float32 ``[num_experts, 2, *blocks of a matrix]``, for the FP8
+    formats ``[num_experts, 2, ceil(intermediate/128), ceil(hidden/128)]``; down_scale_inv alike, without the 2. Fill them, then
+    call `refresh`.
     Products and sums are float32, over a dequantised copy.
     """
 
-    def __init__(self, architecture: Architecture) -> None:
-        super().__init__(architecture, E4M3)
+    def __init__(self, architecture: Architecture, fmt: Format = FP8_E4M3) -> None:
+        super().__init__(architecture, fmt.dtype)
+        self.format = fmt
         experts, _, size, hidden = self.gate_up.shape
-        size_blocks, hidden_blocks = -(-size // BLOCK), -(-hidden // BLOCK)
         for name, shape in (
-            ("gate_up_scale_inv", (experts, 2, size_blocks, hidden_blocks)),
-            ("down_scale_inv", (experts, hidden_blocks, size_blocks)),
+            ("gate_up_scale_inv", (experts, 2, *fmt.scales_shape((size, hidden)))),
+            ("down_scale_inv", (experts, *fmt.scales_shape((hidden, size)))),
             ("dequantized_gate_up", self.gate_up.shape),
             ("dequantized_down", self.down.shape),
         ):
@@ -128,7 +130,7 @@ class FP8Experts(Experts):
         return self.dequantized_gate_up, self.dequantized_down
 
     def quantize_input(self, x: Tensor) -> Tensor:
-        return quantize_dequantize_groups(x)
+        return quantize_dequantize_groups(x, self.format)
 
     def refresh(self) -> None:
         """Make the dequantised copies anew, in place."""
@@ -137,7 +139,7 @@ class FP8Experts(Experts):
             (self.down, self.down_scale_inv, self.dequantized_down),
         ):
             for matrix, scale, destination in zip(q, scale_inv, copy, strict=True):
-                destination.copy_(dequantize_block(matrix, scale))
+                destination.copy_(dequantize_block(matrix, scale, fmt=self.format))
 
 
 def _per_expert(gate_up: Tensor, down: Tensor, kind: str) -> Iterator[tuple[str, Tensor]]:
@@ -147,11 +149,13 @@ def _per_expert(gate_up: Tensor, down: Tensor, kind: str) -> Iterator[tuple[str,
         yield f"{expert}.down_proj.{kind}", matrix
 
 
-def replace_experts(causal_lm: nn.Module, architecture: Architecture, dtype: torch.dtype, fp8: bool, record: bool) -> RoutingRecord | None:
-    """Put `Experts` into every layer of a Qwen3-MoE model, and return the record they keep if one is asked for."""
+def replace_experts(
+    causal_lm: nn.Module, architecture: Architecture, dtype: torch.dtype, fmt: Format | None, record: bool
+) -> RoutingRecord | None:
+    """Put experts of `dtype`, or quantised to `fmt`, into every layer of a Qwen3-MoE model; returns their record if one is asked for."""
     routing = RoutingRecord(architecture.num_hidden_layers) if record else None
     for number, layer in enumerate(causal_lm.model.layers):
-        layer.mlp.experts = FP8Experts(architecture) if fp8 else Experts(architecture, dtype)
+        layer.mlp.experts = QuantizedExperts(architecture, fmt) if fmt else Experts(architecture, dtype)
         layer.mlp.experts.layer, layer.mlp.experts.record = number, routing
     return routing
 

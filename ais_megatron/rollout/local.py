@@ -1,8 +1,9 @@
-"""The embedded rollout engine: transformers' Qwen3 or Qwen3-MoE in this process, in float32, BF16 or emulated FP8.
+"""The embedded rollout engine: transformers' Qwen3 or Qwen3-MoE in this process, in float32, BF16 or emulated FP8 or FP4.
 
 It takes the same tensors under the same names as an SGLang server and computes what its FP8 kernels compute (block-128
 weights, 1x128 activations, an E4M3 KV cache with per-layer scales), so that rollout and training policy differ for the same
-reasons, on any machine. It is no substitute for a server's speed on a GPU; there it has not been run.
+reasons, on any machine; it also emulates formats that no server here has (`formats`). It is no substitute for a server's
+speed on a GPU; there it has not been run.
 """
 
 from __future__ import annotations
@@ -16,13 +17,14 @@ from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3MoeConfig, Qwen3Moe
 
 from ais_megatron.batch import Prompt, Rollout
 from ais_megatron.config import Architecture, RolloutConfig
+from ais_megatron.quantization.formats import FORMATS
 from ais_megatron.quantization.kv_scales import kv_scale_name
 from ais_megatron.rollout.decoding import Model, Responses, Row, decode_wave, plan_waves
 from ais_megatron.rollout.engine import Bucket, SamplingParams
-from ais_megatron.rollout.experts import FP8Experts, RoutingRecord, named_expert_tensors, replace_experts
-from ais_megatron.rollout.fp8_linear import FP8Linear, InputQuantizer, replace_linears
+from ais_megatron.rollout.experts import QuantizedExperts, RoutingRecord, named_expert_tensors, replace_experts
 from ais_megatron.rollout.kv_cache import ATTENTION, set_kv_scales
 from ais_megatron.rollout.manifest import TIED_HEAD, Manifest
+from ais_megatron.rollout.quantized_linear import InputQuantizer, QuantizedLinear, replace_linears
 from ais_megatron.rollout.sampling import check_prompt, check_sampling
 
 logger = logging.getLogger(__name__)
@@ -149,7 +151,7 @@ class LocalEngine:
                 "FP8 KV cache without pushed scales: k_scale and v_scale are 1.0 in every layer (calibration.mode=off does that)"
             )
         for module in self._model.causal_lm.modules():
-            if isinstance(module, FP8Linear | FP8Experts):
+            if isinstance(module, QuantizedLinear | QuantizedExperts):
                 module.refresh()
         set_kv_scales(self._model.causal_lm, self._kv_scales)
         self._version = version
@@ -178,9 +180,9 @@ class LocalEngine:
 def _build(
     architecture: Architecture, rollout: RolloutConfig, device: torch.device, dtype: torch.dtype
 ) -> tuple[nn.Module, InputQuantizer | None, RoutingRecord | None]:
-    """The model with uninitialised weights, the FP8 layers' shared quantiser, and where the chosen experts are kept."""
+    """The model with uninitialised weights, the quantised layers' shared quantiser, and where the chosen experts are kept."""
     config_class, model_class = (Qwen3MoeConfig, Qwen3MoeForCausalLM) if architecture.is_moe else (Qwen3Config, Qwen3ForCausalLM)
-    fp8 = rollout.quantization != "none"
+    fmt = FORMATS.get(rollout.quantization)
     config = config_class(
         **architecture.model_dump(exclude={"model_type", "rope_theta", "initializer_range"}),
         rope_parameters={"rope_type": "default", "rope_theta": architecture.rope_theta},
@@ -188,8 +190,8 @@ def _build(
     )
     with torch.device("meta"):
         causal_lm = model_class(config).to(dtype)
-        quantizer = replace_linears(causal_lm) if fp8 else None
-        routing = replace_experts(causal_lm, architecture, dtype, fp8, rollout.return_routed_experts) if architecture.is_moe else None
+        quantizer = replace_linears(causal_lm, fmt) if fmt else None
+        routing = replace_experts(causal_lm, architecture, dtype, fmt, rollout.return_routed_experts) if architecture.is_moe else None
     causal_lm = causal_lm.to_empty(device=device).eval().requires_grad_(False)
     # RoPE's frequencies are computed, not pushed: made anew where the model is, and in float32.
     causal_lm.model.rotary_emb = type(causal_lm.model.rotary_emb)(config).to(device)

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from ais_megatron.config import Architecture, RolloutConfig
-from ais_megatron.quantization.fp8 import BLOCK, E4M3, is_quantized_weight
+from ais_megatron.quantization.formats import FORMATS
+from ais_megatron.quantization.fp8 import is_quantized_weight
 from ais_megatron.quantization.kv_scales import kv_scale_name
 
 TIED_HEAD = "lm_head.weight"
@@ -35,11 +36,11 @@ class Manifest:
         """What an engine of this configuration takes; `dtype` is that of weights which are not quantised."""
         plain = {name: (shape, dtype) for name, shape in _weight_shapes(architecture)}
         required = dict(plain)
-        if rollout.quantization != "none":
+        if fmt := FORMATS.get(rollout.quantization):
             for name, (shape, _) in plain.items():
                 if is_quantized_weight(name):
-                    blocks = tuple(-(-size // BLOCK) for size in shape)
-                    required |= {name: (shape, E4M3), name.removesuffix("weight") + "weight_scale_inv": (blocks, torch.float32)}
+                    scales = (fmt.scales_shape(shape), torch.float32)  # these also tell FP4 from E4M3, which share a dtype
+                    required |= {name: (shape, fmt.dtype), name.removesuffix("weight") + "weight_scale_inv": scales}
         optional = {}
         if architecture.tie_word_embeddings:
             optional[TIED_HEAD] = required.pop(TIED_HEAD)
@@ -72,7 +73,7 @@ class Manifest:
         if _is_scale(name):
             if not 0.0 < tensor.item() < float("inf"):
                 raise ValueError(f"{name}: is {tensor.item()}; a KV scale must be finite and above 0")
-        elif dtype != E4M3 and not _is_finite(tensor):  # (quantisation has refused what is not finite)
+        elif dtype.itemsize > 1 and not _is_finite(tensor):  # (quantisation has refused what is not finite)
             raise ValueError(f"{name}: holds NaN or infinity; the update before this sync has diverged")
         self._arrived.add(name)
 
@@ -104,7 +105,7 @@ def _why_unknown(name: str) -> str:
     if _is_scale(name):
         return "KV scales are of no use here, since the KV cache is not FP8 (rollout.kv_cache) or has no such layer"
     if name.endswith("weight_scale_inv"):
-        return "FP8 scales are of no use here: rollout.quantization=none, or a layer that is not quantised"
+        return "scales of weights are of no use here: rollout.quantization=none, or a layer that is not quantised"
     return "the model has no such tensor"
 
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 from tests.slurm.conftest import ROOT, Slurm
 
@@ -86,3 +88,24 @@ def test_an_array_task_gives_surplus_nodes_back(stand_in: Slurm) -> None:
         and "has only 1 lines; submit with sbatch --array=1-1" in output
     )
     assert [path.name for path in (stand_in.folder / "runs").glob("scaling-*/0*")] == ["01-strong-dp1"]
+
+
+def test_a_comparison_array_becomes_a_table(slurm: Slurm) -> None:
+    """Two arms, one of which fails in its own job; afterwards the command finds both, and a second array nothing to do."""
+    overrides = dict(item.split("=", 1) for item in SMALL) | {"train.steps": "2"}
+    comparison = {
+        "base": str(ROOT / "configs" / "tiny_countdown.yaml"),
+        "dir": str(slurm.folder / "out"),
+        "seeds": [5],
+        "overrides": {key: yaml.safe_load(value) for key, value in overrides.items()},
+        "arms": {"ais": {"parallel.dp": 1}, "broken": {"parallel.dp": 1, "task.train_path": str(slurm.folder / "none.jsonl")}},
+    }
+    (path := slurm.folder / "compare.yaml").write_text(yaml.safe_dump(comparison))
+    environment = {"AIS_COMPARISON": path, "AIS_GPUS_PER_NODE": 0}
+    slurm.wait(slurm.submit("compare.sbatch", options=("--array=1-2",), **environment), "COMPLETED", "FAILED")
+    command = [sys.executable, "-m", "ais_megatron", "compare", str(path), "--report"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 1 and "1 of 2 runs finished" in done.stdout, done.stdout + done.stderr
+    assert "countdown/broken/5: crashed (status 2 after 0 steps): error: " in done.stdout and "none.jsonl" in done.stdout
+    again = slurm.submit("compare.sbatch", options=("--array=1",), AIS_ONLY="ais", **environment)
+    assert "finished already" in slurm.wait(again)

@@ -1,4 +1,4 @@
-"""A linear layer with block-FP8 weights and dynamically quantised inputs, emulated.
+"""A linear layer with blockwise quantised weights and dynamically quantised inputs, in any of `formats`, emulated.
 
     y = dequantize(round(x / s_x)) @ dequantize(q, scale_inv).T,    products and sums in float32.
 
@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ais_megatron.quantization.fp8 import BLOCK, E4M3, dequantize_block, is_quantized_weight, quantize_dequantize_groups
+from ais_megatron.quantization.formats import FP8_E4M3, Format
+from ais_megatron.quantization.fp8 import dequantize_block, is_quantized_weight, quantize_dequantize_groups
 
 
 class InputQuantizer:
@@ -23,13 +24,14 @@ class InputQuantizer:
     One serves all layers of a model. It compares by identity, so the tensor must not be changed in place in between.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, fmt: Format = FP8_E4M3) -> None:
+        self.format = fmt
         self._input: Tensor | None = None
         self._output: Tensor | None = None
 
     def __call__(self, x: Tensor) -> Tensor:
         if x is not self._input:
-            self._input, self._output = x, quantize_dequantize_groups(x)
+            self._input, self._output = x, quantize_dequantize_groups(x, self.format)
         return self._output
 
     def forget(self) -> None:
@@ -37,34 +39,34 @@ class InputQuantizer:
         self._input = self._output = None
 
 
-class FP8Linear(nn.Module):
+class QuantizedLinear(nn.Module):
     """In place of `nn.Linear` without bias.
 
-    weight: float8_e4m3fn ``[out, in]``; weight_scale_inv: float32 ``[ceil(out/128), ceil(in/128)]``. Copy into them, then
+    weight: ``[out, in]`` in the format's dtype; weight_scale_inv: float32, one per block of the format. Copy into them, then
     call `refresh`. Input and output are ``[..., in]`` and ``[..., out]`` in the model's dtype. Written for CPU and CUDA
     alike; it has not been run on a GPU, where it would need no FP8 hardware, nor profit from it.
     """
 
     def __init__(self, in_features: int, out_features: int, quantizer: InputQuantizer, device: torch.device | None = None) -> None:
         super().__init__()
-        blocks = (-(-out_features // BLOCK), -(-in_features // BLOCK))
-        self.register_buffer("weight", torch.empty(out_features, in_features, dtype=E4M3, device=device))
-        self.register_buffer("weight_scale_inv", torch.empty(blocks, dtype=torch.float32, device=device))
-        self.register_buffer("dequantized", torch.empty(out_features, in_features, dtype=torch.float32, device=device), persistent=False)
+        fmt, shape = quantizer.format, (out_features, in_features)
+        self.register_buffer("weight", torch.empty(shape, dtype=fmt.dtype, device=device))
+        self.register_buffer("weight_scale_inv", torch.empty(fmt.scales_shape(shape), dtype=torch.float32, device=device))
+        self.register_buffer("dequantized", torch.empty(shape, dtype=torch.float32, device=device), persistent=False)
         self.quantizer = quantizer
 
     def refresh(self) -> None:
         """Make the dequantised copy anew, in place."""
-        self.dequantized.copy_(dequantize_block(self.weight, self.weight_scale_inv))
+        self.dequantized.copy_(dequantize_block(self.weight, self.weight_scale_inv, fmt=self.quantizer.format))
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(self.quantizer(x), self.dequantized).to(x.dtype)
 
 
-def replace_linears(model: nn.Module) -> InputQuantizer:
-    """Put an `FP8Linear` in the place of every projection that is kept in FP8; they share the quantiser that is returned."""
-    quantizer = InputQuantizer()
+def replace_linears(model: nn.Module, fmt: Format) -> InputQuantizer:
+    """Put a `QuantizedLinear` in the place of every projection that is quantised; they share the quantiser that is returned."""
+    quantizer = InputQuantizer(fmt)
     for name, module in list(model.named_modules()):
         if isinstance(module, nn.Linear) and is_quantized_weight(f"{name}.weight"):
-            model.set_submodule(name, FP8Linear(module.in_features, module.out_features, quantizer, module.weight.device))
+            model.set_submodule(name, QuantizedLinear(module.in_features, module.out_features, quantizer, module.weight.device))
     return quantizer
