@@ -21,7 +21,7 @@ test: $(READY) $(SGLANG_READY)
 	@$(VENV)/bin/python -m pytest
 
 bench: $(READY) $(SGLANG_READY) .venv-trl/.installed .venv-verl/.installed
-	@$(VENV)/bin/python benchmarks/run_all.py
+	@$(VENV)/bin/python benchmarks/run_all.py $(if $(ROUNDS),--rounds $(ROUNDS))
 
 lint: $(READY)
 	@$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check .

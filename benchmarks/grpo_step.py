@@ -3,8 +3,9 @@
     python benchmarks/grpo_step.py                        ours alone
     python benchmarks/grpo_step.py --peer-python PATH     and TRL, alternating, in one run
 
-The model is a 0.9 M parameter Qwen3 (hidden 128, 4 layers, vocabulary 512) with random weights, so responses run to their
-limit. TRL is installed in an environment of its own (`peers/setup.sh trl`). Both use all cores. The first step of each is warm-up and left out.
+The model is a 0.9 M parameter Qwen3 (hidden 128, 4 layers, vocabulary 512) with random weights, so most responses run
+to their limit. TRL is installed in an environment of its own (`peers/setup.sh trl`). Both use all cores. The first step
+of each is warm-up and left out.
 """
 
 from __future__ import annotations
@@ -71,7 +72,7 @@ def peer(python: str) -> list[float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--peer-python", help="of an environment with TRL")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=2)
     arguments = parser.parse_args()
     rows: list[dict[str, float]] = []
     fp8: list[dict[str, float]] = []

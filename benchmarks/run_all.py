@@ -1,6 +1,6 @@
 """Every benchmark, one after the other, each in a process of its own; the table, and benchmarks/results/latest.json.
 
-    python benchmarks/run_all.py [NAME ...]        NAMEs select from the list below; `make bench` runs all
+    python benchmarks/run_all.py [--rounds N] [NAME ...]     NAMEs select from the list below; `make bench` runs all
 
 A benchmark is a script that prints ``RESULT {json}`` last (contract.py). One that fails is a line of the table and stops none of
 the others, but the exit status is then 1. Ratios and medians come from within one run each, so that a busy machine, whose load
@@ -9,6 +9,7 @@ average is noted, disturbs both sides alike.
 
 from __future__ import annotations
 
+import argparse
 import datetime
 import json
 import os
@@ -35,13 +36,15 @@ BENCHMARKS = {
     "logprob_memory": [],
     "scaling": [],
 }
-LIMIT_S = 600.0
+LIMIT_S = 400.0
 PACKAGES = ("torch", "megatron-core", "transformers", "aiohttp", "orjson")
 
 
-def run(name: str) -> tuple[dict[str, Figure], str | None]:
+def run(name: str, rounds: int | None) -> tuple[dict[str, Figure], str | None]:
     """The figures of one benchmark, and why there are none."""
     command = [sys.executable, str(HERE / f"{name}.py"), *BENCHMARKS[name]]
+    if rounds and name != "logprob_memory":  # (which is no matter of time)
+        command += ["--rounds", str(rounds)]
     try:
         done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=LIMIT_S)
     except subprocess.TimeoutExpired:
@@ -54,13 +57,17 @@ def run(name: str) -> tuple[dict[str, Figure], str | None]:
 
 
 def main() -> int:
-    names = sys.argv[1:] or list(BENCHMARKS)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", choices=[[], *BENCHMARKS], metavar="NAME")
+    parser.add_argument("--rounds", type=int, help="of each benchmark, instead of its own number")
+    arguments = parser.parse_args()
+    names = arguments.names or list(BENCHMARKS)
     figures: dict[str, Figure] = {}
     failures: dict[str, str] = {}
     load, started = [os.getloadavg()[0]], time.monotonic()
     print(f"machine: {machine()}\n{'':<52} {'ours':>10} {'peer':>10} {'ratio':>8}")
     for name in names:
-        found, failure = run(name)
+        found, failure = run(name, arguments.rounds)
         load.append(os.getloadavg()[0])
         print(f"{name}.py" + (f"  FAILED  {failure}" if failure else ""))
         for title, figure in found.items():
