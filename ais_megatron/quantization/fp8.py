@@ -9,12 +9,17 @@ give NaN: values are clamped to +-448 first. Runs on CPU and CUDA.
 
 from __future__ import annotations
 
+import functools
+import importlib.util
+import logging
 import re
 from collections.abc import Iterable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+logger = logging.getLogger(__name__)
 
 E4M3 = torch.float8_e4m3fn
 E4M3_MAX = 448.0
@@ -23,6 +28,7 @@ BLOCK = 128
 _SMALLEST_NORMAL = 2.0**-6  # below it the grid of E4M3 is uniform, 2**-9 apart
 _EXPONENT_BITS = 0x7F800000  # of a float32
 _MIN_GROUP_AMAX = 1e-10  # as in SGLang's kernel: an all-zero group must not become 0/0
+_CAST_CAPABILITY = (8, 9)  # the first CUDA compute capability that Triton can cast to E4M3 on
 
 _QUANTIZED = re.compile(
     r"model\.layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj|mlp\.experts\.\d+\.(gate|up|down)_proj)\.weight"
@@ -51,17 +57,52 @@ def quantize_block(weight: Tensor, block: int = BLOCK) -> tuple[Tensor, Tensor]:
     """
     if weight.dim() != 2:
         raise ValueError(f"only a matrix [N, K] can be quantised in blocks, got shape {list(weight.shape)}")
+    if weight.is_cuda and block == BLOCK and _fused_agrees(weight.device):
+        from ais_megatron.quantization.fp8_triton import quantize_block_fused
+
+        q, scale = quantize_block_fused(weight, block, E4M3_MAX)
+    else:
+        q, scale = _quantize_plain(weight, block)
+    if not torch.isfinite(scale).all():  # amax carries NaN and infinity along
+        raise ValueError("the weight holds NaN or infinity, so it has no FP8 form; the update before this sync has diverged")
+    return q, scale
+
+
+def _quantize_plain(weight: Tensor, block: int) -> tuple[Tensor, Tensor]:
+    """`quantize_block` without its checks: the scale of a block that holds NaN or infinity is not finite either."""
     rows, columns = weight.shape
     padded = F.pad(weight.float(), (0, -columns % block, 0, -rows % block))
     blocks = padded.unflatten(1, (-1, block)).unflatten(0, (-1, block))  # [row blocks, block, column blocks, block]
     amax = blocks.abs().amax(dim=(1, 3), keepdim=True)
-    if not torch.isfinite(amax).all():  # amax carries NaN and infinity along
-        raise ValueError("the weight holds NaN or infinity, so it has no FP8 form; the update before this sync has diverged")
-    scale = amax / E4M3_MAX
-    scale = torch.where(scale > 0, scale, torch.ones_like(scale))
+    # A tensor on the device: by a Python number CUDA multiplies with the reciprocal, which is another last bit than a CPU's.
+    scale = amax / torch.full((), E4M3_MAX, device=weight.device)
+    scale = torch.where(scale == 0, torch.ones_like(scale), scale)
     q = (blocks / scale).clamp_(-E4M3_MAX, E4M3_MAX).to(E4M3)
     q = q.view(padded.shape)[:rows, :columns].contiguous()
     return q, scale[:, 0, :, 0].contiguous()
+
+
+@functools.cache
+def _fused_agrees(device: torch.device) -> bool:
+    """Whether the Triton kernel can be used on that CUDA device: it is there, and gives a sample the plain path's bits. If it does
+    not, that is said once."""
+    if importlib.util.find_spec("triton") is None or torch.cuda.get_device_capability(device) < _CAST_CAPABILITY:
+        return False
+    from triton.errors import TritonError
+
+    from ais_megatron.quantization.fp8_triton import quantize_block_fused
+
+    sample = torch.randn(2 * BLOCK + 3, BLOCK + 5, generator=torch.Generator().manual_seed(0)).mul_(0.02).to(torch.bfloat16).to(device)
+    sample[:BLOCK, BLOCK:] = 0.0
+    try:
+        parts = zip(quantize_block_fused(sample, BLOCK, E4M3_MAX), _quantize_plain(sample, BLOCK), strict=True)
+        differs = [not torch.equal(fused.view(torch.uint8), plain.view(torch.uint8)) for fused, plain in parts]
+        problem = "its result differs from plain PyTorch's" if any(differs) else None
+    except TritonError as error:
+        problem = f"{type(error).__name__}: {error}"
+    if problem:
+        logger.warning("the fused FP8 quantisation of weights is switched off: %s; plain PyTorch is used, slower", problem)
+    return problem is None
 
 
 def dequantize_block(q: Tensor, scale_inv: Tensor, dtype: torch.dtype = torch.float32, block: int = BLOCK) -> Tensor:
