@@ -171,11 +171,12 @@ def logprob_memory(config: Config, stage: int, expert_load: float) -> int:
     if a.is_moe:
         routed = tokens // (parallel.tp if parallel.sequence_parallel else 1)
         pairs = int(routed * a.num_experts_per_tok * parallel.etp * expert_load)
-        copies = 5 if parallel.etp > 1 else 2  # of the routed tokens: sorted and summed, with ETP gathered and scattered too
+        copies = 6 if parallel.etp > 1 else 2  # of the routed tokens: sorted and summed, with ETP gathered and scattered too
         mlp = e * pairs * (copies * a.hidden_size + 5 * a.moe_intermediate_size // parallel.etp)
     else:
         mlp = e * tokens * 5 * a.intermediate_size // parallel.tp
-    layer = mlp + 4 * e * a.hidden_size * tokens
+    residuals = 4 * tokens // parallel.tp + tokens if parallel.sequence_parallel else 4 * tokens  # sharded ones, and one gathered
+    layer = mlp + e * a.hidden_size * residuals
     if stage < parallel.pp - 1:
         return layer
     vocabulary, chunk = ceil(a.vocab_size / parallel.tp), min(config.train.logprob_chunk_tokens, tokens)
