@@ -11,6 +11,9 @@ give NaN: values are clamped to +-448 first. Runs on CPU and CUDA.
 
 from __future__ import annotations
 
+import functools
+import importlib.util
+import logging
 import re
 from collections.abc import Iterable
 
@@ -20,11 +23,14 @@ from torch import Tensor
 
 from ais_megatron.quantization.formats import FP4_E2M1, FP8_E4M3, Format
 
+logger = logging.getLogger(__name__)
+
 E4M3 = FP8_E4M3.dtype
 E4M3_MAX = FP8_E4M3.largest
 BLOCK = FP8_E4M3.group
 
 _MIN_GROUP_AMAX = 1e-10  # as in SGLang's kernel: an all-zero group must not become 0/0
+_CAST_CAPABILITY = (8, 9)  # the first CUDA compute capability that Triton can cast to E4M3 on
 
 _QUANTIZED = re.compile(
     r"model\.layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj|mlp\.experts\.\d+\.(gate|up|down)_proj)\.weight"
@@ -54,7 +60,12 @@ def quantize_block(weight: Tensor, fmt: Format = FP8_E4M3) -> tuple[Tensor, Tens
     """
     if weight.dim() != 2:
         raise ValueError(f"only a matrix [N, K] can be quantised in blocks, got shape {list(weight.shape)}")
-    q, scale_inv = _quantize_plain(weight, fmt)
+    if weight.is_cuda and fmt is FP8_E4M3 and _fused_agrees(weight.device):
+        from ais_megatron.quantization.fp8_triton import quantize_block_fused
+
+        q, scale_inv = quantize_block_fused(weight, BLOCK, E4M3_MAX)
+    else:
+        q, scale_inv = _quantize_plain(weight, fmt)
     if not torch.isfinite(scale_inv).all():  # a block's amax carries NaN and infinity along
         raise ValueError(f"the weight holds NaN or infinity, so it has no {fmt.name} form; the update before this sync has diverged")
     return q, scale_inv
@@ -86,6 +97,29 @@ def _quantize_rows(weight: Tensor, into: Tensor, fmt: Format) -> Tensor:
     values = fmt.round(values) if fmt is FP4_E2M1 else values.clamp_(-fmt.largest, fmt.largest)
     into.copy_(values[:rows, :columns])
     return scale
+
+
+@functools.cache
+def _fused_agrees(device: torch.device) -> bool:
+    """Whether the Triton kernel can be used on that CUDA device: it is there, and gives a sample the plain path's bits. If it does
+    not, that is said once."""
+    if importlib.util.find_spec("triton") is None or torch.cuda.get_device_capability(device) < _CAST_CAPABILITY:
+        return False
+    from triton.errors import TritonError
+
+    from ais_megatron.quantization.fp8_triton import quantize_block_fused
+
+    sample = torch.randn(2 * BLOCK + 3, BLOCK + 5, generator=torch.Generator().manual_seed(0)).mul_(0.02).to(torch.bfloat16).to(device)
+    sample[:BLOCK, BLOCK:] = 0.0
+    try:
+        parts = zip(quantize_block_fused(sample, BLOCK, E4M3_MAX), _quantize_plain(sample, FP8_E4M3), strict=True)
+        differs = [not torch.equal(fused.view(torch.uint8), plain.view(torch.uint8)) for fused, plain in parts]
+        problem = "its result differs from plain PyTorch's" if any(differs) else None
+    except TritonError as error:
+        problem = f"{type(error).__name__}: {error}"
+    if problem:
+        logger.warning("the fused FP8 quantisation of weights is switched off: %s; plain PyTorch is used, slower", problem)
+    return problem is None
 
 
 def dequantize_block(q: Tensor, scale_inv: Tensor, dtype: torch.dtype = torch.float32, fmt: Format = FP8_E4M3) -> Tensor:
