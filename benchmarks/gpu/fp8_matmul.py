@@ -2,7 +2,7 @@
 
     python benchmarks/gpu/fp8_matmul.py          [--device cpu --tiny]
 
-The embedded engine multiplies dequantised float32 copies (rollout/quantized_linear.py). Checked first: that emulation against its definition;
+The embedded engine multiplies dequantised float32 copies (rollout/quantized_linear.py). Checked first: that against its definition;
 then scaled_mm against the emulation, on the same codes and scales. Where torch has no product for this layout, the reason
 is printed. NOT YET RUN ON A GPU.
 """
