@@ -131,14 +131,13 @@ def layer_saved(config: Config, tokens: int, cuda: bool, expert_load: float) -> 
 
 
 def layer_transient(config: Config, tokens: int, expert_load: float) -> int:
-    """Bytes of gradients and gathered inputs alive at the worst moment of a layer's backward pass."""
+    """Bytes of gradients alive at the worst moment of a layer's backward pass."""
     a, parallel, e = config.architecture, config.parallel, dtype_bytes(config)
-    gathered = e * a.hidden_size * tokens if parallel.sequence_parallel else 0
     if not a.is_moe:
-        return gathered + tokens * e * 4 * a.intermediate_size // parallel.tp
+        return tokens * e * 4 * a.intermediate_size // parallel.tp
     routed = tokens // (parallel.tp if parallel.sequence_parallel else 1)
     pairs = int(routed * a.num_experts_per_tok * parallel.etp * expert_load)
-    return max(gathered, pairs * e * 2 * (a.hidden_size + a.moe_intermediate_size // parallel.etp))
+    return pairs * e * 2 * (a.hidden_size + a.moe_intermediate_size // parallel.etp)
 
 
 def training_memory(config: Config, stage: int, in_flight: int, cuda: bool, expert_load: float) -> tuple[int, int]:
@@ -181,7 +180,7 @@ def logprob_memory(config: Config, stage: int, expert_load: float) -> int:
         return layer
     vocabulary, chunk = ceil(a.vocab_size / parallel.tp), min(config.train.logprob_chunk_tokens, tokens)
     head = e * vocabulary * tokens + LOGPROB_CHUNKS_FORWARD * FP32 * chunk * vocabulary
-    return max(layer, head + 2 * e * a.hidden_size * tokens)
+    return max(layer, head + 2 * e * a.hidden_size * tokens // (parallel.tp if parallel.sequence_parallel else 1))
 
 
 def quantized_counts(a: Architecture) -> tuple[int, int]:
