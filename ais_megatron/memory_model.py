@@ -131,13 +131,14 @@ def layer_saved(config: Config, tokens: int, cuda: bool, expert_load: float) -> 
 
 
 def layer_transient(config: Config, tokens: int, expert_load: float) -> int:
-    """Bytes of gradients alive at the worst moment of a layer's backward pass."""
+    """Bytes of gradients and gathered inputs alive at the worst moment of a layer's backward pass."""
     a, parallel, e = config.architecture, config.parallel, dtype_bytes(config)
+    gathered = e * a.hidden_size * tokens if parallel.sequence_parallel else 0
     if not a.is_moe:
-        return tokens * e * 4 * a.intermediate_size // parallel.tp
+        return gathered + tokens * e * 4 * a.intermediate_size // parallel.tp
     routed = tokens // (parallel.tp if parallel.sequence_parallel else 1)
     pairs = int(routed * a.num_experts_per_tok * parallel.etp * expert_load)
-    return pairs * e * 2 * (a.hidden_size + a.moe_intermediate_size // parallel.etp)
+    return max(gathered, pairs * e * 2 * (a.hidden_size + a.moe_intermediate_size // parallel.etp))
 
 
 def training_memory(config: Config, stage: int, in_flight: int, cuda: bool, expert_load: float) -> tuple[int, int]:
@@ -157,7 +158,8 @@ def training_memory(config: Config, stage: int, in_flight: int, cuda: bool, expe
     vocabulary, chunk = ceil(a.vocab_size / parallel.tp), min(config.train.logprob_chunk_tokens, tokens)
     logits = e * vocabulary * tokens
     in_head = 2 * logits + LOGPROB_CHUNKS_BACKWARD * FP32 * chunk * vocabulary
-    in_layer = logits + e * vocabulary * a.hidden_size  # what is left of it, and the head's weight gradient
+    # Without pipelining one of them and the head's weight gradient are still there in the layers' backward pass (as measured).
+    in_layer = logits + e * vocabulary * a.hidden_size if parallel.pp == 1 else 0
     if head + in_head >= one_layer + in_layer:
         return body + head, in_head
     return body + one_layer, in_layer
