@@ -158,7 +158,8 @@ def training_memory(config: Config, stage: int, in_flight: int, cuda: bool, expe
     vocabulary, chunk = ceil(a.vocab_size / parallel.tp), min(config.train.logprob_chunk_tokens, tokens)
     logits = e * vocabulary * tokens
     in_head = 2 * logits + LOGPROB_CHUNKS_BACKWARD * FP32 * chunk * vocabulary
-    in_layer = logits + e * vocabulary * a.hidden_size  # what is left of it, and the head's weight gradient
+    # Without pipelining one of them and the head's weight gradient are still there in the layers' backward pass (as measured).
+    in_layer = logits + e * vocabulary * a.hidden_size if parallel.pp == 1 else 0
     if head + in_head >= one_layer + in_layer:
         return body + head, in_head
     return body + one_layer, in_layer
@@ -181,7 +182,7 @@ def logprob_memory(config: Config, stage: int, expert_load: float) -> int:
         return layer
     vocabulary, chunk = ceil(a.vocab_size / parallel.tp), min(config.train.logprob_chunk_tokens, tokens)
     head = e * vocabulary * tokens + LOGPROB_CHUNKS_FORWARD * FP32 * chunk * vocabulary
-    return max(layer, head + 2 * e * a.hidden_size * tokens)
+    return max(layer, head + 2 * e * a.hidden_size * tokens // (parallel.tp if parallel.sequence_parallel else 1))
 
 
 def quantized_counts(a: Architecture) -> tuple[int, int]:

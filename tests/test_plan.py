@@ -132,7 +132,7 @@ def test_memory_of_real_ranks(ranks: RankPool, layout: str) -> None:
     world, architecture, model, parallel = LAYOUTS[layout]
     config = make_config(architecture, model, parallel)
     for number, real in enumerate(ranks.run(world, measured, data=config.model_dump())):
-        stage = number if config.parallel.pp > 1 else 0
+        stage = number // (world // config.parallel.pp)
         memory = rank_memory(config, stage, prompt_tokens=SEQ // 2, response_tokens=SEQ // 2, cuda=False, expert_load=1.0)
         planned = {
             "weights": memory.weights,
