@@ -31,6 +31,7 @@ class RealServer:
         self._settings = dict(python=python, device="cpu", startup_timeout_s=STARTUP_S, port=_free_port())
         self._server = SGLangServer(self._config(), folder, self._settings["port"])
         self._clients: list[SGLangEngine] = []
+        self._run_id = secrets.token_hex(4)  # one for all clients: each knows the others' weights as its own run's
         self._server.start()
         try:
             self._server.wait_until_healthy(STARTUP_S)
@@ -44,13 +45,9 @@ class RealServer:
 
     def connect(self, transport: str, eos_id: int) -> SGLangEngine:
         """A client that pushes by `transport`."""
-        config, urls, run_id = (
-            self._config(transport=transport, sync_dir=str(self._folder / "sync")),
-            [self._server.url],
-            secrets.token_hex(4),
-        )
-        way = make_transport(config, urls, torch.device("cpu"), run_id)
-        settings = dict(eos_id=eos_id, dtype=torch.bfloat16, run_id=run_id, transport=way)
+        config, urls = self._config(transport=transport, sync_dir=str(self._folder / "sync")), [self._server.url]
+        way = make_transport(config, urls, torch.device("cpu"), self._run_id)
+        settings = dict(eos_id=eos_id, dtype=torch.bfloat16, run_id=self._run_id, transport=way)
         self._clients.append(SGLangEngine(config.architecture, config.rollout, urls, **settings))
         return self._clients[-1]
 

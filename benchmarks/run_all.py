@@ -13,6 +13,7 @@ import argparse
 import datetime
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -36,7 +37,7 @@ BENCHMARKS = {
     "logprob_memory": [],
     "scaling": [],
 }
-LIMIT_S = 400.0
+LIMIT_S = 900.0
 PACKAGES = ("torch", "megatron-core", "transformers", "aiohttp", "orjson")
 
 
@@ -45,14 +46,17 @@ def run(name: str, rounds: int | None) -> tuple[dict[str, Figure], str | None]:
     command = [sys.executable, str(HERE / f"{name}.py"), *BENCHMARKS[name]]
     if rounds and name != "logprob_memory":  # (which is no matter of time)
         command += ["--rounds", str(rounds)]
-    try:
-        done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=LIMIT_S)
-    except subprocess.TimeoutExpired:
-        return {}, f"not finished after {LIMIT_S:g} s"
-    lines = [line for line in done.stdout.splitlines() if line.strip()]
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    with subprocess.Popen(command, cwd=ROOT, start_new_session=True, **pipes) as process:
+        try:
+            output, _ = process.communicate(timeout=LIMIT_S)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGTERM)  # peers and servers are processes of its own
+            return {}, f"not finished after {LIMIT_S:g} s"
+    lines = [line for line in output.splitlines() if line.strip()]
     results = [line for line in lines if line.startswith(MARK)]
-    if done.returncode or not results:
-        return {}, f"exit status {done.returncode}: {' | '.join(lines[-3:])}"
+    if process.returncode or not results:
+        return {}, f"exit status {process.returncode}: {' | '.join(lines[-3:])}"
     return json.loads(results[-1].removeprefix(MARK)), None
 
 
