@@ -35,16 +35,7 @@ from ais_megatron.rollout.sglang_dispatch import Dispatcher, Generation, Server,
 from ais_megatron.rollout.sglang_responses import ResponseFormat
 from ais_megatron.rollout.sglang_sync import Transport, WeightUpdate
 
-<<<<<<< HEAD
-=======
-logger = logging.getLogger(__name__)
-
-MAX_ATTEMPTS = 5  # of one response: beyond this the request itself is what breaks servers
-BACKOFF = 0.1  # seconds, doubled with every attempt
-HEALTH_SECONDS, HEALTH_TIMEOUT = 10.0, 30.0  # between looks at servers that are working, and for each
 KEEP_ALIVE_S = 2.0  # of an idle connection: well below the 5 s after which SGLang closes it, perhaps under a request just being sent
-OTHER_WEIGHTS = 200  # the "status" of a refusal of ours: the answer was fine, but not from this run's weights
->>>>>>> bench
 SCALES = (".attn.k_scale", ".attn.v_scale")
 EMBEDDING = "model.embed_tokens.weight"
 
