@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import sys
 import traceback
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Annotated
 
@@ -116,6 +118,54 @@ def layout(
 
 
 @app.command()
+def plan(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    gpus: Annotated[int | None, typer.Option(help="trainer GPUs; empty: the fewest that the layout needs")] = None,
+    rollout_gpus: Annotated[int | None, typer.Option(help="GPUs of the SGLang servers; empty: those the configuration names")] = None,
+    gpu: Annotated[str, typer.Option(help="card whose figures are assumed: h100 or h200")] = "h100",
+    gpu_memory_gib: Annotated[float | None, typer.Option(help="of one GPU; empty: the card's (h100: 80)")] = None,
+    reserve_gib: Annotated[float, typer.Option(help="of that for CUDA, NCCL and fragmentation")] = 4.0,
+    peak_tflops: Annotated[float | None, typer.Option(help="dense BF16; empty: the card's")] = None,
+    memory_gb_s: Annotated[float | None, typer.Option(help="memory bandwidth; empty: the card's")] = None,
+    nvlink_gb_s: Annotated[float, typer.Option(help="of one GPU within a node, one direction")] = 400.0,
+    network_gb_s: Annotated[float, typer.Option(help="of one GPU between nodes, one direction")] = 45.0,
+    gpus_per_node: Annotated[int, typer.Option()] = 8,
+    mfu: Annotated[float, typer.Option(help="share of the peak that passes reach")] = 0.4,
+    decode_efficiency: Annotated[float, typer.Option(help="share of the memory bandwidth that decoding reaches")] = 0.6,
+    prompt_tokens: Annotated[int, typer.Option(help="of a typical prompt")] = 256,
+    response_tokens: Annotated[int | None, typer.Option(help="of a typical response; empty: rollout.max_response_tokens")] = None,
+    suggestions: Annotated[int, typer.Option(help="layouts of the same GPUs to list; 0: none")] = 5,
+) -> None:
+    """Memory, bytes and seconds of a run from its configuration alone. Status 1, and layouts that would fit, if it cannot."""
+    from ais_megatron.cost_model import CARDS, Assumptions
+    from ais_megatron.plan import make_plan, print_plan, suggest, with_gpus
+
+    if gpu not in CARDS:
+        raise ConfigError(f"--gpu {gpu}: unknown; allowed: {', '.join(CARDS)} (and --gpu-memory-gib, --peak-tflops, --memory-gb-s)")
+    assumed = Assumptions(
+        card=CARDS[gpu],
+        gpu_memory_gib=gpu_memory_gib,
+        peak_tflops=peak_tflops,
+        memory_gb_s=memory_gb_s,
+        nvlink_gb_s=nvlink_gb_s,
+        network_gb_s=network_gb_s,
+        gpus_per_node=gpus_per_node,
+        mfu=mfu,
+        decode_efficiency=decode_efficiency,
+        prompt_tokens=prompt_tokens,
+        response_tokens=response_tokens,
+        rollout_gpus=rollout_gpus,
+        reserve_gib=reserve_gib,
+    )
+    planned = make_plan(with_gpus(load_config(config, overrides or []), gpus), assumed)
+    print_plan(planned, suggest(planned.config, assumed, planned.gpus, suggestions) if suggestions else [])
+    if planned.problems:
+        print("cannot run: " + "\ncannot run: ".join(planned.problems), file=sys.stderr, flush=True)
+        sys.exit(CHECK_FAILED)
+
+
+@app.command()
 def export(run: RunFolder, out: Annotated[Path, typer.Argument(metavar="OUT", help="folder to create")]) -> None:
     """Write a run's newest checkpoint as a Hugging Face folder (safetensors, config, tokenizer)."""
     config = load_config(run / "config.yaml")
@@ -166,6 +216,11 @@ def _run_distributed(config: Config, work: Callable[[Config], None]) -> None:
     work(config)
     dist.barrier()
     dist.destroy_process_group()
+    # gloo's threads outlive its groups, and now and then abort a process whose work is done: leave without destroying them.
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 def _train(config: Config) -> None:
@@ -202,8 +257,9 @@ def _evaluate(config: Config, run: Path | None, out: Path | None = None) -> None
     config = config.model_copy(update={"rollout": config.rollout.model_copy(update={"save_dir": None})})  # nothing to train on later
     folder = _newest_checkpoint(run, config) if run else None
     session = build_session(config, from_checkpoint=run is not None)
-    begin(session, folder, with_optimizer=False)
-    accuracy = session.held_out_accuracy()
+    with closing(session.engine):
+        begin(session, folder, with_optimizer=False)
+        accuracy = session.held_out_accuracy()
     if rank() == 0:
         print(f"held-out pass@1: {accuracy:.4f}  ({config.eval.num_prompts} problems, {config.eval.samples} responses each)")
         if out is not None:

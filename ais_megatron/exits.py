@@ -1,7 +1,7 @@
 """How a run ends: the statuses that scripts and schedulers may rely on, and the one ending that is no error.
 
 0    finished
-1    `doctor` found something that the configuration needs and that is not there; `compare` has runs that did not finish
+1    `doctor` found something missing that the configuration needs, `plan` that it cannot fit, `compare` runs that did not finish
 2    something the user can mend, or a fault; the message says what
 75   stopped by SIGTERM or SIGUSR1 after a whole step, with a checkpoint: start it again with run.resume=true
 124  a rank made no progress for run.watchdog_minutes; logs/rank_N.stacks shows where each one stood

@@ -40,7 +40,7 @@ def stop_if_asked(saver: Saver, state: TrainingState) -> None:
             saver.finish()
         return
     name = signal.Signals(signal_number).name
-    saver.save_and_finish(state)
+    saver.save_now(state)
     raise Preempted(f"{name} after step {state.step}, which is saved; status {EXIT_REQUEUE}: continue with run.resume=true")
 
 

@@ -1,11 +1,11 @@
 """One GRPO step beside TRL's, on the same model and batch: 256 responses x 48 tokens, BF16 rollouts, one update.
 
-    python benchmarks/grpo_step.py                                        ours alone
-    python benchmarks/grpo_step.py --peer-python PATH --peer-script PATH  and TRL, alternating, in one run
+    python benchmarks/grpo_step.py                        ours alone
+    python benchmarks/grpo_step.py --peer-python PATH     and TRL, alternating, in one run
 
-The model is a 0.9 M parameter Qwen3 (hidden 128, 4 layers, vocabulary 512) with random weights, so responses run to their
-limit. TRL is installed in an environment of its own (torch==2.13.0, trl==1.16.0, transformers, accelerate, datasets); the
-peer script is any program that prints ``steps [seconds, ...]``. Both use all cores. The first step of each is warm-up and left out.
+The model is a 0.9 M parameter Qwen3 (hidden 128, 4 layers, vocabulary 512) with random weights, so most responses run
+to their limit. TRL is installed in an environment of its own (`peers/setup.sh trl`). Both use all cores. The first step
+of each is warm-up and left out.
 """
 
 from __future__ import annotations
@@ -14,12 +14,13 @@ import argparse
 import ast
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
+
+from contract import Figure, against_peer, emit, machine, plain
 
 STEPS = 6
 MODEL = dict(
@@ -61,7 +62,8 @@ def ours(sections: dict[str, object] | None = None, **rollout: object) -> list[d
     return rows[1:]
 
 
-def peer(python: str, script: str) -> list[float]:
+def peer(python: str) -> list[float]:
+    script = str(Path(__file__).parent / "peers" / "trl_grpo.py")
     output = subprocess.run([python, script], check=True, capture_output=True, text=True).stdout
     line = next(line for line in output.splitlines() if line.startswith("steps "))
     return ast.literal_eval(line.removeprefix("steps "))[1:]
@@ -69,9 +71,8 @@ def peer(python: str, script: str) -> list[float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--peer-python")
-    parser.add_argument("--peer-script")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--peer-python", help="of an environment with TRL")
+    parser.add_argument("--rounds", type=int, default=2)
     arguments = parser.parse_args()
     rows: list[dict[str, float]] = []
     fp8: list[dict[str, float]] = []
@@ -80,20 +81,17 @@ def main() -> None:
         rows += ours()
         fp8 += ours(quantization="fp8_e4m3")
         if arguments.peer_python:
-            theirs += peer(arguments.peer_python, arguments.peer_script)
+            theirs += peer(arguments.peer_python)
 
     step = statistics.median(row["time/step"] for row in rows)
-    machine = f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores"
-    print(f"machine: {machine}; {arguments.rounds} rounds of {STEPS - 1} steps, medians")
-    print(f"ours, BF16 rollouts   {step:.3f} s per step")
-    print(f"ours, FP8 rollouts    {statistics.median(row['time/step'] for row in fp8):.3f} s per step (FP8 is emulated on a CPU)")
-    for name in ("generate", "reward", "logprobs", "diagnose", "train", "calibrate", "sync"):
-        seconds = statistics.median(row[f"time/{name}"] for row in rows)
-        print(f"    {name:<10} {seconds:.4f} s  {seconds / step:6.2%}")
+    print(f"machine: {machine()}; {arguments.rounds} rounds of {STEPS - 1} steps, medians")
+    figures: dict[str, Figure] = {"GRPO step": plain(step, "s", "BF16 rollouts")}
     if theirs:
-        their_step = statistics.median(theirs)
-        print(f"TRL                   {their_step:.3f} s per step")
-        print(f"ratio TRL / ours      {their_step / step:.2f}  (above 1: ours is faster)")
+        figures = {"GRPO step, against TRL 1.16": against_peer(step, statistics.median(theirs), "s", goal=1.5, note="BF16 rollouts")}
+    for name in ("generate", "reward", "logprobs", "diagnose", "train", "calibrate", "sync"):
+        figures[f"    {name}"] = plain(statistics.median(row[f"time/{name}"] for row in rows), "s")
+    figures["GRPO step, FP8 rollouts"] = plain(statistics.median(row["time/step"] for row in fp8), "s", "FP8 is emulated on a CPU")
+    emit(figures)
 
 
 if __name__ == "__main__":

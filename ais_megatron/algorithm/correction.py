@@ -56,10 +56,18 @@ class Correction:
         """The factor of every token at full strength, in log_ratio's dtype and shape; any value outside the mask."""
         if self.name in ("none", "geo_rs", "k3_rs"):
             return torch.ones_like(log_ratio)
-        w = importance_weights(log_ratio, loss_mask, self.level)
+        return self.limited(importance_weights(log_ratio, loss_mask, self.level))
+
+    def limited(self, w: Tensor) -> Tensor:
+        """`weights` from raw ones, where the correction weighs at all: truncated, or 0 outside the band."""
         if self.name in ("mis", "icepop"):
             return w.masked_fill((w < self.low) | (w > self.high), 0.0)
         return w.clamp(max=self.weight_cap)
+
+    @property
+    def acts_on_tokens(self) -> bool:
+        """Whether a token's weight depends on that token alone, and no response is rejected."""
+        return self.level == "token" and self.name in ("tis", "ais", "mis", "icepop")
 
     def kept(self, log_ratio: Tensor, loss_mask: Tensor) -> Tensor:
         """bool ``[batch, seq]``: the loss mask without the tokens of rejected responses."""
@@ -74,7 +82,7 @@ class Correction:
 
 def log_importance_ratio(old_logprobs: Tensor, rollout_logprobs: Tensor) -> Tensor:
     """l, in the inputs' dtype; clamped so that one corrupt token can reach neither inf nor NaN."""
-    return (old_logprobs - rollout_logprobs).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+    return (old_logprobs - rollout_logprobs).clamp_(-MAX_LOG_RATIO, MAX_LOG_RATIO)
 
 
 def response_mean(values: Tensor, loss_mask: Tensor) -> Tensor:
@@ -102,4 +110,4 @@ def mixed_weights(full_weights: Tensor, alpha: float) -> Tensor:
 
     In this form a weight of exactly 1 gives exactly 1, whatever alpha (Proposition 3: no mismatch, no change).
     """
-    return torch.ones_like(full_weights).add_(full_weights - 1.0, alpha=alpha)
+    return torch.lerp(full_weights.new_ones(()), full_weights, alpha)

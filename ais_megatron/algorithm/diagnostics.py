@@ -45,6 +45,7 @@ SUMS = (
     "g0_gap",
     "gap_sq",
 )
+CPU_CHUNK = 2**16  # elements of [batch, seq] worked on at a time
 NUM_EXTREMES = 3  # max w, max -w, max |p - q|: sent through the sum as one slot per rank
 
 
@@ -133,54 +134,85 @@ def statistics(
     correction = correction or Correction("ais", weight_cap=weight_cap)
     if advantages.dim() == 1:
         advantages = advantages[:, None]
-    # Outside the mask anything may stand, NaN included; it is set aside before any arithmetic.
-    old, rollout = (x.double().masked_fill(~loss_mask, 0.0) for x in (old_logprobs, rollout_logprobs))
-    log_ratios = log_importance_ratio(old, rollout)
-    adv = advantages.expand_as(loss_mask)[loss_mask].double()
-    log_ratio = log_ratios[loss_mask]
-    w = importance_weights(log_ratios, loss_mask, correction.level)[loss_mask]
-    w_trunc = w.clamp(max=weight_cap)
-    prob_diff = (old.exp() - rollout.exp()).abs()[loss_mask]
-    kept = correction.kept(log_ratios, loss_mask)[loss_mask]
-    full = correction.weights(log_ratios, loss_mask)[loss_mask]
+    parts = (old_logprobs, rollout_logprobs, advantages.expand_as(loss_mask), loss_mask)
+    batch, seq = loss_mask.shape
+    # On a CPU a few rows at a time, whose float64 intermediates stay in the cache; on a GPU one set of kernels for all.
+    rows = max(1, CPU_CHUNK // max(seq, 1)) if loss_mask.device.type == "cpu" else batch
+    chunks = [_of_rows(*(x[i : i + rows] for x in parts), weight_cap, correction) for i in range(0, batch, rows) or (0,)]
+    return torch.stack([sums for sums, _ in chunks]).sum(0), torch.stack([extremes for _, extremes in chunks]).amax(0)
+
+
+def _of_rows(
+    old: Tensor, rollout: Tensor, advantages: Tensor, loss_mask: Tensor, cap: float, correction: Correction
+) -> tuple[Tensor, Tensor]:
+    """`statistics` of a few rows, over their response tokens alone, end to end: outside the mask anything may stand, NaN included."""
+    where = loss_mask.flatten().nonzero()[:, 0]
+    old, rollout, adv = (x.flatten().index_select(0, where) for x in (old, rollout, advantages))
+    log_ratio, adv = log_importance_ratio(old.double(), rollout.double()), adv.double()
+    excess = torch.special.expm1(log_ratio)
+    prob_diff = old.exp_().sub_(rollout.exp_()).abs_()  # in the inputs' float32: no small difference is taken to a power here
+    w, of_correction = _weights(log_ratio, excess, where, loss_mask, correction)
+    w_trunc = w.clamp(max=cap)
+    weighted_adv = w_trunc * adv
     lengths = loss_mask.sum(1)
     present = lengths > 0
-    mean_log_ratio, g0, gap = _response_means((log_ratio, adv, (w_trunc - 1.0) * adv), lengths)
+    totals = torch.stack([_response_sums(x, lengths) for x in (log_ratio, adv, weighted_adv - adv)])
+    mean_log_ratio, g0, gap = totals[:, present] / lengths[present]
     sums = torch.stack(
         [
             lengths.sum().double(),
             present.sum().double(),
             w_trunc.sum(),
-            w_trunc.square().sum(),
+            w_trunc.dot(w_trunc),
             w.sum(),
-            w.square().sum(),
-            (torch.special.expm1(log_ratio) - log_ratio).sum(),
+            w.dot(w),
+            (excess - log_ratio).sum(),
             log_ratio.sum(),
-            (w_trunc * adv).square().sum(),
-            adv.square().sum(),
-            torch.special.expm1(2 * log_ratio).sum(),
-            (w > weight_cap).sum().double(),
-            prob_diff.sum(),
+            weighted_adv.dot(weighted_adv),
+            adv.dot(adv),
+            excess.dot(excess) + 2.0 * excess.sum(),  # exp(2 l) - 1
+            torch.count_nonzero(w > cap).double(),
+            prob_diff.sum(dtype=torch.float64),
             (-mean_log_ratio).exp().sum(),
-            kept.sum().double(),
-            full[kept].sum(),
-            (~kept | (full == 0.0)).sum().double(),
+            *of_correction,
             g0.sum(),
             gap.sum(),
-            (g0 * gap).sum(),
-            gap.square().sum(),
+            g0.dot(gap),
+            gap.dot(gap),
         ]
     )
     if not len(w):
         return sums, sums.new_full((NUM_EXTREMES,), -math.inf)
-    return sums, torch.stack([w.max(), -w.min(), prob_diff.max()])
+    smallest, largest = w.aminmax()
+    return sums, torch.stack([largest, -smallest, prob_diff.max().double()])
 
 
-def _response_means(values: tuple[Tensor, ...], lengths: Tensor) -> Tensor:
-    """float64 ``[len(values), responses with tokens]``: means over each response of ``[tokens]`` values."""
-    row = torch.repeat_interleave(torch.arange(len(lengths), device=lengths.device), lengths)
-    totals = torch.zeros(len(values), len(lengths), dtype=torch.float64, device=lengths.device).index_add_(1, row, torch.stack(values))
-    return totals[:, lengths > 0] / lengths[lengths > 0]
+def _weights(
+    log_ratio: Tensor, excess: Tensor, where: Tensor, loss_mask: Tensor, correction: Correction
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """w of the tokens at the flat positions `where`; and the sums "kept", "kept_weight" and "rejected", float64.
+
+    excess: exp(log_ratio) - 1.
+    """
+    if correction.acts_on_tokens:
+        w = excess + 1.0
+        full = correction.limited(w)
+        return w, (full.new_tensor(len(full)), full.sum(), torch.count_nonzero(full == 0.0).double())
+    grid = log_ratio.new_zeros(loss_mask.shape)
+    grid.view(-1)[where] = log_ratio
+    of_grid = (
+        importance_weights(grid, loss_mask, correction.level),
+        correction.weights(grid, loss_mask),
+        correction.kept(grid, loss_mask).double(),
+    )
+    w, full, kept = (x.flatten()[where] for x in of_grid)
+    full = full * kept
+    return w, (kept.sum(), full.sum(), torch.count_nonzero(full == 0.0).double())
+
+
+def _response_sums(values: Tensor, lengths: Tensor) -> Tensor:
+    """float64 ``[batch]``: sums over each response of ``[tokens]`` values."""
+    return torch.segment_reduce(values, "sum", lengths=lengths, unsafe=True)
 
 
 def from_statistics(sums: Tensor, extremes: Tensor) -> Diagnostics:

@@ -67,10 +67,14 @@ class AISLossScaler:
         """What multiplies every token of one microbatch; see `TokenFactors`. Inputs float32, bool ``[batch, seq]``."""
         log_ratio = log_importance_ratio(old_logprobs, rollout_logprobs).detach()
         kept = self.correction.kept(log_ratio, loss_mask)
-        weights = mixed_weights(self.correction.weights(log_ratio, loss_mask), self.alpha) / self.mean_weight
+        weights = mixed_weights(self.correction.weights(log_ratio, loss_mask), self.alpha)
+        if self.mean_weight != 1.0:
+            weights /= self.mean_weight
         shares = self._shares(kept)
+        if self.needs_totals:  # otherwise shares are 1 wherever the mask is
+            weights *= shares
         # A masked product, not a multiplication by 0: what padding holds is anything, infinity included.
-        return TokenFactors((weights * shares).masked_fill(~kept, 0.0), shares, kept)
+        return TokenFactors(weights.masked_fill_(~kept, 0.0), shares, kept)
 
     def kept(self, old_logprobs: Tensor, rollout_logprobs: Tensor, loss_mask: Tensor) -> Tensor:
         """`TokenFactors.kept` alone, for counting T and N."""

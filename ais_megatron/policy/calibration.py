@@ -41,6 +41,8 @@ class Calibrator:
         self.lengths: Tensor | None = None
         self.latest: Calibration | None = None
         self._recording = False
+        # Of the microbatch with the lengths `_seen`: columns that are real in every row, real tokens after them, real tokens.
+        self._full, self._rest, self._num_real, self._seen = 0, torch.zeros(0, dtype=torch.int64), 0, None
         self._limits = torch.full((2, num_layers), E4M3_MAX)  # K and V magnitudes at which scale 1.0 saturates
         self._reset()
         for layer in model.decoder.layers:
@@ -57,7 +59,7 @@ class Calibrator:
         try:
             yield
         finally:
-            self._recording, self.lengths = False, None
+            self._recording, self.lengths, self._seen = False, None, None
 
     def _hook(self, layer: int):  # noqa: ANN202
         def record(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, object]) -> None:
@@ -71,18 +73,24 @@ class Calibrator:
     def _record(self, layer: int, qkv: tuple[Tensor, ...]) -> None:
         """qkv: ``[seq, batch, heads/tp, head_dim]`` each."""
         assert self.lengths is not None, "set lengths before the forward pass"
-        seq = qkv[0].shape[0]
-        real = torch.arange(seq, device=self.lengths.device)[:, None] < self.lengths
+        if self._seen is not self.lengths:  # once for all layers of a microbatch
+            columns = torch.arange(qkv[0].shape[0], device=self.lengths.device)
+            self._full = int(self.lengths.min())
+            self._rest = (columns[self._full :, None] < self.lengths).flatten().nonzero()[:, 0]
+            self._num_real, self._seen = int(self.lengths.sum()), self.lengths
         for row, x in enumerate(qkv):
-            magnitude = x.abs().amax((-1, -2)).float().masked_fill(~real, 0.0)
-            self._amax[row, layer] = torch.maximum(self._amax[row, layer], magnitude.amax())
-            if row == 0:
-                continue
-            limit = self._limits[row - 1, layer]
-            if magnitude.amax() > limit:  # rare: only then are single elements worth counting
-                over = ((x.abs() > limit).sum((-1, -2)) * real).sum()
-                self._counts[0] += over
-            self._counts[1] += real.sum() * x.shape[-1] * x.shape[-2]
+            # Columns without padding are looked at where they lie, of the others the real tokens are gathered: to mask
+            # magnitudes would take ten times as long.
+            rest = x[self._full :].reshape(-1, x.shape[-2] * x.shape[-1]).index_select(0, self._rest)
+            parts = [part for part in (x[: self._full], rest) if part.numel()]
+            for part in parts:
+                low, high = part.aminmax()
+                amax = torch.maximum(-low, high).float()
+                self._amax[row, layer] = torch.maximum(self._amax[row, layer], amax)
+                if row and amax > self._limits[row - 1, layer]:  # rare: only then are single elements worth counting
+                    self._counts[0] += (part.abs() > self._limits[row - 1, layer]).sum()
+            if row:
+                self._counts[1] += self._num_real * x.shape[-1] * x.shape[-2]
 
     def result(self) -> Calibration:
         """Join all ranks' records: one maximum and one sum over the whole job."""

@@ -65,7 +65,7 @@ class Saver:
         if not self._config.async_save:
             self.finish()
 
-    def save_and_finish(self, state: TrainingState) -> None:
+    def save_now(self, state: TrainingState) -> None:
         """Before leaving: nothing in flight any more, and `state` on the disk."""
         self.finish()
         if self.newest_step != state.step:

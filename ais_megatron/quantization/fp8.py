@@ -11,6 +11,9 @@ give NaN: values are clamped to +-448 first. Runs on CPU and CUDA.
 
 from __future__ import annotations
 
+import functools
+import importlib.util
+import logging
 import re
 from collections.abc import Iterable
 
@@ -18,13 +21,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ais_megatron.quantization.formats import FP8_E4M3, Format
+from ais_megatron.quantization.formats import FP4_E2M1, FP8_E4M3, Format
+
+logger = logging.getLogger(__name__)
 
 E4M3 = FP8_E4M3.dtype
 E4M3_MAX = FP8_E4M3.largest
 BLOCK = FP8_E4M3.group
 
 _MIN_GROUP_AMAX = 1e-10  # as in SGLang's kernel: an all-zero group must not become 0/0
+_CAST_CAPABILITY = (8, 9)  # the first CUDA compute capability that Triton can cast to E4M3 on
 
 _QUANTIZED = re.compile(
     r"model\.layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj|mlp\.experts\.\d+\.(gate|up|down)_proj)\.weight"
@@ -54,17 +60,66 @@ def quantize_block(weight: Tensor, fmt: Format = FP8_E4M3) -> tuple[Tensor, Tens
     """
     if weight.dim() != 2:
         raise ValueError(f"only a matrix [N, K] can be quantised in blocks, got shape {list(weight.shape)}")
-    (rows, columns), (height, width) = weight.shape, fmt.weight_block
-    padded = F.pad(weight.float(), (0, -columns % width, 0, -rows % height))
-    blocks = padded.unflatten(1, (-1, width)).unflatten(0, (-1, height))  # [row blocks, height, column blocks, width]
-    amax = blocks.abs().amax(dim=(1, 3), keepdim=True)
-    if not torch.isfinite(amax).all():  # amax carries NaN and infinity along
+    if weight.is_cuda and fmt is FP8_E4M3 and _fused_agrees(weight.device):
+        from ais_megatron.quantization.fp8_triton import quantize_block_fused
+
+        q, scale_inv = quantize_block_fused(weight, BLOCK, E4M3_MAX)
+    else:
+        q, scale_inv = _quantize_plain(weight, fmt)
+    if not torch.isfinite(scale_inv).all():  # a block's amax carries NaN and infinity along
         raise ValueError(f"the weight holds NaN or infinity, so it has no {fmt.name} form; the update before this sync has diverged")
-    scale = amax / fmt.largest
-    scale = torch.where(scale > 0, scale, torch.ones_like(scale))
-    q = fmt.round(blocks / scale).to(fmt.dtype)
-    q = q.view(padded.shape)[:rows, :columns].contiguous()
-    return q, scale[:, 0, :, 0].contiguous()
+    return q, scale_inv
+
+
+def _quantize_plain(weight: Tensor, fmt: Format) -> tuple[Tensor, Tensor]:
+    """`quantize_block` without its checks: the scale of a block that holds NaN or infinity is not finite either."""
+    rows, columns = weight.shape
+    q = torch.empty(rows, columns, dtype=fmt.dtype, device=weight.device)
+    # On a CPU a few rows of blocks at a time, whose float32 form stays in the cache; on a GPU one set of kernels for all.
+    step = BLOCK if weight.device.type == "cpu" else max(rows, 1)
+    scales = [_quantize_rows(weight[i : i + step], q[i : i + step], fmt) for i in range(0, rows, step)]
+    return q, torch.cat(scales) if scales else torch.empty(fmt.scales_shape((0, columns)), device=weight.device)
+
+
+def _quantize_rows(weight: Tensor, into: Tensor, fmt: Format) -> Tensor:
+    """Write the quantised form of whole rows of blocks; returns their scales."""
+    (rows, columns), (height, width) = weight.shape, fmt.weight_block
+    values = weight.to(torch.float32, copy=True)
+    if rows % height or columns % width:
+        values = F.pad(values, (0, -columns % width, 0, -rows % height))
+    by_column = values.abs().unflatten(0, (-1, height)).amax(1)  # (this order of the two maxima is the one that vectorises)
+    # A tensor on the device: by a Python number CUDA multiplies with the reciprocal, which is another last bit than a CPU's.
+    scale = by_column.unflatten(1, (-1, width)).amax(2) / torch.full((), fmt.largest, device=weight.device)
+    scale = torch.where(scale == 0, 1.0, scale)
+    blocks = values.unflatten(1, (-1, width)).unflatten(0, (-1, height))  # [row blocks, height, column blocks, width]
+    blocks.div_(scale[:, None, :, None])
+    # The cast rounds to FP8 by itself; FP4's values are kept in a wider type and have to be found first.
+    values = fmt.round(values) if fmt is FP4_E2M1 else values.clamp_(-fmt.largest, fmt.largest)
+    into.copy_(values[:rows, :columns])
+    return scale
+
+
+@functools.cache
+def _fused_agrees(device: torch.device) -> bool:
+    """Whether the Triton kernel can be used on that CUDA device: it is there, and gives a sample the plain path's bits. If it does
+    not, that is said once."""
+    if importlib.util.find_spec("triton") is None or torch.cuda.get_device_capability(device) < _CAST_CAPABILITY:
+        return False
+    from triton.errors import TritonError
+
+    from ais_megatron.quantization.fp8_triton import quantize_block_fused
+
+    sample = torch.randn(2 * BLOCK + 3, BLOCK + 5, generator=torch.Generator().manual_seed(0)).mul_(0.02).to(torch.bfloat16).to(device)
+    sample[:BLOCK, BLOCK:] = 0.0
+    try:
+        parts = zip(quantize_block_fused(sample, BLOCK, E4M3_MAX), _quantize_plain(sample, FP8_E4M3), strict=True)
+        differs = [not torch.equal(fused.view(torch.uint8), plain.view(torch.uint8)) for fused, plain in parts]
+        problem = "its result differs from plain PyTorch's" if any(differs) else None
+    except TritonError as error:
+        problem = f"{type(error).__name__}: {error}"
+    if problem:
+        logger.warning("the fused FP8 quantisation of weights is switched off: %s; plain PyTorch is used, slower", problem)
+    return problem is None
 
 
 def dequantize_block(q: Tensor, scale_inv: Tensor, dtype: torch.dtype = torch.float32, fmt: Format = FP8_E4M3) -> Tensor:

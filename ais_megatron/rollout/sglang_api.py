@@ -5,10 +5,13 @@ Source of names and fields: SGLang 0.5.23, `entrypoints/http_server.py` and `man
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import aiohttp
+import orjson
 
+JSON_HEADERS = {"Content-Type": "application/json"}
 PROBE_SECONDS = 30.0  # for a request that does no work; /health itself gives up after 20 s
 
 
@@ -98,15 +101,27 @@ class ServerAPI:
 
     async def _call(self, method: str, path: str, timeout_s: float, body: dict[str, Any] | None = None, is_json: bool = True) -> Any:
         timeout = aiohttp.ClientTimeout(timeout_s)
+        data, headers = (None, None) if body is None else (orjson.dumps(body), JSON_HEADERS)
         try:
-            async with self._session.request(method, self.url + path, json=body, timeout=timeout) as response:
+            async with self._session.request(method, self.url + path, data=data, headers=headers, timeout=timeout) as response:
                 if response.status != 200:
                     raise Refused(response.status, f"{self.url}{path} answered {response.status}: {_message(await response.text())}")
-                return await response.json() if is_json else await response.text()
+                return _parse(await response.read()) if is_json else await response.text()
         except TimeoutError as error:
             raise Unreachable(f"{self.url}{path} did not answer within {timeout_s:g} s") from error
         except (aiohttp.ClientError, OSError) as error:
             raise Unreachable(f"{self.url}{path}: {error or type(error).__name__}") from error
+        except ValueError as error:
+            raise Unreachable(f"{self.url}{path} answered with what is not JSON: {error}") from error
+
+
+def _parse(text: bytes) -> Any:
+    """An answer of 512 tokens with log-probabilities is parsed six times as fast as by the standard library, which alone, however,
+    knows NaN and Infinity."""
+    try:
+        return orjson.loads(text)
+    except orjson.JSONDecodeError:
+        return json.loads(text)
 
 
 def _message(text: str) -> str:

@@ -35,6 +35,7 @@ from ais_megatron.rollout.sglang_dispatch import Dispatcher, Generation, Server,
 from ais_megatron.rollout.sglang_responses import ResponseFormat
 from ais_megatron.rollout.sglang_sync import Transport, WeightUpdate
 
+KEEP_ALIVE_S = 2.0  # of an idle connection: well below the 5 s after which SGLang closes it, perhaps under a request just being sent
 SCALES = (".attn.k_scale", ".attn.v_scale")
 EMBEDDING = "model.embed_tokens.weight"
 
@@ -278,4 +279,4 @@ class SGLangEngine:
 
 
 async def _open_session(key: str | None) -> aiohttp.ClientSession:
-    return aiohttp.ClientSession(headers=authorization(key), connector=aiohttp.TCPConnector(limit=0))
+    return aiohttp.ClientSession(headers=authorization(key), connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEP_ALIVE_S))

@@ -76,7 +76,8 @@ class ResponseFormat:
         tokens = tuple(answer["output_ids"])
         logprobs = tuple(entry[0] for entry in meta.get("output_token_logprobs") or ())
         versions = tuple(span for span in spans if span[1])
-        if not tokens or len(logprobs) != len(tokens) or not all(value is not None and math.isfinite(value) for value in logprobs):
+        # (One value that is not finite makes the sum so; no finite log-probabilities add up to infinity.)
+        if not tokens or len(logprobs) != len(tokens) or None in logprobs or not math.isfinite(sum(logprobs)):
             stand_in, version = prompt.token_ids[-1:], min(version for version, _ in spans)
             return Rollout(prompt, stand_in, (0.0,), DROPPED, version, self._routing(None, len(prompt.token_ids)))
         routed = self._routing(meta.get("routed_experts"), len(prompt.token_ids) + len(tokens) - 1)

@@ -25,6 +25,7 @@ def wait_until_training(slurm: Slurm, job: str, ranks: int = 2) -> None:
 def test_ranks_and_servers_find_each_other(stand_in: Slurm) -> None:
     job = stand_in.submit("tiny.sbatch", *WITH_SERVERS, "rollout.sglang.port=30100", options=FOUR_NODES, **SERVERS)
     wait_until_training(stand_in, job)
+    stand_in.until(lambda: sum(line.startswith("serve ") for line in notes(stand_in, job)) >= 2, job)
     written = notes(stand_in, job)
     subprocess.run(["scancel", job], check=True)
     output = stand_in.wait(job, "CANCELLED")

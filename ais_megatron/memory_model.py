@@ -1,0 +1,276 @@
+"""What a rank holds, in bytes, from the configuration alone: the arithmetic behind `ais-megatron plan`.
+
+    weights        dtype bytes per parameter: DDP's one buffer, of which all parameters are views
+    gradients      4 bytes per parameter: `grad_reduce_in_fp32`, never sharded
+    optimizer      8 bytes (two moments) or 12 (and an FP32 master copy, in BF16), sharded over DP x CP; experts over their own DP
+    activations    the tensors that each layer's operations save for the backward pass, one by one, times microbatches in flight
+    logits         [tokens, vocab/tp] and their gradient, and FP32 chunks of `train.logprob_chunk_tokens`, as policy/logprobs.py
+
+The lists of saved tensors follow Megatron's local layers with our norm and attention (policy/model.py), as recorded with
+torch's saved-tensor hooks; tests/test_plan.py holds them against real ranks. On CUDA the norms are fused and attention saves
+the model's dtype; that variant is derived, not measured. No torch here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import ceil
+
+from ais_megatron.config import Architecture, Config, ParallelConfig
+
+LOGPROB_CHUNKS_BACKWARD = 4  # FP32 [chunk, vocab/tp] alive at once: log p and p of a chunk, and those of the one before
+LOGPROB_CHUNKS_FORWARD = 3
+FP32 = 4
+FP8_BLOCK = 128
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Parameters that one rank holds. largest: of its parameters, whose gradient exists a second time before it is added."""
+
+    dense: int
+    expert: int
+    largest: int
+
+    @property
+    def all(self) -> int:
+        return self.dense + self.expert
+
+
+@dataclass(frozen=True)
+class RankMemory:
+    """Bytes on one rank of pipeline stage `stage`. What a phase needs beyond the lasting parts exists in that phase only."""
+
+    stage: int
+    weights: int
+    gradients: int
+    optimizer: int
+    engine_weights: int
+    batch: int
+    activations: int
+    logits: int
+    logprobs: int
+    optimizer_step: int
+    kv_cache: int
+    sync: int
+
+    @property
+    def lasting(self) -> int:
+        return self.weights + self.gradients + self.optimizer + self.engine_weights
+
+    @property
+    def phases(self) -> dict[str, int]:
+        """Peak of each phase of a step."""
+        return {
+            "generate": self.lasting + self.kv_cache,
+            "logprobs": self.lasting + self.batch + self.logprobs,
+            "train": self.lasting + self.batch + max(self.activations + self.logits, self.optimizer_step),
+            "sync": self.lasting + self.sync,
+        }
+
+    @property
+    def peak(self) -> int:
+        return max(self.phases.values())
+
+
+def dtype_bytes(config: Config) -> int:
+    return 2 if config.model.dtype == "bf16" else FP32
+
+
+def smallest_dp(parallel: ParallelConfig) -> int:
+    """`parallel.dp`, or where it is empty the smallest that expert parallelism allows."""
+    if parallel.dp:
+        return parallel.dp
+    return next(dp for dp in range(1, parallel.ep * parallel.etp + 1) if not parallel.tp * parallel.cp * dp % (parallel.ep * parallel.etp))
+
+
+def layer_counts(a: Architecture, tp: int = 1, ep: int = 1, etp: int = 1) -> tuple[int, int]:
+    """(dense, expert) parameters of one layer on one rank."""
+    hidden, q, kv = a.hidden_size, a.num_attention_heads * a.head_dim, a.num_key_value_heads * a.head_dim
+    dense = hidden * (2 * q + 2 * kv) // tp + 2 * hidden + 2 * a.head_dim
+    if a.is_moe:
+        return dense + a.num_experts * hidden, a.num_experts // ep * 3 * hidden * (a.moe_intermediate_size // etp)
+    return dense + 3 * hidden * (a.intermediate_size // tp), 0
+
+
+def rank_counts(a: Architecture, parallel: ParallelConfig, stage: int) -> Counts:
+    """Parameters of a rank of that pipeline stage."""
+    dense, expert = (n * (a.num_hidden_layers // parallel.pp) for n in layer_counts(a, parallel.tp, parallel.ep, parallel.etp))
+    vocabulary = ceil(a.vocab_size / parallel.tp) * a.hidden_size
+    is_last = stage == parallel.pp - 1
+    copies = (stage == 0) + (is_last and (not a.tie_word_embeddings or parallel.pp > 1))
+    q, mlp = a.num_attention_heads * a.head_dim, a.moe_intermediate_size if a.is_moe else a.intermediate_size
+    widest = max(q + 2 * a.num_key_value_heads * a.head_dim, 2 * mlp) * a.hidden_size // (parallel.etp if a.is_moe else parallel.tp)
+    return Counts(dense + copies * vocabulary + is_last * a.hidden_size, expert, max(widest, copies * vocabulary // max(copies, 1)))
+
+
+def total_parameters(a: Architecture) -> int:
+    return rank_counts(a, ParallelConfig(), 0).all
+
+
+def layer_saved(config: Config, tokens: int, cuda: bool, expert_load: float) -> int:
+    """Bytes that one layer saves for its backward pass of `tokens` tokens (those of one context-parallel rank)."""
+    a, parallel, e = config.architecture, config.parallel, dtype_bytes(config)
+    tp, shard = parallel.tp, parallel.tp if parallel.sequence_parallel else 1
+    hidden, heads, kv_heads = a.hidden_size, a.num_attention_heads, a.num_key_value_heads
+    q, kv = heads * a.head_dim, kv_heads * a.head_dim
+    norm = e * hidden + FP32 if cuda else 2 * FP32 * hidden + FP32  # fused: its input; else input and result in float32
+    inputs = e * hidden  # of QKV, and of the MLP or router
+    if cuda:
+        attention = e * (q + 2 * kv) + e * (2 * q + kv) + FP32 * (2 * heads + kv_heads)  # QKV; rotated Q, K; output; statistics
+    else:
+        attention = 2 * FP32 * (q + kv) + FP32 * (2 * q + 2 * kv) + FP32 * (2 * heads + kv_heads)
+    projection = e * q
+    saved = tokens * (2 * norm + 2 * inputs) // shard + tokens * (attention + projection) // tp
+    if not a.is_moe:
+        return saved + tokens * e * 5 * a.intermediate_size // tp  # gate and up, silu(gate), up again, product
+    routed = tokens // shard
+    pairs = int(routed * a.num_experts_per_tok * parallel.etp * expert_load)
+    saved += routed * (12 * a.num_experts_per_tok + 5 * a.num_experts) + 8 * pairs
+    return saved + pairs * (e * (hidden + 6 * a.moe_intermediate_size // parallel.etp) + FP32)
+
+
+def layer_transient(config: Config, tokens: int, expert_load: float) -> int:
+    """Bytes of gradients and gathered inputs alive at the worst moment of a layer's backward pass."""
+    a, parallel, e = config.architecture, config.parallel, dtype_bytes(config)
+    gathered = e * a.hidden_size * tokens if parallel.sequence_parallel else 0
+    if not a.is_moe:
+        return gathered + tokens * e * 4 * a.intermediate_size // parallel.tp
+    routed = tokens // (parallel.tp if parallel.sequence_parallel else 1)
+    pairs = int(routed * a.num_experts_per_tok * parallel.etp * expert_load)
+    return max(gathered, pairs * e * 2 * (a.hidden_size + a.moe_intermediate_size // parallel.etp))
+
+
+def training_memory(config: Config, stage: int, in_flight: int, cuda: bool, expert_load: float) -> tuple[int, int]:
+    """(activations, logits) at the worst moment of a forward and backward pass over full microbatches."""
+    a, parallel, e = config.architecture, config.parallel, dtype_bytes(config)
+    tokens = ceil(config.train.tokens_per_microbatch / parallel.cp)
+    shard = parallel.tp if parallel.sequence_parallel else 1
+    layers, saved = a.num_hidden_layers // parallel.pp, layer_saved(config, tokens, cuda, expert_load)
+    one_layer = layer_transient(config, tokens, expert_load)
+    if config.model.recompute == "full":
+        saved, one_layer = e * a.hidden_size * tokens // shard, one_layer + saved
+    body = in_flight * layers * saved
+    if stage < parallel.pp - 1:
+        return body + one_layer, 0
+    norm = e * a.hidden_size if cuda else 2 * FP32 * a.hidden_size
+    head = tokens * (norm + e * a.hidden_size) // shard
+    vocabulary, chunk = ceil(a.vocab_size / parallel.tp), min(config.train.logprob_chunk_tokens, tokens)
+    logits = e * vocabulary * tokens
+    in_head = 2 * logits + LOGPROB_CHUNKS_BACKWARD * FP32 * chunk * vocabulary
+    # Without pipelining one of them and the head's weight gradient are still there in the layers' backward pass (as measured).
+    in_layer = logits + e * vocabulary * a.hidden_size if parallel.pp == 1 else 0
+    if head + in_head >= one_layer + in_layer:
+        return body + head, in_head
+    return body + one_layer, in_layer
+
+
+def logprob_memory(config: Config, stage: int, expert_load: float) -> int:
+    """Bytes of a forward pass without gradient, over one microbatch: the widest moment of a layer, or of the head."""
+    a, parallel, e = config.architecture, config.parallel, dtype_bytes(config)
+    tokens = ceil(config.train.tokens_per_microbatch / parallel.cp)
+    if a.is_moe:
+        routed = tokens // (parallel.tp if parallel.sequence_parallel else 1)
+        pairs = int(routed * a.num_experts_per_tok * parallel.etp * expert_load)
+        copies = 6 if parallel.etp > 1 else 2  # of the routed tokens: sorted and summed, with ETP gathered and scattered too
+        mlp = e * pairs * (copies * a.hidden_size + 5 * a.moe_intermediate_size // parallel.etp)
+    else:
+        mlp = e * tokens * 5 * a.intermediate_size // parallel.tp
+    residuals = 4 * tokens // parallel.tp + tokens if parallel.sequence_parallel else 4 * tokens  # sharded ones, and one gathered
+    layer = mlp + e * a.hidden_size * residuals
+    if stage < parallel.pp - 1:
+        return layer
+    vocabulary, chunk = ceil(a.vocab_size / parallel.tp), min(config.train.logprob_chunk_tokens, tokens)
+    head = e * vocabulary * tokens + LOGPROB_CHUNKS_FORWARD * FP32 * chunk * vocabulary
+    return max(layer, head + 2 * e * a.hidden_size * tokens // (parallel.tp if parallel.sequence_parallel else 1))
+
+
+def quantized_counts(a: Architecture) -> tuple[int, int]:
+    """(parameters, 128x128 blocks) of all projections that FP8 rollouts quantise."""
+    hidden, q, kv = a.hidden_size, a.num_attention_heads * a.head_dim, a.num_key_value_heads * a.head_dim
+    mlp, experts = (a.moe_intermediate_size, a.num_experts) if a.is_moe else (a.intermediate_size, 1)
+    shapes = [(q, hidden), (kv, hidden), (kv, hidden), (hidden, q)] + [(mlp, hidden), (mlp, hidden), (hidden, mlp)] * experts
+    layers = a.num_hidden_layers
+    return layers * sum(n * k for n, k in shapes), layers * sum(ceil(n / FP8_BLOCK) * ceil(k / FP8_BLOCK) for n, k in shapes)
+
+
+def pushed_bytes(config: Config) -> int:
+    """Bytes of one weight sync as the engine receives them: FP8 weights and their scales, all else as it is, KV scales."""
+    a, e = config.architecture, dtype_bytes(config)
+    total, (quantized, blocks) = total_parameters(a), quantized_counts(a)
+    if config.rollout.quantization == "none":
+        size = e * total
+    else:
+        size = quantized + FP32 * blocks + e * (total - quantized)
+    has_scales = config.rollout.kv_cache_is_fp8 and (config.calibration.mode != "off" or config.rollout.engine == "sglang")
+    return size + (2 * FP32 * a.num_hidden_layers if has_scales else 0)
+
+
+def engine_bytes(config: Config, tp: int = 1) -> int:
+    """Weights of a rollout engine on one of its `tp` GPUs. The local one keeps FP8 weights a second time, dequantised to FP32."""
+    a = config.architecture
+    size = pushed_bytes(config)
+    if config.rollout.engine == "local" and config.rollout.quantization != "none":
+        size += FP32 * quantized_counts(a)[0]
+    return ceil(size / tp)
+
+
+def kv_bytes_per_token(config: Config, cuda: bool = True) -> int:
+    """KV cache of one token on one GPU of the engine. The local engine's container is as wide as its compute dtype."""
+    a, rollout = config.architecture, config.rollout
+    if rollout.engine == "local":
+        return a.num_hidden_layers * 2 * a.num_key_value_heads * a.head_dim * (dtype_bytes(config) if cuda else FP32)
+    heads = max(a.num_key_value_heads // rollout.sglang.tp, 1)  # with more GPUs than KV heads they are replicated
+    return a.num_hidden_layers * 2 * heads * a.head_dim * (1 if rollout.kv_cache_is_fp8 else 2)
+
+
+def sync_memory(config: Config) -> int:
+    """Bytes of buckets on a trainer rank during a sync: shards gathered, made whole, quantised and laid flat, and FP32 blocks."""
+    a, e = config.architecture, dtype_bytes(config)
+    mlp = a.moe_intermediate_size if a.is_moe else a.intermediate_size
+    entry = e * a.hidden_size * max(a.vocab_size, 2 * mlp * (config.parallel.ep if a.is_moe else 1))  # is never cut
+    bucket = max(int(config.rollout.sync_bucket_mb * 2**20), entry)
+    fp32 = 0 if config.rollout.quantization == "none" else 3 * FP32 * a.hidden_size * max(mlp, a.num_attention_heads * a.head_dim)
+    return 3 * min(bucket, e * total_parameters(a)) + fp32
+
+
+def batch_memory(config: Config, tokens: int) -> int:
+    """Bytes of a batch of `tokens` padded tokens: all its microbatches are put on the device before the first one runs."""
+    a = config.architecture
+    routing = FP32 * a.num_hidden_layers * a.num_experts_per_tok if config.rollout.return_routed_experts else 0
+    return tokens * (8 + 1 + FP32 + routing)
+
+
+def rank_memory(config: Config, stage: int, *, prompt_tokens: int, response_tokens: int, cuda: bool, expert_load: float) -> RankMemory:
+    """What a rank of that pipeline stage holds. `parallel.dp` must be set; responses are as long as `response_tokens`.
+
+    expert_load: tokens that the busiest rank's experts get, over the mean.
+    """
+    a, parallel, rollout, e = config.architecture, config.parallel, config.rollout, dtype_bytes(config)
+    assert parallel.dp, "the caller sets parallel.dp"
+    counts = rank_counts(a, parallel, stage)
+    replicas = parallel.dp * parallel.cp
+    dense, expert = (
+        ceil(n / share) for n, share in ((counts.dense, replicas), (counts.expert, parallel.tp * replicas // (parallel.ep * parallel.etp)))
+    )
+    rows, row = rollout.prompts_per_step * rollout.group_size // parallel.dp, prompt_tokens + response_tokens
+    microbatches = ceil(rows / config.train.updates_per_batch / max(1, config.train.tokens_per_microbatch // row))
+    in_flight = min(parallel.pp - stage, microbatches)
+    activations, logits = training_memory(config, stage, in_flight, cuda, expert_load)
+    local = rollout.engine == "local"
+    engine_ranks = parallel.model_parallel_size * parallel.dp
+    decoding = min(rollout.max_batch, ceil(rollout.prompts_per_step * rollout.group_size / engine_ranks))
+    return RankMemory(
+        stage=stage,
+        weights=e * counts.all,
+        gradients=FP32 * counts.all,
+        optimizer=(12 if e == 2 else 8) * (dense + expert),
+        engine_weights=engine_bytes(config) if local else 0,
+        batch=batch_memory(config, rows * row),
+        activations=activations,
+        logits=logits,
+        logprobs=logprob_memory(config, stage, expert_load) + (e * counts.all if config.objective.kl_coefficient else 0),
+        optimizer_step=FP32 * (dense + expert),  # torch's AdamW works on all parameters at once
+        kv_cache=decoding * row * kv_bytes_per_token(config, cuda) if local else 0,
+        sync=sync_memory(config),
+    )

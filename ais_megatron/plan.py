@@ -1,0 +1,251 @@
+"""`ais-megatron plan`: memory, bytes and seconds of a run before any GPU is asked for, and layouts that fit.
+
+    memory of a rank = weights + gradients + optimizer + (embedded engine) + the worst of its phases + a reserve
+
+`make_plan` judges one configuration, `suggest` every layout of the same GPUs that the configuration's own checks admit.
+Memory is computed tensor by tensor (`memory_model`); seconds follow from the assumptions that the output names (`cost_model`).
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+
+from pydantic import ValidationError
+
+from ais_megatron.config import Config, ConfigError
+from ais_megatron.cost_model import GIB, Assumptions, Servers, StepTime, SyncBytes, row_tokens, servers_of, step_time, sync_bytes
+from ais_megatron.memory_model import RankMemory, rank_memory, smallest_dp, total_parameters
+
+POWERS = (1, 2, 4, 8, 16, 32, 64)
+COMPONENTS = (
+    ("weights", "weights"),
+    ("gradients", "gradients, FP32"),
+    ("optimizer", "optimizer, its share of DP"),
+    ("engine_weights", "engine weights"),
+    ("batch", "batch on the device"),
+    ("activations", "train: activations"),
+    ("logits", "train: logits, their gradient, FP32 chunks"),
+    ("optimizer_step", "train: temporaries of the optimizer step"),
+    ("logprobs", "logprobs: forward pass"),
+    ("kv_cache", "generate: KV cache"),
+    ("sync", "sync: buckets"),
+)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """config: with `parallel.dp` filled in. ranks: one of each pipeline stage. problems: why it cannot run, empty if it can."""
+
+    config: Config
+    assumed: Assumptions
+    ranks: list[RankMemory]
+    servers: Servers
+    sync: SyncBytes
+    time: StepTime
+    problems: list[str]
+
+    @property
+    def gpus(self) -> int:
+        return self.config.parallel.model_parallel_size * (self.config.parallel.dp or 1)
+
+    @property
+    def peak(self) -> int:
+        return max(rank.peak for rank in self.ranks)
+
+
+def with_gpus(config: Config, gpus: int | None) -> Config:
+    """The configuration with `parallel.dp` set: for so many trainer GPUs, or by `smallest_dp`.
+
+    Raises:
+        ConfigError: the GPUs do not divide into copies of the model, or the rest of the configuration does not allow that dp.
+    """
+    parallel = config.parallel
+    dp = smallest_dp(parallel) if gpus is None else gpus // parallel.model_parallel_size
+    if gpus is not None and (dp < 1 or gpus % parallel.model_parallel_size or parallel.dp not in (None, dp)):
+        raise ConfigError(
+            f"--gpus {gpus}: parallel.tp={parallel.tp} * pp={parallel.pp} * cp={parallel.cp} * dp={parallel.dp or 'any'} needs "
+            f"{'' if parallel.dp else 'a multiple of '}{parallel.local_world_size}"
+        )
+    planned = _revised(config, parallel={"dp": dp})
+    if isinstance(planned, str):
+        raise ConfigError(planned)
+    return planned
+
+
+def _revised(config: Config, **sections: dict[str, object]) -> Config | str:
+    """The configuration with some keys changed, checked as a whole; or what is wrong with it."""
+    data = config.model_dump()
+    for name, changes in sections.items():
+        data[name] |= changes
+    try:
+        return Config(**data)
+    except ValidationError as error:
+        return "\n".join(str(item.get("ctx", {}).get("error", item["msg"])) for item in error.errors())
+
+
+def make_plan(config: Config, assumed: Assumptions) -> Plan:
+    """`config.parallel.dp` must be set (`with_gpus`)."""
+    prompt, response = row_tokens(config, assumed)
+    ranks = [
+        rank_memory(
+            config,
+            stage,
+            prompt_tokens=prompt,
+            response_tokens=response,
+            cuda=config.run.backend != "cpu",
+            expert_load=assumed.expert_load,
+        )
+        for stage in range(config.parallel.pp)
+    ]
+    servers = servers_of(config, assumed)
+    problems = [*_rank_problems(config, assumed, ranks), *_server_problems(config, assumed, servers)]
+    return Plan(config, assumed, ranks, servers, sync_bytes(config), step_time(config, assumed), problems)
+
+
+def _rank_problems(config: Config, assumed: Assumptions, ranks: list[RankMemory]) -> list[str]:
+    worst = max(ranks, key=lambda rank: rank.peak)
+    limit = assumed.memory - assumed.reserve_gib
+    if worst.peak <= limit * GIB:
+        return []
+    phase = max(worst.phases, key=lambda name: worst.phases[name])
+    parallel = config.parallel
+    return [
+        f"parallel.tp={parallel.tp} pp={parallel.pp} cp={parallel.cp} dp={parallel.dp} ep={parallel.ep} etp={parallel.etp}: a rank of "
+        f"stage {worst.stage} needs {worst.peak / GIB:.1f} GiB in phase {phase} ({worst.lasting / GIB:.1f} GiB of them lasting); "
+        f"--gpu-memory-gib {assumed.memory:g} less --reserve-gib {assumed.reserve_gib:g} is {limit:g}. {_remedy(config, phase)}"
+    ]
+
+
+def _remedy(config: Config, phase: str) -> str:
+    if phase == "sync":
+        return "Lower rollout.sync_bucket_mb, or raise parallel.tp, pp or dp"
+    if phase == "generate":
+        return "Lower rollout.max_batch or rollout.max_response_tokens, or set rollout.engine=sglang"
+    recompute = "set model.recompute=full, " if config.model.recompute == "none" else ""
+    return f"Raise parallel.tp, pp or dp{' or ep' if config.architecture.is_moe else ''}, {recompute}or lower train.tokens_per_microbatch"
+
+
+def _server_problems(config: Config, assumed: Assumptions, servers: Servers) -> list[str]:
+    if config.rollout.engine != "sglang":
+        return []
+    sglang, row, problems = config.rollout.sglang, sum(row_tokens(config, assumed)), []
+    if servers.gpus % servers.tp:
+        problems.append(f"--rollout-gpus {servers.gpus}: not a multiple of rollout.sglang.tp={servers.tp}")
+    if servers.kv_tokens < row:
+        problems.append(
+            f"rollout.sglang.tp={sglang.tp} mem_fraction={sglang.mem_fraction or 'empty'}: {servers.weights / GIB:.1f} GiB of weights on a "
+            f"server's GPU leave a KV cache of {servers.kv_tokens} tokens, fewer than the {row} of one response and its prompt; "
+            f"--gpu-memory-gib is {assumed.memory:g}. Raise rollout.sglang.tp or mem_fraction, or use FP8"
+        )
+    return problems
+
+
+def suggest(config: Config, assumed: Assumptions, gpus: int, count: int = 5) -> list[Plan]:
+    """The `count` fastest layouts of `gpus` trainer GPUs that fit and that the configuration's own checks allow.
+
+    TP stays inside a node; sequence parallelism goes with it; context parallelism stays as it is.
+    """
+    a, cp, fitting = config.architecture, config.parallel.cp, []
+    experts = [n for n in POWERS if a.is_moe and a.num_experts % n == 0] or [1]
+    for tp in (n for n in POWERS if n <= min(gpus, assumed.gpus_per_node)):
+        for pp in (n for n in range(1, gpus // (tp * cp) + 1) if a.num_hidden_layers % n == 0 and gpus % (tp * cp * n) == 0):
+            dp = gpus // (tp * pp * cp)
+            for ep, etp in ((ep, etp) for ep in experts for etp in ({1, tp} if a.is_moe else {1})):
+                if tp * cp * dp % (ep * etp):
+                    continue
+                layout = dict(tp=tp, pp=pp, dp=dp, ep=ep, etp=etp, sequence_parallel=tp > 1)
+                for recompute in ("none", "full"):
+                    revised = _revised(config, parallel=layout, model={"recompute": recompute})
+                    if isinstance(revised, Config) and not (plan := make_plan(revised, assumed)).problems:
+                        fitting.append(plan)
+                        break  # where it fits without recomputing, recomputing only costs time
+    return sorted(fitting, key=lambda plan: (plan.time.total, plan.peak))[:count]
+
+
+def print_plan(plan: Plan, suggestions: list[Plan]) -> None:
+    """Tables on stdout; problems are the caller's to raise."""
+    from rich.console import Console
+
+    console = Console(force_terminal=sys.stdout.isatty())
+    config, assumed, parallel = plan.config, plan.assumed, plan.config.parallel
+    prompt, response = row_tokens(config, assumed)
+    layout = ", ".join(f"{key.upper()} {getattr(parallel, key)}" for key in ("tp", "pp", "cp", "dp", "ep", "etp"))
+    console.print(
+        f"{total_parameters(config.architecture) / 1e9:.3g} B parameters on {plan.gpus} trainer GPUs ({layout}), {_engine_text(plan)}.\n"
+        f"Assumed: {assumed.card.name}, {assumed.memory:g} GiB of which {assumed.reserve_gib:g} in reserve, {assumed.flops / 1e12:g} "
+        f"TFLOP/s BF16 at MFU {assumed.mfu:g}, {assumed.bandwidth / 1e9:g} GB/s at {assumed.decode_efficiency:g} in decoding, NVLink "
+        f"{assumed.nvlink_gb_s:g} and network {assumed.network_gb_s:g} GB/s; prompts of {prompt} and responses of {response} tokens; "
+        f"busiest experts {assumed.expert_load:g} times the mean.",
+        highlight=False,
+    )
+    for table in (_memory_table(plan), _time_table(plan)):
+        console.print(table, highlight=False)
+    if suggestions:
+        console.print(_suggestion_table(suggestions))
+    elif plan.problems:
+        console.print(f"No layout of {plan.gpus} GPUs fits; more GPUs (--gpus), fewer tokens per microbatch, or a larger card.")
+
+
+def _engine_text(plan: Plan) -> str:
+    servers = plan.servers
+    if plan.config.rollout.engine == "replay":
+        return "no rollout engine"
+    if plan.config.rollout.engine == "local":
+        return f"each with an embedded engine that decodes {servers.concurrency} rows"
+    return f"{servers.engines} SGLang servers of {servers.tp} GPUs of their own, {servers.concurrency} requests side by side in each"
+
+
+def _memory_table(plan: Plan):  # noqa: ANN202
+    from rich.table import Table
+
+    unit, name = (GIB, "GiB") if plan.peak >= GIB else (2**20, "MiB")
+    table = Table(title=f"Memory of a rank, {name}", title_justify="left")
+    shown = plan.ranks if len(plan.ranks) <= 2 else [plan.ranks[0], plan.ranks[-1]]
+    table.add_column("")
+    for rank in shown:
+        table.add_column(f"stage {rank.stage}", justify="right")
+    for field, text in COMPONENTS:
+        if any(getattr(rank, field) for rank in shown):
+            table.add_row(text, *(f"{getattr(rank, field) / unit:.2f}" for rank in shown))
+    table.add_section()
+    for phase in plan.ranks[0].phases:
+        table.add_row(f"peak of {phase}", *(f"{rank.phases[phase] / unit:.2f}" for rank in shown))
+    if plan.config.rollout.engine == "sglang":
+        servers = plan.servers
+        table.add_section()
+        table.add_row("a server's GPU: weights", f"{servers.weights / unit:.2f}")
+        table.add_row(f"its KV cache ({servers.kv_tokens:,} tokens)", f"{servers.kv_tokens * servers.kv_per_token / unit:.2f}")
+    return table
+
+
+def _time_table(plan: Plan):  # noqa: ANN202
+    from rich.table import Table
+
+    time, sync = plan.time, plan.sync
+    table = Table(title="A step, estimated", title_justify="left")
+    for column in ("phase", "seconds", "share"):
+        table.add_column(column, justify="left" if column == "phase" else "right")
+    for name in ("generate", "logprobs", "train", "gradients", "optimizer", "sync"):
+        seconds = getattr(time, name)
+        table.add_row(name, f"{seconds:.3g}", f"{seconds / time.total:.0%}")
+    table.add_row("step", f"{time.total:.3g}", f"{time.tokens_per_second:,.0f} response tokens/s")
+    table.add_section()
+    table.add_row("one sync, GiB: gathered over TP and EP", f"{sync.gathered / GIB:.2f}", "by each rank")
+    table.add_row("broadcast over PP", f"{sync.broadcast / GIB:.2f}", "by each rank")
+    table.add_row("pushed", f"{sync.pushed / GIB:.2f}", f"about {sync.buckets} buckets")
+    return table
+
+
+def _suggestion_table(plans: list[Plan]):  # noqa: ANN202
+    from rich.table import Table
+
+    table = Table(title=f"Layouts of {plans[0].gpus} GPUs that fit, fastest first", title_justify="left")
+    for column in ("parallel", "recompute", "peak GiB", "train s", "step s"):
+        table.add_column(column, justify="left" if column in ("parallel", "recompute") else "right", no_wrap=column == "parallel")
+    for plan in plans:
+        p = plan.config.parallel
+        names = [f"{key}={value}" for key in ("tp", "pp", "cp", "dp", "ep", "etp") if (value := getattr(p, key)) != 1]
+        times = (f"{plan.time.train:.3g}", f"{plan.time.total:.3g}")
+        table.add_row(" ".join(names) or "one GPU", plan.config.model.recompute, f"{plan.peak / GIB:.1f}", *times)
+    return table

@@ -1,0 +1,79 @@
+"""A Qwen3-8B-shaped (or tiny) model for the benchmarks: its configuration, random weights on disk, a batch, a `Policy`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from bench import Bench
+
+from ais_megatron.batch import Batch
+from ais_megatron.config import Config, build_config
+
+QWEN3_8B = dict(
+    vocab_size=151_936,
+    hidden_size=4096,
+    intermediate_size=12_288,
+    num_attention_heads=32,
+    num_key_value_heads=8,
+    head_dim=128,
+    max_position_embeddings=40_960,
+)
+TINY = dict(
+    vocab_size=256,
+    hidden_size=128,
+    intermediate_size=256,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=32,
+    max_position_embeddings=512,
+)
+
+
+def make_config(bench: Bench, layers: int, **sections: dict[str, object]) -> Config:
+    """One rank, BF16; `sections` are merged into it."""
+    data: dict[str, dict[str, object]] = {
+        "run": {"backend": bench.device.type},
+        "model": {"architecture": {**(TINY if bench.tiny else QWEN3_8B), "num_hidden_layers": 2 if bench.tiny else layers}},
+        "rollout": {"prompts_per_step": 1, "group_size": 8, "max_response_tokens": 16 if bench.tiny else 2048},
+        "train": {"tokens_per_microbatch": 8192, "optimizer": {"lr": 1e-6}},
+    }
+    for name, section in sections.items():
+        data[name] = {**data.get(name, {}), **section}
+    return build_config(data)
+
+
+def save_random_model(config: Config, folder: Path) -> None:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from ais_megatron.hf_config import hf_config
+
+    content = hf_config(config.architecture, "bf16")
+    with torch.device("cuda" if config.run.backend == "cuda" else "cpu"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**content), dtype=torch.bfloat16)
+    model.save_pretrained(folder)
+
+
+def make_policy(config: Config, folder: Path | None):  # noqa: ANN201
+    """Joins (or makes) the job of one rank first."""
+    from ais_megatron.distributed import init_process_group
+    from ais_megatron.policy.policy import Policy, initialize_parallel
+
+    init_process_group(config.run.backend)
+    initialize_parallel(config)
+    return Policy(config, config.train.optimizer, 1000, 1.0, None if folder is None else str(folder))
+
+
+def batch_of(config: Config, rows: int, length: int) -> Batch:
+    """Random tokens, all of a row but its first counted."""
+    generator = torch.Generator().manual_seed(0)
+    mask = torch.ones(rows, length, dtype=torch.bool)
+    mask[:, 0] = False
+    return Batch(
+        tokens=torch.randint(0, config.architecture.vocab_size, (rows, length), generator=generator),
+        loss_mask=mask,
+        lengths=torch.full((rows,), length),
+        rollout_logprobs=torch.zeros(rows, length),
+        advantages=torch.randn(rows, generator=generator),
+        rewards=torch.zeros(rows),
+    )
