@@ -45,7 +45,7 @@ def main() -> None:
     nbytes = sum(p.nbytes for p in source)
     flat = torch.empty(2 * BUCKET, dtype=torch.uint8)
     seconds: dict[str, list[float]] = {"memcpy": [], "export": [], "quantise": [], "flatten": []}
-    for _ in range(rounds):
+    for _ in range(rounds + 1):
         with stopwatch(seconds["memcpy"]):
             for one, other in zip(source, target, strict=True):
                 other.copy_(one)
