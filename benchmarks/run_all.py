@@ -3,8 +3,8 @@
     python benchmarks/run_all.py [--rounds N] [NAME ...]     NAMEs select from the list below; `make bench` runs all
 
 A benchmark is a script that prints ``RESULT {json}`` last (contract.py). One that fails is a line of the table and stops none of
-the others, but the exit status is then 1. Ratios and medians come from within one run each, so that a busy machine, whose load
-average is noted, disturbs both sides alike.
+the others, but the exit status is then 1. Ratios and medians come from within one run each; the load average before and after it is
+noted. Named benchmarks replace their own figures in latest.json and leave the others' there.
 """
 
 from __future__ import annotations
@@ -38,13 +38,15 @@ BENCHMARKS = {
     "scaling": [],
 }
 LIMIT_S = 900.0
+SLOW = ("grpo_step", "lagged", "local_engine", "sglang_sync")  # the others take seconds, and need their rounds
+PEERS = {"trl": "1.16.0", "verl": "0.9.1", "sglang": "0.5.23"}
 PACKAGES = ("torch", "megatron-core", "transformers", "aiohttp", "orjson")
 
 
 def run(name: str, rounds: int | None) -> tuple[dict[str, Figure], str | None]:
     """The figures of one benchmark, and why there are none."""
     command = [sys.executable, str(HERE / f"{name}.py"), *BENCHMARKS[name]]
-    if rounds and name != "logprob_memory":  # (which is no matter of time)
+    if rounds and name in SLOW:
         command += ["--rounds", str(rounds)]
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     with subprocess.Popen(command, cwd=ROOT, start_new_session=True, **pipes) as process:
@@ -63,37 +65,40 @@ def run(name: str, rounds: int | None) -> tuple[dict[str, Figure], str | None]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", choices=[[], *BENCHMARKS], metavar="NAME")
-    parser.add_argument("--rounds", type=int, help="of each benchmark, instead of its own number")
+    parser.add_argument("--rounds", type=int, help="of each slow benchmark, instead of its own number")
     arguments = parser.parse_args()
     names = arguments.names or list(BENCHMARKS)
-    figures: dict[str, Figure] = {}
-    failures: dict[str, str] = {}
-    load, started = [os.getloadavg()[0]], time.monotonic()
-    print(f"machine: {machine()}\n{'':<52} {'ours':>10} {'peer':>10} {'ratio':>8}")
+    into = HERE / "results" / "latest.json"
+    before = json.loads(into.read_text()) if arguments.names and into.exists() else {}
+    result = before | {
+        "machine": machine(),
+        "date": datetime.date.today().isoformat(),
+        "command": "make bench",
+        "versions": {"python": sys.version.split()[0]} | {name: version(name) for name in PACKAGES} | PEERS,
+        "benchmarks": before.get("benchmarks", {}),
+        "goals": before.get("goals", {}),
+        "figures": before.get("figures", {}),
+    }
+    print(f"machine: {result['machine']}\n{'':<52} {'ours':>10} {'peer':>10} {'ratio':>8}")
+    failures = []
     for name in names:
+        load, started = os.getloadavg()[0], time.monotonic()
         found, failure = run(name, arguments.rounds)
-        load.append(os.getloadavg()[0])
         print(f"{name}.py" + (f"  FAILED  {failure}" if failure else ""))
         for title, figure in found.items():
             print(describe(title, figure), flush=True)
-        figures |= found
-        if failure:
-            failures[name] = failure
-    keys = ("ours", "peer", "ratio", "goal", "met", "unit", "note")
-    result = {
-        "machine": machine(),
-        "date": datetime.date.today().isoformat(),
-        "command": " ".join(["python benchmarks/run_all.py", *sys.argv[1:]]),
-        "versions": {"python": sys.version.split()[0]} | {name: version(name) for name in PACKAGES},
-        "load_average": {"start": load[0], "after each": load[1:]},
-        "minutes": (time.monotonic() - started) / 60,
-        "goals": {name: {key: f[key] for key in keys} for name, f in figures.items() if f["goal"] is not None},
-        "figures": {name: f for name, f in figures.items() if f["goal"] is None},
-        "failures": failures,
-    }
-    into = HERE / "results" / ("latest.json" if names == list(BENCHMARKS) else "partial.json")
-    into.parent.mkdir(exist_ok=True)
-    into.write_text(json.dumps(result, indent=2) + "\n")
+            result["figures" if figure["goal"] is None else "goals"][title] = figure
+        failures += [name] if failure else []
+        result["benchmarks"][name] = {
+            "command": " ".join(
+                [f"python benchmarks/run_all.py {name}", *(["--rounds", str(arguments.rounds)] if arguments.rounds else [])]
+            ),
+            "seconds": round(time.monotonic() - started),
+            "load_average": [round(load, 2), round(os.getloadavg()[0], 2)],
+            "failure": failure,
+        }
+        into.parent.mkdir(exist_ok=True)
+        into.write_text(json.dumps(result, indent=2) + "\n")
     missed = [name for name, figure in result["goals"].items() if not figure["met"]]
     print(f"goals missed: {', '.join(missed) or 'none'}; failures: {', '.join(failures) or 'none'}; written to {into.relative_to(ROOT)}")
     return 1 if failures else 0

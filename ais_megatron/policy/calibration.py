@@ -79,8 +79,8 @@ class Calibrator:
             self._rest = (columns[self._full :, None] < self.lengths).flatten().nonzero()[:, 0]
             self._num_real, self._seen = int(self.lengths.sum()), self.lengths
         for row, x in enumerate(qkv):
-            # Columns without padding are looked at where they lie, of the others the real tokens are gathered: to mask
-            # magnitudes would take ten times as long.
+            # Columns without padding are looked at where they lie, of the others the real tokens are gathered: masking
+            # the magnitudes of all would take longer.
             rest = x[self._full :].reshape(-1, x.shape[-2] * x.shape[-1]).index_select(0, self._rest)
             parts = [part for part in (x[: self._full], rest) if part.numel()]
             for part in parts:
