@@ -114,10 +114,13 @@ class SGLangEngine:
             self._on_close()
 
     async def _shut_down(self) -> None:
-        for server in self._dispatcher.servers:
-            if server.requests:
-                server.lose("the run ends")
-                await asyncio.gather(server.api.abort(self._request_prefix), return_exceptions=True)
+        """End whatever is under way, so that no thread is left waiting for a loop that has stopped."""
+        busy = [server.api for server in self._dispatcher.servers if server.requests]
+        tasks = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await asyncio.gather(*(server.abort(self._request_prefix) for server in busy), return_exceptions=True)
         if self._transport is not None:
             await self._transport.shut_down()
         await self._session.close()
