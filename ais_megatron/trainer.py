@@ -64,7 +64,7 @@ def train(config: Config) -> Path:
             try:
                 row, state, outage = train_step(session, state, timer)
             except Unavailable as error:  # no rollouts: the policy still is where `state` says
-                saver.save_and_finish(state)
+                saver.save_now(state)
                 raise _resumable(error, checkpoints) from error
             done, is_last = state.step, state.step == config.train.steps
             if not outage and (is_last or (config.eval.every and done % config.eval.every == 0)):
@@ -72,7 +72,7 @@ def train(config: Config) -> Path:
                     row["held_out_accuracy"] = session.held_out_accuracy()
             sinks.log(done, row | timer.take())  # before the checkpoint: a resumed run begins after it, and must find this row
             if outage:
-                saver.save_and_finish(state)
+                saver.save_now(state)
                 raise _resumable(outage, checkpoints) from outage
             if is_last or (config.checkpoint.every and done % config.checkpoint.every == 0):
                 with timer.phase("checkpoint"):
