@@ -81,17 +81,18 @@ def collect(session: Session, first: int, timer: PhaseTimer) -> Collected:
 
 def next_prompts(session: Session, first: int) -> tuple[list[Prompt], SamplingParams]:
     """What `collect` will ask the engine for first, at position `first` of the stream."""
+    return _prompts(session, first, session.config.rollout.prompts_per_step), session.sampling
+
+
+def _prompts(session: Session, first: int, count: int) -> list[Prompt]:
     with rank_consistent():
-        count = session.config.rollout.prompts_per_step
-        return training_prompts(session.task, session.tokenizer, first, count, session.share), session.sampling
+        return training_prompts(session.task, session.tokenizer, first, count, session.share)
 
 
 def _sample(session: Session, candidates: _Candidates, first: int, count: int, timer: PhaseTimer) -> None:
     """Generate and judge this rank's share of `count` further prompts."""
     with timer.phase("generate"):
-        with rank_consistent():
-            prompts = training_prompts(session.task, session.tokenizer, first, count, session.share)
-        rollouts = session.generator.rollouts(prompts, session.sampling)
+        rollouts = session.generator.rollouts(_prompts(session, first, count), session.sampling)
     with timer.phase("reward"), rank_consistent():
         candidates.rewards += session.score(rollouts)
         candidates.rollouts += rollouts

@@ -60,8 +60,7 @@ class Generator:
     def settle(self) -> None:
         """Before an update: wait for what is being generated, if the engine cannot do both."""
         if self._ahead is not None and not self._engine.takes_updates_while_generating:
-            with rank_consistent():
-                self._ahead[2].exception()  # waits; an error is raised where the result is asked for
+            self._ahead[2].exception()  # waits; an error is raised, on all ranks together, where the result is asked for
 
     def _try(self, prompts: Sequence[Prompt], sampling: SamplingParams) -> list[Rollout] | None:
         """None: the engine has lost its weights; what is finished is kept for the next try."""

@@ -48,11 +48,12 @@ def _sglang_engine(config: Config, eos_id: int, dtype: torch.dtype) -> RolloutEn
     from ais_megatron.rollout.access_key import read_or_create_key
     from ais_megatron.rollout.sglang_client import SGLangEngine
     from ais_megatron.rollout.sglang_pool import ServerPool
+    from ais_megatron.rollout.sglang_server import server_url
     from ais_megatron.rollout.sglang_sync import make_transport
 
     sglang = config.rollout.sglang
     run_id = broadcast_text(secrets.token_hex(4))
-    urls = sglang.servers or [f"http://{sglang.host}:{sglang.port + i}" for i in range(sglang.num_servers)]
+    urls = sglang.servers or [server_url(sglang.host, sglang.port + i) for i in range(sglang.num_servers)]
     pool = transport = None
     with rank_consistent():
         if rank() == 0:
