@@ -40,13 +40,14 @@ import sysconfig
 
 MARK = "# ais_megatron: operators of a build that did not load\n"
 path = pathlib.Path(sysconfig.get_paths()["purelib"]) / "torchvision" / "_meta_registrations.py"
-text, target = path.read_text(), '@torch.library.register_fake("torchvision::nms")'
+text, target = path.read_text(), 'register_fake("torchvision::nms")'
 if MARK not in text:
     assert target in text, f"{path}: not the torchvision that setup.sh knows"
-    define = MARK + "if not torchvision.extension._has_ops():\n"
+    line = text.rindex("\n", 0, text.index(target)) + 1  # where the decorator begins
+    define = MARK + "if not torchvision.extension._has_ops():\n    from torch import library\n\n"
     for name in ("nms", "qnms"):
-        define += f'    torch.library.define("torchvision::{name}", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")\n'
-    path.write_text(text.replace(target, define + "\n\n" + target, 1))
+        define += f'    library.define("torchvision::{name}", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")\n'
+    path.write_text(text[:line] + define + "\n\n" + text[line:])
 PY
 
 here=$(cd "$(dirname "$0")" && pwd)

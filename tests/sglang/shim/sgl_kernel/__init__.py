@@ -6,6 +6,7 @@ takes the absent operator `convert_weight_packed` as the sign that there is no A
 """
 
 import torch
+from torch import library
 
 __version__ = "0.4.10"
 
@@ -56,7 +57,7 @@ def _absorb(state, word):
     return (_rotate(state, 13) * 5 + 0xE6546B64) & _UINT32
 
 
-_library = torch.library.Library("sgl_kernel", "FRAGMENT")
+_library = library.Library("sgl_kernel", "FRAGMENT")
 _library.define("murmur_hash32_cpu(Tensor seed, Tensor positions, Tensor col_indices) -> Tensor")
 _library.impl("murmur_hash32_cpu", murmur_hash32, "CPU")
 
