@@ -5,11 +5,11 @@ from __future__ import annotations
 import http.client
 import json
 import os
-import socket
 import subprocess
 from dataclasses import dataclass
 from urllib.parse import urlsplit
 
+from ais_megatron.ports import try_bind
 from ais_megatron.sglang_config import SGLangConfig
 
 PLUGIN_GROUP, PLUGIN = "sglang.srt.plugins", "ais_megatron"
@@ -67,14 +67,11 @@ def _environment(python: str) -> list[Check]:
 
 
 def _free(host: str, port: int) -> Check:
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with socket.socket(family) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except OSError as error:
-            note = f"cannot be bound ({error.strerror}); stop what holds it, or change rollout.sglang.port"
-            return Check(f"{host}:{port}", False, note)
+    try:
+        try_bind(host, port)
+    except OSError as error:
+        note = f"cannot be bound ({error.strerror}); stop what holds it, or change rollout.sglang.port"
+        return Check(f"{host}:{port}", False, note)
     return Check(f"{host}:{port}", True, "free")
 
 

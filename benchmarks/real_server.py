@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import secrets
-import socket
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from ais_megatron.config import Config, build_config
+from ais_megatron.ports import free_port
 from ais_megatron.rollout.sglang_client import SGLangEngine
 from ais_megatron.rollout.sglang_server import SGLangServer
 from ais_megatron.rollout.sglang_sync import make_transport
@@ -17,18 +17,12 @@ from ais_megatron.rollout.sglang_sync import make_transport
 STARTUP_S = 300.0
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
 class RealServer:
     """Running and healthy once constructed. `connect` gives clients; `stop` ends them and it."""
 
     def __init__(self, folder: Path, python: str, architecture: dict[str, Any], quantization: str, **rollout: Any) -> None:
         self._folder, self._rollout, self._architecture = folder, {"quantization": quantization, **rollout}, architecture
-        self._settings = dict(python=python, device="cpu", startup_timeout_s=STARTUP_S, port=_free_port())
+        self._settings = dict(python=python, device="cpu", startup_timeout_s=STARTUP_S, port=free_port())
         self._server = SGLangServer(self._config(), folder, self._settings["port"])
         self._clients: list[SGLangEngine] = []
         self._run_id = secrets.token_hex(4)  # one for all clients: each knows the others' weights as its own run's

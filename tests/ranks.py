@@ -10,11 +10,12 @@ from __future__ import annotations
 import importlib
 import multiprocessing
 import os
-import socket
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
 from typing import Any
+
+from ais_megatron.ports import free_port
 
 # gloo's threads outlive their groups, about 50 for each set that Megatron makes: fresh processes now and then keep them few.
 RUNS_PER_PROCESS = 16
@@ -46,7 +47,7 @@ class RankPool:
         if self._runs == RUNS_PER_PROCESS:
             self.restart()
         self._runs += 1
-        port = _free_port()
+        port = free_port()
         name = (function.__module__, function.__qualname__)
         for pipe in self._pipes[:num_ranks]:
             pipe.send((name, num_ranks, port, arguments))
@@ -78,12 +79,6 @@ class RankPool:
             process.join(timeout=10)
             process.kill()
             process.join()
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def _serve(number: int, pipe: Connection) -> None:

@@ -19,6 +19,7 @@ from pathlib import Path
 
 from ais_megatron.config import Architecture, Config, RolloutConfig
 from ais_megatron.hf_config import hf_config
+from ais_megatron.ports import try_bind
 from ais_megatron.rollout import guardian
 from ais_megatron.rollout.access_key import authorization, read_or_create_key
 from ais_megatron.rollout.sglang_plugin import KEY_FILE_VARIABLE
@@ -108,15 +109,10 @@ def server_url(host: str, port: int) -> str:
 
 def check_port(host: str, port: int) -> None:
     """Raises `ValueError` if a server could not bind (host, port)."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with socket.socket(family) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a port whose last server has just closed is free
-        try:
-            probe.bind((host, port))
-        except OSError as error:
-            raise ValueError(
-                f"rollout.sglang.port: {host}:{port} cannot be bound ({error}); stop what holds it or choose another"
-            ) from error
+    try:
+        try_bind(host, port)
+    except OSError as error:
+        raise ValueError(f"rollout.sglang.port: {host}:{port} cannot be bound ({error}); stop what holds it or choose another") from error
 
 
 def http_status(url: str, key: str | None = None, timeout: float = HTTP_TIMEOUT_S) -> int | None:

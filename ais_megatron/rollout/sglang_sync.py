@@ -36,6 +36,7 @@ from torch import Tensor
 from torch.distributed import distributed_c10d as c10d
 
 from ais_megatron.config import Config
+from ais_megatron.ports import free_port
 from ais_megatron.rollout.engine import Bucket
 from ais_megatron.rollout.sglang_api import Refused, ServerAPI, Unreachable
 from ais_megatron.rollout.sglang_server import write_model_folder
@@ -142,9 +143,7 @@ class Broadcast:
         self._number += 1
         name, world = f"{self._name}-{self._number}", 1 + self._tp * len(servers)
         address = _own_address_towards(servers[0].url)
-        with socket.socket() as probe:
-            probe.bind(("", 0))
-            port = probe.getsockname()[1]
+        port = free_port(host="")
         backend = "nccl" if self._device.type == "cuda" else "gloo"
         shared = dict(master_address=address, master_port=port, world_size=world, group_name=name, backend=backend)
         mine = asyncio.get_running_loop().run_in_executor(self._thread, self._join, address, port, world, name, backend)

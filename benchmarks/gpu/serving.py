@@ -12,7 +12,6 @@ from __future__ import annotations
 import json
 import math
 import shutil
-import socket
 import subprocess
 import tempfile
 import time
@@ -23,6 +22,7 @@ import torch
 from bench import Bench
 from model import make_config
 
+from ais_megatron.ports import free_port
 from ais_megatron.rollout.sglang_server import SGLangServer
 
 VARIANTS = {"BF16": ("none", "bf16"), "FP8 weights": ("fp8_e4m3", "bf16"), "FP8 weights, FP8 KV": ("fp8_e4m3", "fp8_e4m3")}
@@ -97,12 +97,6 @@ def throughput(bench: Bench, server: SGLangServer, name: str, requests: int, pro
             bench.check(f"{name}: every answer is {response} tokens long", all(len(values) == response for values in logprobs))
             bench.check(f"{name}: log-probabilities are finite", all(math.isfinite(v) for values in logprobs for v in values))
     return sorted(speeds[1:])[len(speeds[1:]) // 2]
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -13,6 +12,7 @@ from typing import Any
 import pytest
 
 from ais_megatron.config import Architecture, Config, build_config
+from ais_megatron.ports import free_port
 from ais_megatron.rollout.sglang_server import SGLangServer
 
 REPOSITORY = Path(__file__).parents[2]
@@ -32,12 +32,6 @@ DENSE = dict(
 )
 MOE = DENSE | dict(model_type="qwen3_moe", num_experts=8, num_experts_per_tok=2, moe_intermediate_size=128)
 ARCHITECTURES = {"dense": DENSE, "moe": MOE}
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def sglang_config(kind: str = "dense", quantization: str = "fp8", rollout: dict[str, Any] | None = None, **sglang: Any) -> Config:
@@ -128,7 +122,8 @@ def fake_sglang(tmp_path: Path) -> Callable[..., FakeSGLang]:
         script = tmp_path / "fake_python"
         script.write_text(FAKE.format(python=sys.executable))
         script.chmod(0o755)
-        settings = dict(python=str(script), env={"FAKE": mode}, port=free_port(), startup_timeout_s=20.0) | sglang
+        port = free_port(sglang.get("num_servers", 1))
+        settings = dict(python=str(script), env={"FAKE": mode}, port=port, startup_timeout_s=20.0) | sglang
         return FakeSGLang(sglang_config(**settings), tmp_path)
 
     return make

@@ -17,9 +17,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from ais_megatron.ports import free_port
 from ais_megatron.quantization.kv_scales import kv_scale_name
 from ais_megatron.rollout.access_key import authorization
-from tests.sglang.conftest import RunningServer, free_port, sglang_config
+from tests.sglang.conftest import RunningServer, sglang_config
 from tests.sglang.test_sglang_server import is_running, wait_for
 
 pytestmark = pytest.mark.sglang

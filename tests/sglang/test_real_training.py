@@ -15,7 +15,8 @@ from typing import Any
 import psutil
 import pytest
 
-from tests.sglang.conftest import REPOSITORY, SGLANG_PYTHON, free_port
+from ais_megatron.ports import free_port
+from tests.sglang.conftest import REPOSITORY, SGLANG_PYTHON
 
 pytestmark = pytest.mark.sglang
 
