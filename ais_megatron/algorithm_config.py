@@ -50,6 +50,11 @@ class AISConfig(Section):
         "product", description="product: rho (1 - exp(-D / tau)) / max(1, nu); oracle: least estimated MSE; constant: constant_alpha"
     )
     constant_alpha: Fraction = Field(0.5, description="alpha under coefficient=constant")
+    factors: list[Literal["reliability", "severity", "amplification"]] = Field(
+        ["reliability", "severity", "amplification"],
+        min_length=1,
+        description="factors of the product: rho, 1 - exp(-D / tau), 1 / max(1, nu); leave one out to see what it does",
+    )
     level: Literal["auto", "token", "sequence"] = Field(
         "auto", description="sequence: one geometric-mean weight per response; auto: sequence for the sequence-level objectives"
     )

@@ -155,6 +155,17 @@ def test_product_coefficient_by_hand() -> None:
     assert product_coefficient(diagnostics_of(0.9, 1.0, rho_raw=0.25), AISConfig(reliability="raw")) == pytest.approx(0.25)
 
 
+def test_factors_left_out_of_the_product() -> None:
+    d = diagnostics_of(0.9, 2e-3, 1.25)
+    alone = {"reliability": 0.9, "severity": 1 - math.exp(-1), "amplification": 0.8}
+    for name, value in alone.items():
+        assert product_coefficient(d, AISConfig(factors=[name])) == pytest.approx(value, rel=1e-14)
+        others = [other for other in alone if other != name]
+        assert product_coefficient(d, AISConfig(factors=others)) == pytest.approx(math.prod(alone[o] for o in others), rel=1e-14)
+    with pytest.raises(ValueError, match="factors"):
+        AISConfig(factors=["reliability", "divergence"])
+
+
 @pytest.mark.parametrize(("correction", "alpha"), [("none", 0.0), ("tis", 1.0), ("ais", 1 - math.exp(-1))])
 def test_correction_names_an_alpha(correction: str, alpha: float) -> None:
     assert loss_scaler(diagnostics_of(1.0, 2e-3), config_with(correction=correction))[0].alpha == pytest.approx(alpha, rel=1e-14)

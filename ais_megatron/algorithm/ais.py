@@ -61,10 +61,13 @@ def coefficient(diagnostics: Diagnostics, ais: AISConfig, tau: float) -> float:
 def product_coefficient(diagnostics: Diagnostics, ais: AISConfig, tau: float | None = None) -> float:
     """alpha of one batch, from its global diagnostics; tau: in place of `ais.tau`, 0 where no divergence was ever seen."""
     tau = ais.tau if tau is None else tau
-    rho = diagnostics.weight_reliability if ais.reliability == "truncated" else diagnostics.weight_reliability_raw
     divergence = diagnostics.divergence_severity
-    severity = -math.expm1(-divergence / tau) if divergence > 0.0 else 0.0
-    return _clip(rho * severity / max(1.0, diagnostics.variance_amplification), ais)
+    factors = {
+        "reliability": diagnostics.weight_reliability if ais.reliability == "truncated" else diagnostics.weight_reliability_raw,
+        "severity": -math.expm1(-divergence / tau) if divergence > 0.0 else 0.0,
+        "amplification": 1.0 / max(1.0, diagnostics.variance_amplification),
+    }
+    return _clip(math.prod(factors[name] for name in ais.factors), ais)
 
 
 def oracle_coefficient(diagnostics: Diagnostics, ais: AISConfig) -> float:
