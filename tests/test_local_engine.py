@@ -7,7 +7,6 @@ import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from ais_megatron.batch import Prompt
-from ais_megatron.config import Architecture, RolloutConfig
 from ais_megatron.quantization.fp8 import E4M3, dequantize_block, quantize_block, quantize_bucket
 from ais_megatron.quantization.kv_scales import KVScales
 from ais_megatron.rollout import kv_cache
@@ -16,58 +15,16 @@ from ais_megatron.rollout.kv_cache import KVCache
 from ais_megatron.rollout.local import LocalEngine
 from ais_megatron.rollout.quantized_linear import InputQuantizer, QuantizedLinear
 from ais_megatron.rollout.sampling import choose_tokens, uniform_draws
+from tests.engines import BF16, DENSE, EOS, FP8, LAYERS, Engines, make_prompts
 
-EOS, LAYERS = 2, 2
-SMALL = {
-    "vocab_size": 23,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": LAYERS,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-    "max_position_embeddings": 40,
-    "rope_theta": 1000.0,
-}
-BF16 = {"quantization": "none"}
-FP8 = {"quantization": "fp8_e4m3"}
-
-
-def make_engine(rollout=BF16, dtype=torch.float32, **architecture) -> LocalEngine:
-    architecture = Architecture(**(SMALL | architecture))
-    return LocalEngine(architecture, RolloutConfig(**rollout), eos_id=EOS, pad_id=0, device="cpu", dtype=dtype)
-
-
-def make_weights(dtype=torch.float32, seed=0, **architecture):
-    """Random weights, peaked enough for the responses to differ in length."""
-    generator = torch.Generator().manual_seed(seed)
-    shapes = make_engine(dtype=dtype, **architecture).state_tensors()
-    return [
-        (name, ((1.0 + 0.3 * r) if t.dim() == 1 else 0.25 * r).to(dtype))
-        for name, t in shapes.items()
-        for r in [torch.randn(t.shape, generator=generator)]
-    ]
-
-
-def fitted(rollout=BF16, dtype=torch.float32, **architecture) -> LocalEngine:
-    engine = make_engine(rollout, dtype, **architecture)
-    weights = make_weights(dtype, **architecture)
-    engine.update_weights([weights if rollout["quantization"] == "none" else quantize_bucket(weights)], 0)
-    return engine
-
-
-def make_prompts(lengths, start=0):
-    generator = torch.Generator().manual_seed(7)
-    return [
-        Prompt(start + i, "", tuple(torch.randint(3, SMALL["vocab_size"], (n,), generator=generator).tolist()), {})
-        for i, n in enumerate(lengths)
-    ]
+ENGINES = Engines(DENSE)
+make_engine, make_weights, fitted = ENGINES.make, ENGINES.weights, ENGINES.fitted
 
 
 def reference_model(engine: LocalEngine) -> Qwen3ForCausalLM:
     """transformers' model with its own attention and cache, and the engine's weights."""
-    settings = {k: v for k, v in SMALL.items() if k != "rope_theta"}
-    rope = {"rope_type": "default", "rope_theta": SMALL["rope_theta"]}
+    settings = {k: v for k, v in DENSE.items() if k != "rope_theta"}
+    rope = {"rope_type": "default", "rope_theta": DENSE["rope_theta"]}
     model = Qwen3ForCausalLM(Qwen3Config(**settings, rope_parameters=rope, attn_implementation="eager")).eval()
     model.load_state_dict(engine.state_tensors())
     return model

@@ -5,63 +5,20 @@ import torch
 import torch.nn.functional as F
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
-from ais_megatron.batch import Prompt, assemble
+from ais_megatron.batch import assemble
 from ais_megatron.config import Architecture, ConfigError, RolloutConfig, build_config
 from ais_megatron.quantization.fp8 import E4M3, dequantize_block, quantize_bucket
 from ais_megatron.rollout.engine import SamplingParams
 from ais_megatron.rollout.experts import Experts, QuantizedExperts
 from ais_megatron.rollout.kv_cache import KVCache
 from ais_megatron.rollout.local import LocalEngine
+from tests.engines import BF16, DENSE, EOS, FP8, LAYERS, Engines, make_prompts
 
-EOS, LAYERS, EXPERTS, TOP_K = 2, 2, 6, 2
-SMALL = {
-    "model_type": "qwen3_moe",
-    "vocab_size": 23,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": LAYERS,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-    "max_position_embeddings": 40,
-    "rope_theta": 1000.0,
-    "num_experts": EXPERTS,
-    "num_experts_per_tok": TOP_K,
-    "moe_intermediate_size": 24,
-}
-DENSE = SMALL | {"model_type": "qwen3", "num_experts": 0, "num_experts_per_tok": 0, "moe_intermediate_size": 0}
-PLAIN = {"quantization": "none"}
-FP8 = {"quantization": "fp8_e4m3"}
+EXPERTS, TOP_K = 6, 2
+SMALL = DENSE | {"model_type": "qwen3_moe", "num_experts": EXPERTS, "num_experts_per_tok": TOP_K, "moe_intermediate_size": 24}
 ROUTED = {"return_routed_experts": True}
-
-
-def make_engine(rollout=PLAIN, dtype=torch.float32, **architecture) -> LocalEngine:
-    architecture = Architecture(**(SMALL | architecture))
-    return LocalEngine(architecture, RolloutConfig(**rollout), eos_id=EOS, pad_id=0, device="cpu", dtype=dtype)
-
-
-def make_weights(dtype=torch.float32, seed=0, **architecture):
-    """Random weights under per-expert names, peaked enough for responses to differ in length and tokens in their experts."""
-    generator = torch.Generator().manual_seed(seed)
-    shapes = make_engine(dtype=dtype, **architecture).state_tensors()
-    return [
-        (name, ((1.0 + 0.3 * r) if t.dim() == 1 else 0.25 * r).to(dtype))
-        for name, t in shapes.items()
-        for r in [torch.randn(t.shape, generator=generator)]
-    ]
-
-
-def fitted(rollout=PLAIN, dtype=torch.float32, **architecture) -> LocalEngine:
-    engine = make_engine(rollout, dtype, **architecture)
-    weights = make_weights(dtype, **architecture)
-    engine.update_weights([weights if rollout["quantization"] == "none" else quantize_bucket(weights)], 0)
-    return engine
-
-
-def make_prompts(lengths):
-    generator = torch.Generator().manual_seed(7)
-    tokens = [tuple(torch.randint(3, SMALL["vocab_size"], (n,), generator=generator).tolist()) for n in lengths]
-    return [Prompt(i, "", ids, {}) for i, ids in enumerate(tokens)]
+ENGINES = Engines(SMALL)
+make_engine, make_weights, fitted = ENGINES.make, ENGINES.weights, ENGINES.fitted
 
 
 def reference_model(**architecture) -> Qwen3MoeForCausalLM:
@@ -101,7 +58,7 @@ def test_float32_logprobs_and_routing_equal_transformers(max_batch, norm_topk_pr
     drops = []
     original = KVCache.keep_rows
     monkeypatch.setattr(KVCache, "keep_rows", lambda cache, rows: (drops.append(len(rows)), original(cache, rows)))
-    engine = fitted(PLAIN | ROUTED | {"max_batch": max_batch}, norm_topk_prob=norm_topk_prob)
+    engine = fitted(BF16 | ROUTED | {"max_batch": max_batch}, norm_topk_prob=norm_topk_prob)
     rollouts = engine.generate(make_prompts([1, 9, 4, 12, 4, 1, 7]), SamplingParams(4, 24))
     assert drops and len({len(r.token_ids) for r in rollouts}) > 3  # rows ended at different times and were dropped
     model = reference_model(norm_topk_prob=norm_topk_prob)
@@ -123,7 +80,7 @@ def test_samples_share_the_routing_of_their_prompt():
     assert torch.equal((batch.routed_experts >= 0).all(-1).all(-1), fed)
 
 
-@pytest.mark.parametrize("rollout", [PLAIN, FP8])
+@pytest.mark.parametrize("rollout", [BF16, FP8])
 def test_asking_for_the_routing_changes_nothing_else(rollout):
     prompts, sampling = make_prompts([5, 2]), SamplingParams(3, 10)
     without = fitted(rollout, torch.bfloat16).generate(prompts, sampling)
@@ -133,14 +90,14 @@ def test_asking_for_the_routing_changes_nothing_else(rollout):
 
 
 def test_one_token_responses_carry_their_prompts_routing():
-    (rollout,) = fitted(PLAIN | ROUTED).generate(make_prompts([5]), SamplingParams(1, 1))
+    (rollout,) = fitted(BF16 | ROUTED).generate(make_prompts([5]), SamplingParams(1, 1))
     assert torch.equal(rollout.routed_experts, reference(reference_model(), rollout)[1][:5])
 
 
 def test_responses_do_not_depend_on_the_batch():
     prompts = make_prompts([5, 2, 11, 8])
     together = fitted().generate(prompts, SamplingParams(3, 20, seed=5))
-    alone = [r for p in prompts for r in fitted(PLAIN | {"max_batch": 2}).generate([p], SamplingParams(3, 20, seed=5))]
+    alone = [r for p in prompts for r in fitted(BF16 | {"max_batch": 2}).generate([p], SamplingParams(3, 20, seed=5))]
     assert [r.token_ids for r in together] == [r.token_ids for r in alone]
 
 
@@ -226,7 +183,7 @@ def test_fp8_engine_is_close_to_float32_but_not_equal():
 # --- updates and errors -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("rollout", "dtype"), [(PLAIN, torch.bfloat16), (PLAIN, torch.float32), (FP8, torch.bfloat16)])
+@pytest.mark.parametrize(("rollout", "dtype"), [(BF16, torch.bfloat16), (BF16, torch.float32), (FP8, torch.bfloat16)])
 def test_state_is_bit_identical_to_what_was_pushed(rollout, dtype):
     engine = make_engine(rollout | {"kv_cache": "bf16"}, dtype)
     addresses = {name: t.data_ptr() for name, t in engine.state_tensors().items()}
@@ -267,15 +224,15 @@ def _replaced(weights, name, tensor):
 @pytest.mark.parametrize(
     ("rollout", "change", "message"),
     [
-        (PLAIN, lambda w: _without(w, UP), f"{UP}: missing"),
-        (PLAIN, lambda w: _without(w, ROUTER), f"{ROUTER}: missing"),
-        (PLAIN, lambda w: [*w, (UP.replace(".3.", ".6."), dict(w)[UP])], "experts.6.up_proj.weight: the model has no such"),
-        (PLAIN, lambda w: [*w, ("model.layers.0.mlp.experts.down_proj", torch.zeros(6, 32, 24))], "experts.down_proj: the model has no"),
-        (PLAIN, lambda w: [*w, ("model.layers.0.mlp.up_proj.weight", torch.zeros(48, 32))], "mlp.up_proj.weight: the model has no such"),
-        (PLAIN, lambda w: [*w, (UP, dict(w)[UP])], f"{UP}: arrived twice"),
-        (PLAIN, lambda w: _replaced(w, UP, torch.zeros(32, 24)), rf"{UP}: got .*\[32, 24\], expected .*\[24, 32\]"),
-        (PLAIN, lambda w: _replaced(w, UP, torch.zeros(24, 32).bfloat16()), f"{UP}: got torch.bfloat16"),
-        (PLAIN, lambda w: [*w, (UP + "_scale_inv", torch.ones(1, 1))], f"{UP}_scale_inv: scales of weights are of no use"),
+        (BF16, lambda w: _without(w, UP), f"{UP}: missing"),
+        (BF16, lambda w: _without(w, ROUTER), f"{ROUTER}: missing"),
+        (BF16, lambda w: [*w, (UP.replace(".3.", ".6."), dict(w)[UP])], "experts.6.up_proj.weight: the model has no such"),
+        (BF16, lambda w: [*w, ("model.layers.0.mlp.experts.down_proj", torch.zeros(6, 32, 24))], "experts.down_proj: the model has no"),
+        (BF16, lambda w: [*w, ("model.layers.0.mlp.up_proj.weight", torch.zeros(48, 32))], "mlp.up_proj.weight: the model has no such"),
+        (BF16, lambda w: [*w, (UP, dict(w)[UP])], f"{UP}: arrived twice"),
+        (BF16, lambda w: _replaced(w, UP, torch.zeros(32, 24)), rf"{UP}: got .*\[32, 24\], expected .*\[24, 32\]"),
+        (BF16, lambda w: _replaced(w, UP, torch.zeros(24, 32).bfloat16()), f"{UP}: got torch.bfloat16"),
+        (BF16, lambda w: [*w, (UP + "_scale_inv", torch.ones(1, 1))], f"{UP}_scale_inv: scales of weights are of no use"),
         (FP8, lambda w: w, "got torch.float32 .*expected torch.float8_e4m3fn"),
         (FP8, lambda w: _without(quantize_bucket(w), UP + "_scale_inv"), f"{UP}_scale_inv: missing"),
         (FP8, lambda w: _replaced(quantize_bucket(w), ROUTER, torch.zeros(6, 32).to(E4M3)), f"{ROUTER}: got torch.float8_e4m3fn"),
@@ -287,7 +244,7 @@ def test_bad_updates_are_refused_and_leave_no_weights(rollout, change, message):
         engine.update_weights([change(make_weights())], 1)
     assert engine.version == -1 and not engine.health()
     good = make_weights()
-    engine.update_weights([good if rollout is PLAIN else quantize_bucket(good)], 2)
+    engine.update_weights([good if rollout is BF16 else quantize_bucket(good)], 2)
     assert engine.health()
 
 
