@@ -190,7 +190,8 @@ def _save_figure(comparison: Comparison, lines: Sequence[Line], path: Path) -> N
                     axes.set_yscale("log", nonpositive="mask")
                 if key == "held_out_accuracy":
                     axes.axhline(100 * comparison.threshold, color="#666666", linewidth=1.0, linestyle="--")
-                    axes.legend(loc="best")
+        drawn = {line.get_label(): line for axes in grid.flat for line in axes.lines if line.get_label() in arms}
+        figure.legend(drawn.values(), drawn.keys(), loc="outside lower center", ncols=8)
         figure.suptitle("Mean over seeds; the band is one deviation")
         figure.savefig(path)
 
