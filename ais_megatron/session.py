@@ -87,7 +87,11 @@ def build_policy(config: Config, from_checkpoint: bool = False) -> tuple[Policy,
 
 def build_session(config: Config, from_checkpoint: bool = False) -> Session:
     """`build_policy` and an engine, which has no weights yet."""
-    policy, task, tokenizer = build_policy(config, from_checkpoint)
+    return with_engine(config, *build_policy(config, from_checkpoint))
+
+
+def with_engine(config: Config, policy: Policy, task: Task, tokenizer: Tokenizer) -> Session:
+    """A session of this policy with an engine of its own, as `config.rollout` says, which has no weights yet."""
     engine = build_engine(config, eos_id=tokenizer.eos_id, pad_id=tokenizer.pad_id)
     with rank_consistent():
         probe = [to_prompt(task.train_problem(i), i, tokenizer) for i in range(NUM_PROBE_PROMPTS)]

@@ -41,14 +41,11 @@ from ais_megatron.batch import Batch
 from ais_megatron.collection import Collected, collect
 from ais_megatron.config import Config, build_config, load_config
 from ais_megatron.distributed import init_process_group
-from ais_megatron.generation import Generator
 from ais_megatron.metrics import PhaseTimer
 from ais_megatron.policy.policy import Policy
 from ais_megatron.policy.saver import newest_on_all_ranks
-from ais_megatron.rollout.build import build_engine
-from ais_megatron.session import Session, build_session
+from ais_megatron.session import Session, build_session, with_engine
 from ais_megatron.trainer import begin
-from ais_megatron.weight_sync import WeightSync
 
 ARMS: dict[str, dict[str, Any]] = {
     "none": {"correction": "none"},
@@ -107,10 +104,9 @@ def _behind_bf16(session: Session) -> Session:
     """The same policy with an engine that rounds neither weights nor KV cache."""
     rollout = session.config.rollout.model_copy(update={"quantization": "none", "kv_cache": "auto"})
     config = session.config.model_copy(update={"rollout": rollout})
-    engine = build_engine(config, eos_id=session.tokenizer.eos_id, pad_id=session.tokenizer.pad_id)
-    sync = WeightSync(session.policy, engine, rollout)
-    sync.push(session.policy.calibrator.latest.scales, version=0)
-    return replace(session, config=config, engine=engine, sync=sync, generator=Generator(engine, sync, rollout))
+    unquantised = with_engine(config, session.policy, session.task, session.tokenizer)
+    unquantised.sync.push(None, version=0)
+    return unquantised
 
 
 def measure(quantised: Session, unquantised: Session, batches: int) -> Measured:
@@ -118,6 +114,7 @@ def measure(quantised: Session, unquantised: Session, batches: int) -> Measured:
     policy, gradient = quantised.policy, _gradient_of(quantised.policy)
     arms = {name: _changed(quantised.config, changes) for name, changes in ARMS.items()}
     states = dict.fromkeys(arms, AISState())
+    uncorrected = ais.lagged_loss_scaler(arms["none"], AISState())  # looks at no batch
     size = sum(p.numel() for p in policy.model.parameters())
     result = Measured(Sums.empty(size), Sums.empty(size), {name: Sums.empty(size) for name in arms})
     position = 0
@@ -127,10 +124,10 @@ def measure(quantised: Session, unquantised: Session, batches: int) -> Measured:
         position = sampled.next_prompt
         for values, collected in zip(result.accuracy, (sampled, wanted), strict=True):
             values.append(_accuracy(collected))
-        t = gradient(wanted.batch, policy.logprobs(wanted.batch), AISLossScaler(0.0, 2.0))
+        t = gradient(wanted.batch, policy.logprobs(wanted.batch), uncorrected)
         result.target.add(block, t, t)
         old, batch = policy.logprobs(sampled.batch), sampled.batch
-        g_none = gradient(batch, old, AISLossScaler(0.0, 2.0))
+        g_none = gradient(batch, old, uncorrected)
         full: dict[Correction, Tensor] = {}  # at alpha = 1
         for name, config in arms.items():
             correction = Correction.of(config)

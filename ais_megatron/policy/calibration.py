@@ -87,11 +87,9 @@ class Calibrator:
                 low, high = part.aminmax()
                 amax = torch.maximum(-low, high).float()
                 self._amax[row, layer] = torch.maximum(self._amax[row, layer], amax)
-                if not row:
-                    continue
-                limit = self._limits[row - 1, layer]
-                if part.is_cuda or amax > limit:  # rare, and nothing to count otherwise; but asking would make a GPU's queue run dry
-                    self._counts[0] += (part.abs() > limit).sum()
+                # Rare, and nothing to count otherwise; but asking would make a GPU's queue run dry.
+                if row and (part.is_cuda or amax > self._limits[row - 1, layer]):
+                    self._counts[0] += (part.abs() > self._limits[row - 1, layer]).sum()
             if row:
                 self._counts[1] += self._num_real * x.shape[-1] * x.shape[-2]
 
