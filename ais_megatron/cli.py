@@ -208,13 +208,13 @@ def _run_distributed(config: Config, work: Callable[[Config], None]) -> None:
     import torch
     import torch.distributed as dist
 
-    from ais_megatron.distributed import init_process_group
+    from ais_megatron.distributed import barrier, init_process_group
 
     if "OMP_NUM_THREADS" in os.environ:
         torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     init_process_group(config.run.backend, config.run.timeout_minutes)
     work(config)
-    dist.barrier()
+    barrier()
     dist.destroy_process_group()
     # gloo's threads outlive its groups, and now and then abort a process whose work is done: leave without destroying them.
     atexit._run_exitfuncs()

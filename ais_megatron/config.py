@@ -42,7 +42,9 @@ class RunConfig(Section):
     dir: str = Field("runs/default", description="run folder: config.yaml, metrics.jsonl, checkpoints/, report/, summary.json")
     seed: int = Field(0, description="seed of weights, puzzles, prompt order and sampling")
     resume: bool = Field(False, description="continue from the newest checkpoint in run.dir; otherwise run.dir must hold no run")
-    backend: Literal["auto", "cpu", "cuda"] = "auto"
+    backend: Literal["auto", "cpu", "cuda"] = Field(
+        "auto", description="where the policy lives; auto: on GPUs where this node has one for each of its ranks, else on CPUs"
+    )
     timeout_minutes: float = Field(30.0, gt=0.0, description="a collective that waits longer than this for another rank ends the job")
     watchdog_minutes: float = Field(
         0.0, ge=0.0, description="a step longer than this ends the job with the stacks of all ranks in logs/ (status 124); 0: off"
@@ -120,6 +122,11 @@ class ModelConfig(Section):
     architecture: Architecture | None = Field(None, description="needed without `path`; with `path` it is read from its config.json")
     dtype: Literal["bf16", "fp32"] = Field("bf16", description="parameters and activations; master weights are FP32 in either case")
     recompute: Literal["none", "full"] = Field("none", description="full: recompute each layer's activations in the backward pass")
+    transformer_impl: Literal["auto", "transformer_engine", "local"] = Field(
+        "auto",
+        description="layers of the policy; auto: Transformer Engine's on CUDA where it is installed, and run.backend=cuda insists on it; "
+        "local: Megatron's own, with torch's kernels",
+    )
 
 
 class TokenizerConfig(Section):

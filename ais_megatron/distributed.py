@@ -7,7 +7,8 @@ Errors are rank-consistent: work that can fail on one rank alone (reading a file
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
 from datetime import timedelta
 
@@ -39,20 +40,53 @@ def init_process_group(backend: str = "auto", timeout_minutes: float = 30.0) -> 
     """Join the job that torchrun's or srun's variables describe; alone, become a world of one rank.
 
     Args:
-        backend: "cpu" (gloo), "cuda" (NCCL), or "auto": CUDA where there is a device.
+        backend: `run.backend`; see `uses_cuda`.
         timeout_minutes: a collective that waits longer for another rank fails.
+    Raises:
+        ValueError: backend is "cuda" and this node has fewer GPUs than ranks; on all ranks of the node.
     """
     env = os.environ
-    if "RANK" not in env and "SLURM_PROCID" in env and int(env.get("SLURM_NTASKS", "1")) > 1:
-        env["RANK"], env["WORLD_SIZE"], env["LOCAL_RANK"] = env["SLURM_PROCID"], env["SLURM_NTASKS"], env["SLURM_LOCALID"]
-    use_cuda = backend == "cuda" or (backend == "auto" and torch.cuda.is_available())
+    _adopt_srun(env)
+    ranks_here = int(env.get("LOCAL_WORLD_SIZE", "1"))
+    use_cuda = uses_cuda(backend, ranks_here)
+    gpus = torch.cuda.device_count() if use_cuda or backend == "auto" else 0
     if use_cuda:
+        if gpus < ranks_here:
+            raise ValueError(
+                f"run.backend=cuda: {ranks_here} ranks on this node and {gpus} GPUs that they can see; start one rank per GPU (with srun, "
+                "--gpu-bind=none lets every rank see all GPUs of its node), or set run.backend=cpu"
+            )
         torch.cuda.set_device(int(env.get("LOCAL_RANK", "0")))
+    elif gpus and env.get("RANK", "0") == "0":
+        print(f"run.backend=auto: {ranks_here} ranks on this node and {gpus} GPUs, so the policy stays on CPUs", flush=True)
     options = dict(backend="nccl" if use_cuda else "gloo", timeout=timedelta(minutes=timeout_minutes))
     if "RANK" in env:
         dist.init_process_group(init_method="env://", **options)
     else:
         dist.init_process_group(store=dist.HashStore(), rank=0, world_size=1, **options)
+
+
+def uses_cuda(backend: str, ranks_here: int) -> bool:
+    """Whether a job with this `run.backend` runs on GPUs: "cuda" (over NCCL) does, "cpu" (over gloo) does not, and "auto" does
+    where this node has a GPU for each of its ranks."""
+    if backend == "auto":
+        return torch.cuda.is_available() and torch.cuda.device_count() >= ranks_here
+    return backend == "cuda"
+
+
+def _adopt_srun(env: MutableMapping[str, str]) -> None:
+    """Give a rank that srun started the variables that torchrun would have set."""
+    if "RANK" in env or "SLURM_PROCID" not in env or int(env.get("SLURM_NTASKS", "1")) < 2:
+        return
+    env["RANK"], env["WORLD_SIZE"], env["LOCAL_RANK"] = env["SLURM_PROCID"], env["SLURM_NTASKS"], env["SLURM_LOCALID"]
+    per_node = re.match(r"\d+", env.get("SLURM_STEP_TASKS_PER_NODE") or env.get("SLURM_TASKS_PER_NODE", ""))  # "8(x2)"
+    if per_node:
+        env["LOCAL_WORLD_SIZE"] = per_node.group()
+
+
+def barrier() -> None:
+    """Wait for all ranks. (NCCL's own barrier has to guess which device is meant.)"""
+    all_reduce_sum(torch.zeros(1))
 
 
 def all_reduce_sum(vector: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:

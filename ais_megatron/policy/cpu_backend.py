@@ -3,11 +3,16 @@
 Megatron-Core 0.16 names ``device="cuda"`` in its optimizers and schedules, asks for the current CUDA device, keeps
 random states per CUDA device, and compares ``tensor.type()`` with ``torch.cuda.*Tensor``. `install` answers the
 process-wide questions once; `active` is entered around every call into Megatron and turns CUDA factory calls into CPU
-ones. Only the policy uses this module, and only where there is no CUDA device; nothing here changes any arithmetic.
+ones. Only the policy uses this module, and only in jobs on CPUs; nothing here changes any arithmetic.
+
+A job on CPUs may run on a machine that has GPUs (`run.backend=cpu`). There Megatron must find neither the GPUs nor the
+packages that need them: with Transformer Engine or Apex installed it would take their fused Adam and norms, which work on
+CUDA tensors only.
 """
 
 from __future__ import annotations
 
+import sys
 import warnings
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -17,8 +22,10 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from ais_megatron.distributed import device
+
 CPU = torch.device("cpu")
-ON_CPU = not torch.cuda.is_available()
+NEED_CUDA = ("transformer_engine", "transformer_engine_torch", "apex", "amp_C", "fused_weight_gradient_mlp_cuda", "flash_attn")
 
 
 class _NoStream:
@@ -61,15 +68,24 @@ def _is_cuda(value: object) -> bool:
 
 
 def active() -> AbstractContextManager[object]:
-    """The context in which Megatron may be called; it does nothing where there is a CUDA device."""
-    return _CudaMeansCpu() if ON_CPU else nullcontext()
+    """The context in which Megatron may be called; it does nothing in a job on GPUs."""
+    return _CudaMeansCpu() if device().type == "cpu" else nullcontext()
+
+
+def is_wanted() -> bool:
+    """Whether this process belongs to a job on CPUs: as its process group says, or before there is one, for want of a GPU."""
+    return device().type == "cpu" if dist.is_initialized() else not torch.cuda.is_available()
 
 
 def install() -> None:
-    """Answer Megatron's process-wide questions about CUDA; idempotent. Called only where there is no CUDA device."""
+    """Answer Megatron's process-wide questions about CUDA; idempotent. Called only in jobs on CPUs.
+
+    It has most effect before Megatron is imported, which decides then whether to use Transformer Engine and Apex.
+    """
     if getattr(install, "done", False):
         return
-    assert ON_CPU
+    for name in NEED_CUDA:
+        sys.modules.setdefault(name, None)  # type: ignore[arg-type]  # importing it now fails as if it were not installed
     # Megatron's optimizer asks for .grad of the views it keeps; torch remarks on it once, to no one's use.
     warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf")
     _import_without_compiler()
@@ -96,6 +112,7 @@ def _import_without_compiler() -> None:
 
 def _replace_device_functions() -> None:
     cuda = torch.cuda
+    cuda.is_available = lambda: False  # type: ignore[assignment]
     cuda.current_device = lambda: CPU  # type: ignore[assignment]
     cuda.synchronize = lambda *a, **k: None  # type: ignore[assignment]
     cuda.empty_cache = lambda *a, **k: None  # type: ignore[assignment]

@@ -1,13 +1,14 @@
 """The Qwen3 policy as a Megatron-Core model that answers with log-probabilities.
 
-`build_model` makes this rank's part of the network. Where Transformer Engine and CUDA are present it uses Megatron's
-Transformer Engine layers; elsewhere the local layers, with two of ours in place of Megatron's: an `RMSNorm` that allows
-sequence parallelism, and `SDPAttention`, which leaves the choice of kernel to torch instead of materialising scores.
+`build_model` makes this rank's part of the network. On CUDA with Transformer Engine it uses Megatron's Transformer Engine
+layers. Elsewhere it uses the local layers, with two of ours in place of Megatron's: an `RMSNorm` that allows sequence
+parallelism, and `SDPAttention`, which leaves the choice of kernel to torch instead of materialising scores.
 """
 
 from __future__ import annotations
 
 import importlib.util
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -19,21 +20,32 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from torch import Tensor, nn
 
 from ais_megatron.config import Architecture, Config
+from ais_megatron.distributed import device
 from ais_megatron.policy.logprobs import vocab_parallel_logprobs
 from ais_megatron.policy.routing import Router
 
 
-def uses_transformer_engine() -> bool:
-    return torch.cuda.is_available() and importlib.util.find_spec("transformer_engine") is not None
+def uses_transformer_engine(config: Config) -> bool:
+    """Whether this job's layers are Transformer Engine's, as `model.transformer_impl` and the job's device say.
+
+    Raises:
+        ValueError: they were asked for by name and cannot be had.
+    """
+    wish = config.model.transformer_impl
+    on_cuda, installed = device().type == "cuda", importlib.util.find_spec("transformer_engine") is not None
+    if wish == "transformer_engine" and not (on_cuda and installed):
+        missing = "Transformer Engine is not installed" if on_cuda else "this job runs on CPUs"
+        raise ValueError(f"model.transformer_impl=transformer_engine: {missing}; set it to local or auto")
+    return wish != "local" and on_cuda and installed
 
 
-def build_model(config: Config, temperature: float, on_cpu: bool) -> PolicyModel:
+def build_model(config: Config, temperature: float, transformer_engine: bool) -> PolicyModel:
     """This rank's pipeline stage, with random weights, on its device, in the configured dtype."""
     architecture = config.architecture
-    transformer_config = transformer_config_of(config, on_cpu)
+    transformer_config = transformer_config_of(config, transformer_engine)
     model = PolicyModel(
         config=transformer_config,
-        transformer_layer_spec=_layer_spec(transformer_config),
+        transformer_layer_spec=_layer_spec(transformer_config, transformer_engine),
         vocab_size=padded_vocab_size(architecture, config.parallel.tp),
         max_sequence_length=architecture.max_position_embeddings,
         pre_process=parallel_state.is_pipeline_first_stage(),
@@ -45,7 +57,20 @@ def build_model(config: Config, temperature: float, on_cpu: bool) -> PolicyModel
     model.true_vocab_size = architecture.vocab_size
     model.temperature = temperature
     model.logprob_chunk_tokens = config.train.logprob_chunk_tokens
-    return model if on_cpu else model.cuda()
+    if transformer_engine:
+        _accumulate_gradients_in_place(model)
+    return model.to(device())
+
+
+def _accumulate_gradients_in_place(model: nn.Module) -> None:
+    """Let Transformer Engine's matrix products add weight gradients to DDP's FP32 buffer themselves.
+
+    Megatron's own switch for this, `gradient_accumulation_fusion`, also concerns the output layer, which is Megatron's and
+    refuses to be built without NVIDIA Apex. So the layers that can do it are told one by one.
+    """
+    for module in model.modules():
+        if hasattr(module, "fuse_wgrad_accumulation"):
+            module.fuse_wgrad_accumulation = True
 
 
 class PolicyModel(GPTModel):
@@ -77,7 +102,7 @@ def padded_vocab_size(architecture: Architecture, tp: int) -> int:
     return -(-architecture.vocab_size // tp) * tp
 
 
-def transformer_config_of(config: Config, on_cpu: bool) -> TransformerConfig:
+def transformer_config_of(config: Config, transformer_engine: bool) -> TransformerConfig:
     """Megatron's configuration of the architecture and layout."""
     architecture, parallel = config.architecture, config.parallel
     dtype = torch.bfloat16 if config.model.dtype == "bf16" else torch.float32
@@ -109,16 +134,29 @@ def transformer_config_of(config: Config, on_cpu: bool) -> TransformerConfig:
         calculate_per_token_loss=True,
         variable_seq_lengths=True,  # microbatches differ in length; Megatron wants alltoall with it, dense models too
         moe_token_dispatcher_type="alltoall",
-        use_cpu_initialization=on_cpu,
-        gradient_accumulation_fusion=False,  # needs NVIDIA Apex's or Transformer Engine's fused kernel
-        masked_softmax_fusion=False,
-        bias_dropout_fusion=False,
+        use_cpu_initialization=device().type == "cpu",
+        **_fusions(transformer_engine),
         **(recompute if config.model.recompute == "full" else {}),
-        **(_moe_options(config) if architecture.is_moe else {}),
+        **(_moe_options(config, transformer_engine) if architecture.is_moe else {}),
     )
 
 
-def _moe_options(config: Config) -> dict[str, object]:
+def _fusions(transformer_engine: bool) -> dict[str, bool]:
+    """Kernels that do several operations at once, where something provides them; see `doctor`.
+
+    gradient_accumulation_fusion: needs NVIDIA Apex. With Transformer Engine its layers do it without Apex
+        (`_accumulate_gradients_in_place`).
+    """
+    return dict(
+        gradient_accumulation_fusion=device().type == "cuda" and importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None,
+        apply_rope_fusion=transformer_engine,
+        bias_activation_fusion=transformer_engine,
+        bias_dropout_fusion=transformer_engine,
+        masked_softmax_fusion=False,  # attention is Transformer Engine's or torch's, and both do this themselves
+    )
+
+
+def _moe_options(config: Config, transformer_engine: bool) -> dict[str, object]:
     architecture, parallel = config.architecture, config.parallel
     return dict(
         num_moe_experts=architecture.num_experts,
@@ -128,22 +166,25 @@ def _moe_options(config: Config) -> dict[str, object]:
         moe_router_pre_softmax=not architecture.norm_topk_prob,
         moe_router_dtype="fp32",
         moe_router_load_balancing_type="none",  # ours, see routing.py
-        moe_grouped_gemm=uses_transformer_engine(),
+        moe_grouped_gemm=transformer_engine,
+        moe_permute_fusion=transformer_engine,
         expert_model_parallel_size=parallel.ep,
         expert_tensor_parallel_size=parallel.etp,
     )
 
 
-def _layer_spec(config: TransformerConfig) -> ModuleSpec | TransformerBlockSubmodules:
+def _layer_spec(config: TransformerConfig, transformer_engine: bool) -> ModuleSpec | TransformerBlockSubmodules:
     experts = dict(num_experts=config.num_moe_experts, moe_grouped_gemm=config.moe_grouped_gemm)
-    if uses_transformer_engine():
+    if transformer_engine:
         layer = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=True, **experts)
-        if config.num_moe_experts:
-            layer.submodules.mlp.submodules.router = Router
-        return layer
-    layer = get_gpt_layer_local_spec(qk_layernorm=True, normalization="RMSNorm", **experts)
+    else:
+        layer = get_gpt_layer_local_spec(qk_layernorm=True, normalization="RMSNorm", **experts)
     if config.num_moe_experts:
-        layer.submodules.mlp.submodules.router = Router
+        mlp = layer.submodules.mlp  # Megatron 0.16 makes a ModuleSpec of it, 0.19 a partial of the layer's class
+        submodules = mlp.keywords["submodules"] if isinstance(mlp, partial) else mlp.submodules
+        submodules.router = Router
+    if transformer_engine:
+        return layer
     layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = RMSNorm
     attention = layer.submodules.self_attention.submodules
     attention.q_layernorm = attention.k_layernorm = RMSNorm

@@ -36,7 +36,6 @@ from ais_megatron.config import Config, OptimizerConfig
 from ais_megatron.distributed import all_reduce_sum, device, rank_consistent
 from ais_megatron.policy import cpu_backend
 from ais_megatron.policy.calibration import Calibration, Calibrator
-from ais_megatron.policy.cpu_backend import ON_CPU
 from ais_megatron.policy.hf_weights import Bucket, export_buckets, load_hf
 from ais_megatron.policy.microbatches import idle_microbatch, make_microbatches, pad_columns
 from ais_megatron.policy.model import build_model, uses_transformer_engine
@@ -53,6 +52,8 @@ def initialize_parallel(config: Config) -> None:
     Raises:
         ValueError: the number of ranks is not tp * pp * cp * dp.
     """
+    if device().type == "cpu":
+        cpu_backend.install()
     parallel, world = config.parallel, dist.get_world_size()
     size = parallel.model_parallel_size
     if world % size or (parallel.dp and world != size * parallel.dp):
@@ -97,11 +98,13 @@ class Policy:
         self.routing_metrics: dict[str, float] = {}
         self.seq_multiple = config.parallel.tp if config.parallel.sequence_parallel else 1
         torch.manual_seed(config.run.seed)
+        with rank_consistent():
+            self.transformer_engine = uses_transformer_engine(config)
         with cpu_backend.active():
-            self.model = build_model(config, temperature, ON_CPU)
+            self.model = build_model(config, temperature, self.transformer_engine)
             with rank_consistent():
                 if path is not None:
-                    load_hf(self.model, config.architecture, path, uses_transformer_engine())
+                    load_hf(self.model, config.architecture, path, self.transformer_engine)
             ddp_config = DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=True)
             self.ddp = DistributedDataParallel(self.model.config, ddp_config, self.model)
             self.ddp.broadcast_params()
@@ -130,7 +133,7 @@ class Policy:
 
         def collect(rows: Batch, index: Tensor, logprobs: Tensor, entropy: Tensor) -> tuple[Tensor, Tensor, Tensor]:
             result[index, : logprobs.shape[1]] = logprobs.cpu()
-            return logprobs.sum(), rows.loss_mask.sum(), torch.zeros(0)
+            return logprobs.sum(), rows.loss_mask.sum(), logprobs.new_zeros(0)
 
         with torch.no_grad():
             self._run(padded, collect, forward_only=True)
@@ -324,7 +327,7 @@ class Policy:
 
     def export_buckets(self, bucket_bytes: int) -> Iterator[Bucket]:
         """See `hf_weights.export_buckets`."""
-        return export_buckets(self.model, self.config.architecture, bucket_bytes, uses_transformer_engine())
+        return export_buckets(self.model, self.config.architecture, bucket_bytes, self.transformer_engine)
 
 
 def _routing(config: Config) -> Routing:
