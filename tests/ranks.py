@@ -26,8 +26,10 @@ class RankError(AssertionError):
 
 
 class RankPool:
-    def __init__(self, size: int) -> None:
-        self.size = size
+    """prepare: called in each process as it starts. backend: of the process groups."""
+
+    def __init__(self, size: int, prepare: Callable[[], None] | None = None, backend: str = "gloo") -> None:
+        self.size, self._prepare, self._backend = size, prepare, backend
         self._start()
 
     def _start(self) -> None:
@@ -37,7 +39,7 @@ class RankPool:
         self._processes = []
         for number in range(self.size):
             ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(number, theirs))  # no daemon: checkpoints start processes
+            process = context.Process(target=_serve, args=(number, theirs, self._prepare, self._backend))  # no daemon: checkpoints start processes
             process.start()
             theirs.close()
             self._pipes.append(ours)
@@ -81,12 +83,14 @@ class RankPool:
             process.join()
 
 
-def _serve(number: int, pipe: Connection) -> None:
+def _serve(number: int, pipe: Connection, prepare: Callable[[], None] | None, backend: str) -> None:
     os.environ["OMP_NUM_THREADS"] = "1"
     import torch
     import torch.distributed as dist
 
     torch.set_num_threads(1)
+    if prepare is not None:
+        prepare()
     while True:
         try:
             (module, name), world_size, port, arguments = pipe.recv()
@@ -97,7 +101,7 @@ def _serve(number: int, pipe: Connection) -> None:
 
             function = getattr(importlib.import_module(module), name)
             store = dist.TCPStore("127.0.0.1", port, world_size, is_master=number == 0)
-            dist.init_process_group("gloo", store=store, rank=number, world_size=world_size)
+            dist.init_process_group(backend, store=store, rank=number, world_size=world_size)
             try:
                 answer = (True, function(number, **arguments))
                 dist.barrier()

@@ -12,6 +12,7 @@ can run beside the training:
 
 from __future__ import annotations
 
+import inspect
 import queue
 import shutil
 from pathlib import Path
@@ -29,7 +30,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
 from ais_megatron.checkpoint_files import Entries, entries
-from ais_megatron.distributed import all_reduce_sum, rank_consistent
+from ais_megatron.distributed import all_reduce_sum, device, rank_consistent
 from ais_megatron.policy import cpu_backend
 from ais_megatron.policy.policy import Policy
 from ais_megatron.policy.training_state import STATE_FILE, TrainingState
@@ -38,8 +39,13 @@ _OPTIMIZER_FORMAT = {"distrib_optim_sharding_type": "fully_reshardable"}
 
 # Megatron returns a writer's results through the server process of a multiprocessing Manager, in case the writer is another
 # process. Ours runs in this one, and a server would cost seconds to start, die of a SIGTERM sent to the whole job and outlive
-# a killed rank.
-filesystem_async._get_write_results_queue = queue.Queue
+# a killed rank. (The function lost its underscore on the way from 0.16 to 0.19.)
+for _name in ("_get_write_results_queue", "get_write_results_queue"):
+    if hasattr(filesystem_async, _name):
+        setattr(filesystem_async, _name, queue.Queue)
+
+# Megatron 0.19 can also save through nvidia-resiliency-ext, and would by default; this is the way that 0.16 knows.
+_SAVE_OPTIONS = {"async_strategy": "mcore"} if "async_strategy" in inspect.signature(dist_checkpointing.save).parameters else {}
 
 
 class PendingSave:
@@ -57,12 +63,13 @@ class PendingSave:
             state = _sharded_state(policy, is_loading=False)
             _check_room(state, folder)
             self._request: AsyncRequest = dist_checkpointing.save(
-                state, str(folder), content_metadata=_OPTIMIZER_FORMAT, async_sharded_save=True
+                state, str(folder), content_metadata=_OPTIMIZER_FORMAT, async_sharded_save=True, **_SAVE_OPTIONS
             )
             self._arguments = list(self._request.async_fn_args)
             if self._request.preload_fn is not None:
                 buckets = self._request.preload_fn()  # on CUDA this copies to the CPU; on a CPU it returns the live tensors
-                self._arguments[1] = [_copied(bucket) for bucket in buckets] if copies else buckets
+                must_copy = copies and device().type == "cpu"
+                self._arguments[1] = [_copied(bucket) for bucket in buckets] if must_copy else buckets
         self._written: Entries = {}
 
     def write(self) -> None:

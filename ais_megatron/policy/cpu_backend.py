@@ -28,17 +28,17 @@ CPU = torch.device("cpu")
 NEED_CUDA = ("transformer_engine", "transformer_engine_torch", "apex", "amp_C", "fused_weight_gradient_mlp_cuda", "flash_attn")
 
 
-class _NoStream:
+class NoStream:
     """Stands for a CUDA stream or event: everything on a CPU is already in order."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None: ...
 
-    def __enter__(self) -> _NoStream:
+    def __enter__(self) -> NoStream:
         return self
 
     def __exit__(self, *exc: object) -> None: ...
 
-    def _nothing(self, *args: Any, **kwargs: Any) -> _NoStream:
+    def _nothing(self, *args: Any, **kwargs: Any) -> NoStream:
         return self
 
     wait_stream = wait_event = record_event = record = wait = synchronize = _nothing
@@ -88,10 +88,10 @@ def install() -> None:
         sys.modules.setdefault(name, None)  # type: ignore[arg-type]  # importing it now fails as if it were not installed
     # Megatron's optimizer asks for .grad of the views it keeps; torch remarks on it once, to no one's use.
     warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf")
-    _import_without_compiler()
+    import_without_compiler()
     _replace_device_functions()
-    _replace_random_states()
-    _mend_gloo()
+    replace_random_states()
+    mend_gloo()
     from megatron.core.transformer.moe import moe_utils
 
     if not hasattr(moe_utils, "te_general_gemm"):  # named without a guard where Transformer Engine is missing (0.16)
@@ -99,7 +99,7 @@ def install() -> None:
     install.done = True  # type: ignore[attr-defined]
 
 
-def _import_without_compiler() -> None:
+def import_without_compiler() -> None:
     """Megatron decorates small functions with torch.compile as it is imported; on a CPU each would cost seconds of C++
     compilation for nothing, so the decorator it picks up is the one that does nothing."""
     compiler = torch.compile
@@ -117,12 +117,12 @@ def _replace_device_functions() -> None:
     cuda.synchronize = lambda *a, **k: None  # type: ignore[assignment]
     cuda.empty_cache = lambda *a, **k: None  # type: ignore[assignment]
     cuda.set_device = lambda *a, **k: None  # type: ignore[assignment]
-    cuda.Stream = cuda.Event = _NoStream  # type: ignore[assignment,misc]
+    cuda.Stream = cuda.Event = NoStream  # type: ignore[assignment,misc]
     cuda.stream = lambda stream: nullcontext()  # type: ignore[assignment,return-value]
-    cuda.current_stream = cuda.default_stream = lambda *a, **k: _NoStream()  # type: ignore[assignment]
+    cuda.current_stream = cuda.default_stream = lambda *a, **k: NoStream()  # type: ignore[assignment]
 
 
-def _replace_random_states() -> None:
+def replace_random_states() -> None:
     from megatron.core.tensor_parallel import random as tp_random
 
     def get_state(*args: Any, **kwargs: Any) -> Tensor:
@@ -136,7 +136,7 @@ def _replace_random_states() -> None:
     tp_random._get_cuda_rng_state, tp_random._set_cuda_rng_state = get_state, set_state
 
 
-def _mend_gloo() -> None:
+def mend_gloo() -> None:
     """Teach gloo what NCCL can and Megatron's token dispatcher asks for: split sizes as tensors, parts of unequal size."""
     all_to_all_single, all_gather, reduce_scatter = dist.all_to_all_single, dist.all_gather, dist.reduce_scatter
 

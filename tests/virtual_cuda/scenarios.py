@@ -1,0 +1,294 @@
+"""What the tests run on the ranks of a virtual GPU machine, and again on CPU ranks to compare with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ais_megatron.batch import Batch, Prompt
+from ais_megatron.config import Config, build_config
+from tests.test_policy import my_rows
+from tests.test_training import small
+
+TEMPERATURE = 1.3
+DENSE: dict[str, Any] = {
+    "vocab_size": 71,  # a prime: TP has to pad it
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 256,
+}
+MOE = DENSE | {"model_type": "qwen3_moe", "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+ARCHITECTURES = {"dense": DENSE, "moe": MOE}
+# ranks, `parallel`, model.recompute
+LAYOUTS: dict[str, tuple[int, dict[str, Any], str]] = {
+    "dense, one rank": (1, {}, "none"),
+    "moe, one rank": (1, {}, "none"),
+    "dense, TP2 x PP2": (4, {"tp": 2, "pp": 2, "sequence_parallel": True}, "full"),
+    "moe, TP2 x EP2": (4, {"tp": 2, "ep": 2, "sequence_parallel": True}, "none"),
+}
+
+
+def config_of(layout: str, **sections: Any) -> Config:
+    kind, (_, parallel, recompute) = layout.split(",")[0], LAYOUTS[layout]
+    model = {"architecture": ARCHITECTURES[kind], "dtype": "fp32", "recompute": recompute}
+    data = {
+        "model": model,
+        "parallel": parallel,
+        "rollout": {"max_response_tokens": 20, "temperature": TEMPERATURE, "quantization": "fp8_e4m3", "prompts_per_step": 4},
+        "train": {"tokens_per_microbatch": 40, "logprob_chunk_tokens": 7},
+        "objective": {"kl_coefficient": 0.01},
+    }
+    for name, changes in sections.items():
+        data[name] = data.get(name, {}) | changes if isinstance(changes, dict) else changes
+    return build_config(data)
+
+
+def batch_of(config: Config) -> Batch:
+    """Six rows of different lengths; a MoE model's with what an engine might have routed, at a few tokens nothing."""
+    architecture, generator = config.architecture, torch.Generator().manual_seed(1)
+    lengths = torch.tensor([17, 9, 12, 17, 5, 14])
+    columns = torch.arange(17)
+    real = columns < lengths[:, None]
+    routes = None
+    if architecture.is_moe:
+        shape = (6, 17, architecture.num_hidden_layers)
+        routes = torch.stack([torch.randint(0, 2, shape, generator=generator), torch.randint(2, 4, shape, generator=generator)], -1).int()
+        routes[:, 3] = -1
+    return Batch(
+        tokens=torch.randint(0, architecture.vocab_size, (6, 17), generator=generator) * real,
+        loss_mask=real & (columns >= 3),
+        lengths=lengths,
+        rollout_logprobs=torch.zeros(6, 17),
+        advantages=torch.randn(6, generator=generator),
+        rewards=torch.zeros(6),
+        routed_experts=routes,
+    )
+
+
+def policy_of(config: Config, seed: int = 0):  # noqa: ANN201
+    """A policy whose weights depend on `seed` and their names alone: initialisation differs between devices, as on real ones."""
+    from ais_megatron.policy.policy import initialize_parallel
+
+    initialize_parallel(config)
+    policy = another_policy(config)
+    with torch.no_grad():
+        for name, parameter in policy.model.named_parameters():
+            generator = torch.Generator().manual_seed(seed + sum(map(ord, name)))
+            noise = 0.05 * torch.randn(parameter.shape, generator=generator)
+            parameter.copy_(noise + (1.0 if parameter.dim() == 1 else 0.0))
+    policy.optimizer.reload_model_params()
+    if policy._reference is not None:
+        policy._reference = [p.detach().to("cpu", copy=True) for p in policy.model.parameters()]
+    return policy
+
+
+def off_policy(policy, rows: Batch) -> Batch:  # noqa: ANN001
+    """The rows with rollout log-probabilities a little off the policy's."""
+    generator = torch.Generator().manual_seed(2)
+    wobble = 0.2 * torch.randn(rows.tokens.shape, generator=generator)
+    return replace(rows, rollout_logprobs=(policy.logprobs(rows) + wobble) * rows.loss_mask)
+
+
+def training(rank: int, layout: str) -> dict[str, Any]:
+    """Every kind of pass and update; returns numbers that do not depend on the device."""
+    from ais_megatron.algorithm.ais import AISState
+    from ais_megatron.metrics import PhaseTimer
+    from ais_megatron.update import lagged_update, update
+
+    replay = layout.startswith("moe")
+    options = {"rollout": {"return_routed_experts": True}, "moe": {"routing_replay": True, "z_coefficient": 1e-3}} if replay else {}
+    config = config_of(layout, calibration={"mode": "fresh"}, **options)
+    policy = policy_of(config)
+    rows, _ = my_rows(batch_of(config))
+    result: dict[str, Any] = {"sft": policy.sft_step(rows)}
+    logprobs, lagged = policy.logprobs_and_calibration(rows)
+    assert logprobs.device.type == "cpu" and logprobs.dtype is torch.float32
+    result["logprobs"] = logprobs * rows.loss_mask
+    result["lagged scales"], result["fresh scales"] = lagged.scales.k_amax, policy.calibrate(rows).scales.v_amax
+    result["reference"] = policy.reference_logprobs(rows) * rows.loss_mask
+    rows = off_policy(policy, rows)
+    outcome = update(policy, rows, AISState(), PhaseTimer(None))
+    result["update"], result["alpha"] = outcome.metrics, outcome.alpha
+    outcome = lagged_update(policy, rows, outcome.state, PhaseTimer(None))
+    result["lagged update"], result["lagged D"] = outcome.metrics, outcome.diagnostics.divergence_severity
+    return result
+
+
+def objectives(rank: int, layout: str, names: list[tuple[str, str]]) -> dict[str, float]:
+    """An update with each pair of objective and correction; returns its gradient's norm."""
+    from ais_megatron.algorithm.ais import AISState
+    from ais_megatron.metrics import PhaseTimer
+    from ais_megatron.update import update
+
+    policy = policy_of(config_of(layout))
+    rows = off_policy(policy, my_rows(batch_of(policy.config))[0])
+    norms = {}
+    for objective, correction in names:
+        policy.config = config_of(layout, objective={"name": objective}, correction=correction, train={"optimizer": {"lr": 1e-9}})
+        norms[f"{objective}/{correction}"] = update(policy, rows, AISState(), PhaseTimer(None)).metrics["grad_norm"]
+    return norms
+
+
+def checkpoints(rank: int, layout: str, folder: Path) -> list[float]:
+    """Saved as a whole and in the background, loaded into another policy; returns the largest difference of the weights after
+    the next update, for each way of saving."""
+    from ais_megatron.config import CheckpointConfig
+    from ais_megatron.policy import checkpoint
+    from ais_megatron.policy.saver import Saver, checkpoint_to_resume
+    from ais_megatron.policy.training_state import TrainingState
+
+    config, differences = config_of(layout), []
+    saved, other = policy_of(config), None
+    rows, _ = my_rows(batch_of(config))
+    saved.sft_step(rows)
+    saved.logprobs_and_calibration(rows)  # a MoE model's balance is part of the state
+    for in_background in (False, True):
+        options = CheckpointConfig(async_save=in_background)
+        where = folder / f"background-{in_background}"
+        saver = Saver(saved, where, options, None, add_files=lambda folder: None)
+        saver.save(TrainingState(step=1))
+        saver.finish()
+        other = other or another_policy(config)
+        state = checkpoint.load(other, checkpoint_to_resume(where, options), with_optimizer=True)
+        assert state.step == 1
+        saved.sft_step(rows)
+        other.sft_step(rows)
+        pairs = zip(saved.model.parameters(), other.model.parameters(), strict=True)
+        differences.append(max(float((a - b).abs().max()) for a, b in pairs))
+    return differences
+
+
+def another_policy(config: Config, path: Path | None = None):  # noqa: ANN201
+    """A second policy, in the groups of the first."""
+    from ais_megatron.policy.policy import Policy
+
+    return Policy(config, config.train.optimizer, 10, TEMPERATURE, None if path is None else str(path))
+
+
+def engine_and_files(rank: int, layout: str, folder: Path) -> dict[str, Any]:
+    """Weights to a server's bucket, to the embedded engine, and through a Hugging Face folder into a new policy."""
+    from ais_megatron.distributed import device
+    from ais_megatron.policy.hf_export import save_hf
+    from ais_megatron.rollout.engine import SamplingParams
+    from ais_megatron.rollout.local import LocalEngine
+    from ais_megatron.rollout.manifest import Manifest
+    from ais_megatron.rollout.sglang_sync import FlatBucket
+    from ais_megatron.weight_sync import weight_stream
+
+    config = config_of(layout)
+    policy = policy_of(config)
+    rows, _ = my_rows(batch_of(config))
+    scales = policy.logprobs_and_calibration(rows)[1].scales
+    for_server = config.rollout.model_copy(update={"engine": "sglang"})
+    manifest, num_bytes = Manifest.of(config.architecture, for_server, torch.float32), 0
+    manifest.begin()
+    for bucket in weight_stream(policy, for_server, scales):
+        for name, tensor in bucket:
+            manifest.take(name, tensor)
+        flat = FlatBucket.of(bucket)
+        flat.copy_into(torch.empty(flat.nbytes, dtype=torch.uint8, device=device()))
+        num_bytes += flat.nbytes
+    manifest.check_complete()
+    engine = LocalEngine(config.architecture, config.rollout, eos_id=1, pad_id=0, device=device(), dtype=torch.float32)
+    engine.update_weights(weight_stream(policy, config.rollout, scales), 0)
+    prompts = [Prompt(i, "", tuple(range(3, 8 + i)), {}) for i in range(3)]
+    rollouts = engine.generate(prompts, SamplingParams(2, 6, TEMPERATURE, seed=3))
+    save_hf(policy.export_buckets(2**15), config.architecture, "fp32", folder)
+    torch.distributed.all_reduce(torch.zeros(1, device=device()))  # rank 0 has written
+    loaded = another_policy(config, folder)
+    written, read = ({name: t.clone() for bucket in p.export_buckets(2**15) for name, t in bucket} for p in (policy, loaded))
+    same = written.keys() == read.keys() and all(torch.equal(written[name], read[name]) for name in written)
+    return {
+        "bytes for a server": num_bytes,
+        "responses": [r.token_ids for r in rollouts],
+        "logprobs": torch.tensor([v for r in rollouts for v in r.logprobs]),
+        "read back": same,
+    }
+
+
+def whole_run(rank: int, layout: str, folder: Path, ahead: int) -> list[dict[str, Any]]:
+    """`train` for two steps, with warm start, checkpoint and evaluation; returns its rows on the first rank."""
+    from ais_megatron.metrics import read_metrics
+    from ais_megatron.trainer import train
+
+    kind, (_, parallel, recompute) = layout.split(",")[0], LAYOUTS[layout]
+    data = small(folder)
+    architecture = data["model"]["architecture"]
+    if kind == "moe":
+        architecture |= {"model_type": "qwen3_moe", "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+    data["parallel"] = parallel
+    data["model"] = {"architecture": architecture, "recompute": recompute}
+    data["train"] |= {"steps": 2}
+    data["rollout"] |= {"ahead": ahead, "return_routed_experts": kind == "moe"}
+    data["moe"] = {"routing_replay": kind == "moe"}
+    data["checkpoint"] = {"every": 1, "async_save": True}
+    run_dir = train(build_config(data))
+    return read_metrics(run_dir) if rank == 0 else []
+
+
+def met(rank: int, fault: Callable[[], object]) -> str:
+    """What went wrong. (An error that left the rank would cost a new pool of them.)"""
+    try:
+        fault()
+    except RuntimeError as error:
+        return f"{type(error).__name__}: {error}"
+    return "nothing"
+
+
+def fault_in_a_cat() -> None:
+    """What killed every first forward pass: an empty CPU tensor beside CUDA ones."""
+    device = torch.device("cuda", torch.cuda.current_device())
+    torch.cat([torch.zeros(0), torch.ones(2, device=device)])
+
+
+def fault_in_a_collective() -> None:
+    torch.distributed.all_reduce(torch.ones(2))
+
+
+def fault_in_a_forward_pass() -> None:
+    """The same where it stood: in what the log-probability pass returned to Megatron's schedule."""
+    policy = policy_of(config_of("dense, one rank"))
+    with torch.no_grad():
+        policy._run(
+            batch_of(policy.config), lambda rows, index, logprobs, entropy: (logprobs.sum(), rows.loss_mask.sum(), torch.zeros(0)), True
+        )
+
+
+def fault_in_a_backward_pass() -> None:
+    class Doubled(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            return 2 * x
+
+        @staticmethod
+        def backward(ctx: Any, grad: Tensor) -> Tensor:
+            return grad * torch.full((3,), 2.0)
+
+    Doubled.apply(torch.ones(3, device="cuda", requires_grad=True)).sum().backward()
+
+
+def fault_in_a_thread() -> None:
+    from concurrent.futures import ThreadPoolExecutor
+
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(lambda: torch.ones(2, device="cuda") + torch.ones(2)).result()
+
+
+def fault_in_an_index() -> None:
+    torch.zeros(3)[torch.zeros(2, dtype=torch.int64, device="cuda")]
+
+
+def no_fault(rank: int) -> list[str]:
+    """What CUDA allows: numbers and indices from the CPU, copies between devices. Returns the devices of the results."""
+    x = torch.arange(4.0, device="cuda")
+    results = [x + torch.tensor(1.0), x[torch.tensor([0, 2])], torch.zeros(4).copy_(x), x.cpu() + torch.ones(4), x.new_tensor([1.0])]
+    return [str(result.device) for result in results]
