@@ -39,7 +39,8 @@ class RankPool:
         self._processes = []
         for number in range(self.size):
             ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(number, theirs, self._prepare, self._backend))  # no daemon: checkpoints start processes
+            # (No daemon: checkpoints start processes.)
+            process = context.Process(target=_serve, args=(number, theirs, self._prepare, self._backend))
             process.start()
             theirs.close()
             self._pipes.append(ours)

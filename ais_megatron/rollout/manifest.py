@@ -34,7 +34,7 @@ class Manifest:
     @classmethod
     def of(cls, architecture: Architecture, rollout: RolloutConfig, dtype: torch.dtype) -> Manifest:
         """What an engine of this configuration takes; `dtype` is that of weights which are not quantised."""
-        plain = {name: (shape, dtype) for name, shape in _weight_shapes(architecture)}
+        plain = {name: (shape, dtype) for name, shape in weight_shapes(architecture)}
         required = dict(plain)
         if fmt := FORMATS.get(rollout.quantization):
             for name, (shape, _) in plain.items():
@@ -109,7 +109,7 @@ def _why_unknown(name: str) -> str:
     return "the model has no such tensor"
 
 
-def _weight_shapes(arch: Architecture) -> list[tuple[str, tuple[int, ...]]]:
+def weight_shapes(arch: Architecture) -> list[tuple[str, tuple[int, ...]]]:
     """Every weight of a Qwen3 or Qwen3-MoE model under its Hugging Face name."""
     hidden, vocab = arch.hidden_size, arch.vocab_size
     q, kv = arch.num_attention_heads * arch.head_dim, arch.num_key_value_heads * arch.head_dim

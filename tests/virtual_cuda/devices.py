@@ -198,6 +198,8 @@ class _Functions(TorchFunctionMode):
         kwargs = dict(kwargs or {})
         if any(issubclass(kind, ShardedTensor) for kind in types):
             return func(*args, **kwargs)  # holds tensors, but has no storage of its own
+        if func is torch.device and args and isinstance(args[0], int):
+            return torch.device("cuda", args[0])
         answer = _ANSWERS.get(func)
         if answer is not None and args and isinstance(args[0], Tensor):
             result = answer(self, func, args, kwargs)

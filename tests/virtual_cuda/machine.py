@@ -139,5 +139,4 @@ def _answer_kernels() -> None:
     from ais_megatron.quantization import fp8
 
     fp8._fused_agrees = lambda device: False
-    if not hasattr(moe_utils, "te_general_gemm"):
-        moe_utils.te_general_gemm = None
+    moe_utils.te_general_gemm = None

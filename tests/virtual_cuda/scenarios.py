@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ais_megatron.batch import Batch, Prompt
-from ais_megatron.config import Config, build_config
+from ais_megatron.config import Architecture, Config, build_config
 from tests.test_policy import my_rows
 from tests.test_training import small
 
@@ -74,21 +74,41 @@ def batch_of(config: Config) -> Batch:
     )
 
 
-def policy_of(config: Config, seed: int = 0):  # noqa: ANN201
-    """A policy whose weights depend on `seed` and their names alone: initialisation differs between devices, as on real ones."""
+def write_weights(folder: Path, kind: str) -> Path:
+    """A Hugging Face folder of random weights: initialisation differs between devices and layouts, but this is the same everywhere."""
+    from safetensors.torch import save_file
+
+    from ais_megatron.rollout.manifest import weight_shapes
+
+    generator, tensors = torch.Generator().manual_seed(5), {}
+    for name, shape in weight_shapes(Architecture(**ARCHITECTURES[kind])):
+        noise = 0.05 * torch.randn(shape, generator=generator)
+        tensors[name] = noise + 1.0 if len(shape) == 1 else noise
+    folder.mkdir(parents=True)
+    save_file(tensors, folder / "model.safetensors")
+    return folder
+
+
+def policy_of(config: Config, weights: Path):  # noqa: ANN201
     from ais_megatron.policy.policy import initialize_parallel
 
     initialize_parallel(config)
-    policy = another_policy(config)
-    with torch.no_grad():
-        for name, parameter in policy.model.named_parameters():
-            generator = torch.Generator().manual_seed(seed + sum(map(ord, name)))
-            noise = 0.05 * torch.randn(parameter.shape, generator=generator)
-            parameter.copy_(noise + (1.0 if parameter.dim() == 1 else 0.0))
-    policy.optimizer.reload_model_params()
-    if policy._reference is not None:
-        policy._reference = [p.detach().to("cpu", copy=True) for p in policy.model.parameters()]
-    return policy
+    return another_policy(config, weights)
+
+
+def another_policy(config: Config, weights: Path | None):  # noqa: ANN201
+    """A further policy, in the groups of the first."""
+    from ais_megatron.policy.policy import Policy
+
+    return Policy(config, config.train.optimizer, 10, TEMPERATURE, None if weights is None else str(weights))
+
+
+def libraries(rank: int, weights: Path) -> tuple[str, str]:
+    """Megatron's version, and the class of the policy's first linear layer."""
+    import megatron.core
+
+    policy = policy_of(config_of("dense, one rank"), weights)
+    return megatron.core.__version__, type(policy.model.decoder.layers[0].self_attention.linear_qkv).__name__
 
 
 def off_policy(policy, rows: Batch) -> Batch:  # noqa: ANN001
@@ -98,7 +118,7 @@ def off_policy(policy, rows: Batch) -> Batch:  # noqa: ANN001
     return replace(rows, rollout_logprobs=(policy.logprobs(rows) + wobble) * rows.loss_mask)
 
 
-def training(rank: int, layout: str) -> dict[str, Any]:
+def training(rank: int, layout: str, weights: Path) -> dict[str, Any]:
     """Every kind of pass and update; returns numbers that do not depend on the device."""
     from ais_megatron.algorithm.ais import AISState
     from ais_megatron.metrics import PhaseTimer
@@ -107,7 +127,7 @@ def training(rank: int, layout: str) -> dict[str, Any]:
     replay = layout.startswith("moe")
     options = {"rollout": {"return_routed_experts": True}, "moe": {"routing_replay": True, "z_coefficient": 1e-3}} if replay else {}
     config = config_of(layout, calibration={"mode": "fresh"}, **options)
-    policy = policy_of(config)
+    policy = policy_of(config, weights)
     rows, _ = my_rows(batch_of(config))
     result: dict[str, Any] = {"sft": policy.sft_step(rows)}
     logprobs, lagged = policy.logprobs_and_calibration(rows)
@@ -123,13 +143,13 @@ def training(rank: int, layout: str) -> dict[str, Any]:
     return result
 
 
-def objectives(rank: int, layout: str, names: list[tuple[str, str]]) -> dict[str, float]:
+def objectives(rank: int, layout: str, weights: Path, names: list[tuple[str, str]]) -> dict[str, float]:
     """An update with each pair of objective and correction; returns its gradient's norm."""
     from ais_megatron.algorithm.ais import AISState
     from ais_megatron.metrics import PhaseTimer
     from ais_megatron.update import update
 
-    policy = policy_of(config_of(layout))
+    policy = policy_of(config_of(layout), weights)
     rows = off_policy(policy, my_rows(batch_of(policy.config))[0])
     norms = {}
     for objective, correction in names:
@@ -138,7 +158,7 @@ def objectives(rank: int, layout: str, names: list[tuple[str, str]]) -> dict[str
     return norms
 
 
-def checkpoints(rank: int, layout: str, folder: Path) -> list[float]:
+def checkpoints(rank: int, layout: str, weights: Path, folder: Path) -> list[float]:
     """Saved as a whole and in the background, loaded into another policy; returns the largest difference of the weights after
     the next update, for each way of saving."""
     from ais_megatron.config import CheckpointConfig
@@ -147,7 +167,8 @@ def checkpoints(rank: int, layout: str, folder: Path) -> list[float]:
     from ais_megatron.policy.training_state import TrainingState
 
     config, differences = config_of(layout), []
-    saved, other = policy_of(config), None
+    saved = policy_of(config, weights)
+    other = another_policy(config, None)
     rows, _ = my_rows(batch_of(config))
     saved.sft_step(rows)
     saved.logprobs_and_calibration(rows)  # a MoE model's balance is part of the state
@@ -157,7 +178,6 @@ def checkpoints(rank: int, layout: str, folder: Path) -> list[float]:
         saver = Saver(saved, where, options, None, add_files=lambda folder: None)
         saver.save(TrainingState(step=1))
         saver.finish()
-        other = other or another_policy(config)
         state = checkpoint.load(other, checkpoint_to_resume(where, options), with_optimizer=True)
         assert state.step == 1
         saved.sft_step(rows)
@@ -167,14 +187,7 @@ def checkpoints(rank: int, layout: str, folder: Path) -> list[float]:
     return differences
 
 
-def another_policy(config: Config, path: Path | None = None):  # noqa: ANN201
-    """A second policy, in the groups of the first."""
-    from ais_megatron.policy.policy import Policy
-
-    return Policy(config, config.train.optimizer, 10, TEMPERATURE, None if path is None else str(path))
-
-
-def engine_and_files(rank: int, layout: str, folder: Path) -> dict[str, Any]:
+def engine_and_files(rank: int, layout: str, weights: Path, folder: Path) -> dict[str, Any]:
     """Weights to a server's bucket, to the embedded engine, and through a Hugging Face folder into a new policy."""
     from ais_megatron.distributed import device
     from ais_megatron.policy.hf_export import save_hf
@@ -185,7 +198,7 @@ def engine_and_files(rank: int, layout: str, folder: Path) -> dict[str, Any]:
     from ais_megatron.weight_sync import weight_stream
 
     config = config_of(layout)
-    policy = policy_of(config)
+    policy = policy_of(config, weights)
     rows, _ = my_rows(batch_of(config))
     scales = policy.logprobs_and_calibration(rows)[1].scales
     for_server = config.rollout.model_copy(update={"engine": "sglang"})
@@ -202,6 +215,7 @@ def engine_and_files(rank: int, layout: str, folder: Path) -> dict[str, Any]:
     engine.update_weights(weight_stream(policy, config.rollout, scales), 0)
     prompts = [Prompt(i, "", tuple(range(3, 8 + i)), {}) for i in range(3)]
     rollouts = engine.generate(prompts, SamplingParams(2, 6, TEMPERATURE, seed=3))
+    folder /= device().type
     save_hf(policy.export_buckets(2**15), config.architecture, "fp32", folder)
     torch.distributed.all_reduce(torch.zeros(1, device=device()))  # rank 0 has written
     loaded = another_policy(config, folder)
@@ -209,7 +223,7 @@ def engine_and_files(rank: int, layout: str, folder: Path) -> dict[str, Any]:
     same = written.keys() == read.keys() and all(torch.equal(written[name], read[name]) for name in written)
     return {
         "bytes for a server": num_bytes,
-        "responses": [r.token_ids for r in rollouts],
+        "responses": torch.tensor([token for r in rollouts for token in r.token_ids]),
         "logprobs": torch.tensor([v for r in rollouts for v in r.logprobs]),
         "read back": same,
     }
@@ -235,10 +249,10 @@ def whole_run(rank: int, layout: str, folder: Path, ahead: int) -> list[dict[str
     return read_metrics(run_dir) if rank == 0 else []
 
 
-def met(rank: int, fault: Callable[[], object]) -> str:
+def met(rank: int, fault: Callable[..., object], **arguments: Any) -> str:
     """What went wrong. (An error that left the rank would cost a new pool of them.)"""
     try:
-        fault()
+        fault(**arguments)
     except RuntimeError as error:
         return f"{type(error).__name__}: {error}"
     return "nothing"
@@ -254,9 +268,9 @@ def fault_in_a_collective() -> None:
     torch.distributed.all_reduce(torch.ones(2))
 
 
-def fault_in_a_forward_pass() -> None:
+def fault_in_a_forward_pass(weights: Path) -> None:
     """The same where it stood: in what the log-probability pass returned to Megatron's schedule."""
-    policy = policy_of(config_of("dense, one rank"))
+    policy = policy_of(config_of("dense, one rank"), weights)
     with torch.no_grad():
         policy._run(
             batch_of(policy.config), lambda rows, index, logprobs, entropy: (logprobs.sum(), rows.loss_mask.sum(), torch.zeros(0)), True

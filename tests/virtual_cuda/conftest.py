@@ -1,0 +1,25 @@
+"""Pools of ranks on a machine with virtual GPUs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.ranks import RankPool
+from tests.virtual_cuda import machine, scenarios
+
+
+@pytest.fixture(scope="session")
+def gpus() -> Iterator[RankPool]:
+    """With the libraries of this environment, which has no Transformer Engine."""
+    pool = RankPool(4, prepare=machine.install, backend="nccl")
+    yield pool
+    pool.close()
+
+
+@pytest.fixture(scope="session")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("weights")
+    return {kind: scenarios.write_weights(folder / kind, kind) for kind in scenarios.ARCHITECTURES}

@@ -1,0 +1,60 @@
+"""The second stage: the CUDA path under the libraries that GPU nodes have, against CPU ranks with those of this environment.
+
+Megatron-Core 0.19, without and with the real Python of Transformer Engine (`transformer_engine`), and the Megatron-Core of this
+environment with it. What cannot be fetched is skipped, and says so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from tests.ranks import RankPool
+from tests.virtual_cuda import machine, scenarios
+from tests.virtual_cuda.comparing import assert_checkpoints_come_back, assert_same_training, assert_same_weights_everywhere
+from tests.virtual_cuda.packages import MEGATRON, NotToBeHad, unpacked
+from tests.virtual_cuda.scenarios import LAYOUTS
+
+MACHINES = {
+    f"Megatron {MEGATRON}": ("megatron",),
+    f"Megatron {MEGATRON} with Transformer Engine": ("megatron", "transformer_engine"),
+    "Transformer Engine": ("transformer_engine",),
+}
+
+
+@pytest.fixture(scope="module", params=MACHINES)
+def others(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RankPool]:
+    names = MACHINES[request.param]
+    try:
+        packages = unpacked(names, tmp_path_factory.mktemp("packages"))
+    except NotToBeHad as reason:
+        pytest.skip(f"second stage of virtual CUDA, {request.param}: {reason}")
+    prepare = partial(machine.install, packages, transformer_engine="transformer_engine" in names)
+    pool = RankPool(4, prepare=prepare, backend="nccl")
+    pool.names = names  # type: ignore[attr-defined]
+    yield pool
+    pool.close()
+
+
+def test_the_libraries_are_those_that_were_asked_for(others: RankPool, weights: dict[str, Path]) -> None:
+    megatron, linear = others.run(1, scenarios.libraries, weights=weights["dense"])[0]
+    assert (megatron == MEGATRON) == ("megatron" in others.names)
+    assert linear == ("TELayerNormColumnParallelLinear" if "transformer_engine" in others.names else "ColumnParallelLinear")
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_training_computes_what_it_computes_on_cpus(others: RankPool, ranks: RankPool, weights: dict[str, Path], layout: str) -> None:
+    assert_same_training(others, ranks, weights, layout)
+
+
+@pytest.mark.parametrize("layout", ["dense, one rank", "moe, TP2 x EP2"])
+def test_checkpoints_come_back(others: RankPool, weights: dict[str, Path], layout: str, tmp_path: Path) -> None:
+    assert_checkpoints_come_back(others, weights, layout, tmp_path)
+
+
+@pytest.mark.parametrize("layout", ["dense, TP2 x PP2", "moe, one rank"])
+def test_weights_reach_engines_and_files(others: RankPool, ranks: RankPool, weights: dict[str, Path], layout: str, tmp_path: Path) -> None:
+    assert_same_weights_everywhere(others, ranks, weights, layout, tmp_path)
