@@ -59,6 +59,7 @@ def build_model(config: Config, temperature: float, transformer_engine: bool) ->
     model.logprob_chunk_tokens = config.train.logprob_chunk_tokens
     if transformer_engine:
         _accumulate_gradients_in_place(model)
+        _count_all_experts(model)
     return model.to(device())
 
 
@@ -71,6 +72,14 @@ def _accumulate_gradients_in_place(model: nn.Module) -> None:
     for module in model.modules():
         if hasattr(module, "fuse_wgrad_accumulation"):
             module.fuse_wgrad_accumulation = True
+
+
+def _count_all_experts(model: nn.Module) -> None:
+    """Mark expert weights as this rank's own, as Megatron's layers do and Megatron 0.16's Transformer Engine layers forget to:
+    the gradient's norm then leaves out the experts of all but the first tensor-parallel rank."""
+    for parameter in model.parameters():
+        if not getattr(parameter, "allreduce", True):  # Megatron's mark of an expert's weight
+            parameter.tensor_model_parallel = True
 
 
 class PolicyModel(GPTModel):

@@ -18,6 +18,7 @@ import torch.cuda.nccl
 import torch.distributed as dist
 
 from tests.virtual_cuda.devices import CUDA, enter_for_good, inside, looked_at
+from tests.virtual_cuda.missing import stand_in_for
 
 NUM_GPUS, MEMORY = 8, 80 << 30
 
@@ -30,6 +31,7 @@ def install(packages: Path | None = None, transformer_engine: bool = False) -> N
     warnings.filterwarnings("ignore")
     if packages is not None:
         sys.path.insert(0, str(packages))
+        stand_in_for("triton")  # Megatron 0.19 imports kernels that are written in it; every torch for GPUs comes with it
     _answer_torch_cuda()
     if transformer_engine:
         from tests.virtual_cuda import transformer_engine as te

@@ -23,17 +23,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tests.virtual_cuda.missing import stand_in_for
+
 VERSION = "2.20.2"
 EXTENSION = "transformer_engine_torch"
-NOT_NEEDED = ("onnx", "onnxscript", "nvdlfw_inspect", "triton")  # imported by modules that nothing here runs
+NOT_NEEDED = ("onnx", "onnxscript", "nvdlfw_inspect")  # imported by modules that nothing here runs
 
 
 def install(packages: Path) -> None:
     """packages: the folder in which Transformer Engine's wheel was unpacked; it is on `sys.path`."""
     os.environ["NVTE_PROJECT_BUILDING"] = "1"  # it then leaves its C++ library alone
-    for name in NOT_NEEDED:
-        if not _is_installed(name):
-            sys.meta_path.append(_Finder(name))
+    stand_in_for(*NOT_NEEDED)
     sys.modules[EXTENSION] = _extension(packages)
     _answer_versions()
     import transformer_engine.common
@@ -61,60 +61,9 @@ def replace_fused_permutation() -> None:
     )
 
 
-def _is_installed(name: str) -> bool:
-    try:
-        return importlib.util.find_spec(name) is not None
-    except (ImportError, ValueError):
-        return False
-
-
 def _answer_versions() -> None:
     version = metadata.version
     metadata.version = lambda name: VERSION if re.fullmatch("transformer[-_]engine.*", name) else version(name)
-
-
-# ---- modules that are not there ------------------------------------------------------------------------------------------
-
-
-class _Name(int):
-    """An attribute of a module that is not there: a number where one is expected, a decorator where it is called as one."""
-
-    def __getattr__(self, name: str) -> _Name:
-        if name.startswith("__"):
-            raise AttributeError(name)
-        return _Name(0)
-
-    def __getitem__(self, item: object) -> _Name:
-        return self
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return args[0] if len(args) == 1 and callable(args[0]) and not kwargs else self
-
-
-class _Module(types.ModuleType):
-    __path__: list[str] = []
-    __version__ = "3.6.0"
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):
-            raise AttributeError(name)
-        return _Name(0)
-
-
-class _Finder:
-    """Answers `import name` and `import name.anything`."""
-
-    def __init__(self, name: str) -> None:
-        self._name = name
-
-    def find_spec(self, name: str, path: Any = None, target: Any = None) -> importlib.machinery.ModuleSpec | None:
-        ours = name == self._name or name.startswith(self._name + ".")
-        return importlib.machinery.ModuleSpec(name, self, is_package=True) if ours else None
-
-    def create_module(self, spec: importlib.machinery.ModuleSpec) -> types.ModuleType:
-        return _Module(spec.name)
-
-    def exec_module(self, module: types.ModuleType) -> None: ...
 
 
 # ---- the compiled extension ----------------------------------------------------------------------------------------------
