@@ -14,7 +14,7 @@ import tempfile
 from pathlib import Path
 
 import torch
-from bench import Bench, mib, ms, ratio, share
+from bench import Bench, mib, ms, number, ratio, share
 from model import batch_of, make_config, make_policy, save_random_model
 
 from ais_megatron.batch import Batch
@@ -81,7 +81,7 @@ def run(bench: Bench, folder: Path) -> None:
                 name,
                 ms(seconds),
                 ratio(base, seconds),
-                f"{rate / 1e12:.1f}",
+                number(rate / 1e12, "TFLOP/s", ".1f"),
                 share(rate, bench.peak_flops),
                 mib(bench.peak_memory(work)),
             )

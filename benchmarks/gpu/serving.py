@@ -19,7 +19,7 @@ import urllib.request
 from pathlib import Path
 
 import torch
-from bench import Bench
+from bench import Bench, number, ratio
 from model import make_config
 
 from ais_megatron.ports import free_port
@@ -37,7 +37,7 @@ def main() -> None:
     bench.rounds = 1 if bench.tiny else min(bench.rounds, 5)
     # name, requests, prompt tokens, response tokens
     loads = [("short", 2, 8, 4)] if bench.tiny else [("short", 256, 256, 512), ("long", 64, 16_384, 1024)]
-    bench.columns("context", "variant", "tokens/s", "ratio to BF16")
+    bench.columns("context", "variant", "tokens/s", "ratio to BF16")  # checks and times of a server come together
     reason = missing(bench.options.sglang_python)
     if reason:
         bench.skip("everything", reason)
@@ -46,13 +46,16 @@ def main() -> None:
     base: dict[str, float] = {}
     for variant, (quantization, kv_cache) in VARIANTS.items():
         with tempfile.TemporaryDirectory() as folder:
+            if bench.seconds_left <= 0:
+                bench.skip(variant, "no time left")
+                continue
             try:
                 with SGLangServer(configuration(bench, quantization, kv_cache), Path(folder), free_port()) as server:
-                    server.wait_until_healthy(900.0)
+                    server.wait_until_healthy(min(900.0, bench.seconds_left))
                     for name, requests, prompt, response in loads:
                         speed = throughput(bench, server, f"{variant}, {name}", requests, prompt, response)
                         base.setdefault(name, speed)
-                        bench.row(name, variant, f"{speed:,.0f}", f"{speed / base[name]:.2f}x")
+                        bench.row(name, variant, number(speed, "tokens/s"), ratio(speed, base[name]))
             except RuntimeError as error:
                 bench.skip(variant, str(error).splitlines()[0])
     bench.finish()
