@@ -2,6 +2,7 @@
 
     bench = Bench(__doc__)                       --device cuda|cpu, --tiny, --rounds, --json FILE, --seconds, --only-checks
     bench.check("same bits", passed, detail)     a failed check lets the other checks run, and nothing is timed after it
+    bench.attempt("the small model", work)       an independent part: what it raises is a failed check
     bench.columns("variant", "time", ...)        the checks are done: ends here if one failed, or with --only-checks
     bench.row("fused", ms(bench.time(f)), ...)   medians; text names the row, a `Figure` is something measured
     bench.skip("scaled_mm", "why")
@@ -19,10 +20,11 @@ import platform
 import statistics
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import NoReturn
+from typing import NoReturn, TypeVar
 
 import torch
 
@@ -30,6 +32,9 @@ sys.path.insert(0, str(Path(__file__).parents[2]))  # a checkout that is not ins
 
 # bytes per second, FLOP/s in BF16: what is printed as a share of the peak. From the vendor's data sheets, by name.
 PEAKS = {"H200": (4.8e12, 989e12), "H100": (3.35e12, 989e12), "A100": (2.0e12, 312e12)}
+
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -87,6 +92,15 @@ class Bench:
         print(f"check: {what}: {'ok' if passed else 'FAILED'}{f' ({detail})' if detail else ''}", flush=True)
         self._save()
 
+    def attempt(self, what: str, work: Callable[[], T]) -> T | None:
+        """What `work` returns. If it raises, that is a failed check, and the script goes on to what does not depend on it."""
+        try:
+            return work()
+        except Exception as error:
+            traceback.print_exc()
+            self.check(f"{what} runs to its end", False, f"{type(error).__name__}: {error}".splitlines()[0])
+            return None
+
     def skip(self, what: str, why: str) -> None:
         entry = {"what": what, "why": why}
         if entry in self._skipped:
@@ -131,9 +145,14 @@ class Bench:
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
 
-    def columns(self, *names: str) -> None:
-        """Names the table's columns. Here the timing begins: with a failed check, or if only checks were asked for, the script ends."""
+    def columns(self, *names: str, with_checks: bool = False) -> None:
+        """Names the table's columns. Here the timing begins: with a failed check, or if only checks were asked for, the script ends.
+
+        with_checks: checks and times come from the same runs, so that nothing ends here.
+        """
         self._columns = names
+        if with_checks:
+            return
         if self.options.only_checks:
             self.end_early("only the checks were asked for")
         if self._failed:

@@ -46,15 +46,16 @@ def main() -> None:
     bench = Bench(__doc__, options)
     bench.rounds = 2 if bench.tiny or bench.options.only_checks else max(2, bench.options.steps)
     init_process_group(bench.device.type)
-    measured = {("tiny", "FP8"): tiny_model(bench), **larger_model(bench)}
-    bench.columns("model", "rollouts", "step", "generate", "logprobs", "train", "sync", "tokens/s generated", "tokens/s", "peak memory")
-    for (model, rollouts), (steps, peak) in measured.items():
-        bench.row(model, rollouts, *figures(steps[1:]), mib(peak))
+    phases = ("step", "generate", "logprobs", "train", "sync")
+    bench.columns("model", "rollouts", *phases, "tokens/s generated", "tokens/s", "peak memory", with_checks=True)
+    for what, work in (("tiny model", tiny_model), ("0.6B-shaped model", larger_model)):
+        bench.attempt(what, lambda work=work: work(bench))
+        leave_parallel()
     bench.finish()
 
 
-def tiny_model(bench: Bench) -> tuple[list[Metrics], int | None]:
-    """`train()`, and again to resume; returns the steps' metrics and the peak of allocated memory in bytes."""
+def tiny_model(bench: Bench) -> None:
+    """`train()`, and again to resume."""
     with tempfile.TemporaryDirectory() as folder:
         config = tiny_config(bench, Path(folder), bench.rounds)
         reset_peak(bench)
@@ -63,13 +64,12 @@ def tiny_model(bench: Bench) -> tuple[list[Metrics], int | None]:
         steps = read_metrics(run)
         check_steps(bench, "tiny model, train()", config, steps)
         bench.check("tiny model: every step has its row", len(steps) == bench.rounds, f"{len(steps)} rows")
+        bench.row("tiny", "FP8", *figures(steps[1:]), mib(peak))
         leave_parallel()
         train(tiny_config(bench, Path(folder), bench.rounds + 1, "run.resume=true"))
         rows = read_metrics(run)
         continues = len(rows) == bench.rounds + 1 and rows[: bench.rounds] == steps and math.isfinite(rows[-1]["loss"])
         bench.check("tiny model: a resumed run continues after the checkpoint", continues, f"{len(rows)} rows")
-        leave_parallel()
-    return steps, peak
 
 
 def tiny_config(bench: Bench, folder: Path, steps: int, *overrides: str) -> Config:
@@ -93,7 +93,7 @@ def tiny_config(bench: Bench, folder: Path, steps: int, *overrides: str) -> Conf
     return load_config(TINY_CONFIG, [*(f"{key}={value}" for key, value in values.items()), *overrides])
 
 
-def larger_model(bench: Bench) -> dict[tuple[str, str], tuple[list[Metrics], int | None]]:
+def larger_model(bench: Bench) -> None:
     """The same policy with an engine of each kind, one after the other."""
     prompts, group, prompt, response = (2, 4, 8, 16) if bench.tiny else (16, 8, 128, 128)
     configs = {
@@ -110,20 +110,19 @@ def larger_model(bench: Bench) -> dict[tuple[str, str], tuple[list[Metrics], int
     initialize_parallel(config)
     policy = Policy(config, config.train.optimizer, config.train.steps, config.rollout.temperature, None)
     vocabulary = config.architecture.vocab_size
-    measured = {}
+    distances = []
     for name, each in configs.items():
         session = with_engine(each, policy, EvenNumbers(vocabulary, prompt), NumberTokenizer(vocabulary))
         with closing(session.engine):
-            measured["0.6B-shaped", name] = steps_of(bench, session, f"0.6B-shaped model, {name} rollouts")
-    distances = [measured["0.6B-shaped", name][0][0]["divergence_severity"] for name in ROLLOUTS]
+            steps, peak = steps_of(bench, session, f"0.6B-shaped model, {name} rollouts")
+        bench.row("0.6B-shaped", name, *figures(steps[1:]), mib(peak))
+        distances.append(steps[0]["divergence_severity"])
     detail = "{:.1e} with BF16, {:.1e} with FP8 rollouts".format(*distances)
     bench.check("D is about 0 with BF16 rollouts, and larger with FP8", distances[0] < 1e-3 and distances[1] > 3 * distances[0], detail)
-    leave_parallel()
-    return measured
 
 
 def steps_of(bench: Bench, session: Session, what: str) -> tuple[list[Metrics], int | None]:
-    """GRPO steps and what must hold after them; see `tiny_model` for the result."""
+    """GRPO steps and what must hold after them; returns the steps' metrics and the peak of allocated memory in bytes."""
     policy, timer = session.policy, PhaseTimer(torch.cuda.synchronize if bench.on_gpu else None)
     before = [parameter.detach().clone() for parameter in policy.model.parameters()]
     reset_peak(bench)
