@@ -63,15 +63,17 @@ def make_config(bench: Bench, layers: int, shape: dict[str, object] = QWEN3_8B, 
     return build_config(data)
 
 
-def save_random_model(config: Config, folder: Path) -> None:
+def save_random_model(config: Config, folder: Path):  # noqa: ANN201
+    """transformers' model with random BF16 weights, on the device, after its Hugging Face folder is written."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     from ais_megatron.hf_config import hf_config
 
     content = hf_config(config.architecture, "bf16")
     with torch.device("cuda" if config.run.backend == "cuda" else "cpu"):
-        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**content), dtype=torch.bfloat16)
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**content), dtype=torch.bfloat16, attn_implementation="sdpa")
     model.save_pretrained(folder)
+    return model.eval()
 
 
 def make_policy(config: Config, folder: Path | None):  # noqa: ANN201
