@@ -54,7 +54,8 @@ parser = argparse.ArgumentParser()
 parser.add_argument("--json")
 parser.add_argument("--only-checks", action="store_true")
 options, _ = parser.parse_known_args()
-data = {"checks": [{"what": "sums", "passed": PASSED, "detail": ""}], "rows": [], "skipped": [{"what": "a part", "why": "too new"}]}
+data = {"finished": FINISHED, "checks": [{"what": "sums", "passed": PASSED, "detail": ""}], "rows": []}
+data["skipped"] = [{"what": "a part", "why": "too new"}]
 if not options.only_checks:
     data["rows"] = [{"variant": "plain", "time": {"value": 1.0, "unit": "s", "text": "1 s"}}]
 with open(options.json, "w") as file:
@@ -67,25 +68,28 @@ END
 def test_the_driver_goes_on_after_failures_and_stops_in_time(tmp_path: Path, driver, capsys: pytest.CaptureFixture) -> None:  # noqa: ANN001
     endings = {
         "good": ("True", ""),
+        "hanging": ("True", "time.sleep(600)"),  # with its table finished
         "wrong": ("False", "sys.exit(1)"),
         "broken": ("True", "raise ValueError('a bug')"),
         "slow": ("True", "time.sleep(0 if options.only_checks else 600)"),
         "late": ("True", ""),
     }
     for name, (passed, end) in endings.items():
-        (tmp_path / f"{name}.py").write_text(FAKE.replace("PASSED", passed).replace("END", end))
-    seconds = {"good": 4.0, "slow": 6.0}  # beside those the last one's share is too little to start with
+        (tmp_path / f"{name}.py").write_text(FAKE.replace("PASSED", passed).replace("FINISHED", str(name == "hanging")).replace("END", end))
+    seconds = {"good": 4.0, "hanging": 4.0, "slow": 6.0}  # beside those the last one's share is too little to start with
     scripts = [driver.Script(name, seconds.get(name, 0.01)) for name in endings]
     options = argparse.Namespace(device="cuda", tiny=True, sglang_python="python")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(driver, "LEAST_SECONDS", 0.5)
+        patch.setattr(driver, "GRACE_SECONDS", 0.1)
         patch.setattr(driver, "CHECKS_SHARE", 0.8)
-        runs = driver.Driver(options, tmp_path, tmp_path, {}, time.monotonic() + 6.0).run(scripts)
+        runs = driver.Driver(options, tmp_path, tmp_path, {}, time.monotonic() + 9.0).run(scripts)
     results = {result["name"]: result for result in runs}
     assert list(results) == list(endings)
     statuses = {name: [(run["run"], run["status"]) for run in result["runs"]] for name, result in results.items()}
     assert statuses == {
         "good": [("checks", "ok"), ("times", "ok")],
+        "hanging": [("checks", "ok"), ("times", "ok")],
         "wrong": [("checks", "a check failed")],
         "broken": [("checks", "broke with status 1")],
         "slow": [("checks", "ok"), ("times", "no time left")],
@@ -95,7 +99,7 @@ def test_the_driver_goes_on_after_failures_and_stops_in_time(tmp_path: Path, dri
     assert results["broken"]["runs"][0]["last_lines"][-1] == "ValueError: a bug" and "a bug" in capsys.readouterr().out
     assert {"what": "the times", "why": "the checks ended with: a check failed"} in results["wrong"]["skipped"]
     assert {"what": "the rest of the times", "why": "no time left"} in results["late"]["skipped"]
-    assert [driver.has_failed(result) for result in runs] == [False, True, True, False, False]
+    assert [driver.has_failed(result) for result in runs] == [False, False, True, True, False, False]
 
 
 def test_without_a_gpu_nothing_is_started(tmp_path: Path) -> None:

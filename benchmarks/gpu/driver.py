@@ -24,6 +24,7 @@ CHECKS_SHARE = 0.45  # of the whole time, at most
 FINISHING = 0.2  # of a script's time, for what it does after its last timing began
 LEAST_SECONDS = 5.0  # less is not worth a start
 LAST_LINES = 20  # kept of a script that failed
+GRACE_SECONDS = 10.0  # for a script to end after its table is finished: libraries now and then hang as they are unloaded
 NO_TIME = "no time left"
 Result = dict[str, Any]
 
@@ -87,9 +88,10 @@ class Driver:
         command += ["--seconds", f"{(1 - FINISHING) * seconds:.1f}", "--json", str(data), *arguments]
         began = time.monotonic()
         with log.open("w") as output:
-            code = wait(subprocess.Popen(command, env=self._environment, stdout=output, stderr=output, start_new_session=True), seconds)
-        result |= json.loads(data.read_text()) if data.is_file() else {}
-        result |= {"status": status_of(code, result["checks"]), "seconds": round(time.monotonic() - began, 1)}
+            process = subprocess.Popen(command, env=self._environment, stdout=output, stderr=output, start_new_session=True)
+            code = wait(process, data, began + seconds)
+        result |= read(data)
+        result |= {"status": status_of(code, result), "seconds": round(time.monotonic() - began, 1)}
         if result["status"] != "ok":
             result["last_lines"] = log.read_text(errors="replace").splitlines()[-LAST_LINES:]
         self._say(script, result)
@@ -102,11 +104,21 @@ class Driver:
         print("\n        | ".join(lines + result.get("last_lines", [])), flush=True)
 
 
-def wait(process: subprocess.Popen[bytes], seconds: float) -> int | None:
-    """Its exit status; None if it took too long, and was ended with all it had started."""
+def read(data: Path) -> Result:
+    """What a script has written so far (`Bench` replaces the file as a whole)."""
+    return json.loads(data.read_text()) if data.is_file() else {}
+
+
+def wait(process: subprocess.Popen[bytes], data: Path, deadline: float) -> int | None:
+    """Its exit status; None if it took too long, or did not end after all was written. It is then ended with all it had started."""
+    finished = False
     try:
-        return process.wait(seconds)
-    except subprocess.TimeoutExpired:
+        while (left := deadline - time.monotonic()) > 0:
+            try:
+                return process.wait(min(left, 0.25))
+            except subprocess.TimeoutExpired:
+                if not finished and read(data).get("finished"):
+                    finished, deadline = True, min(deadline, time.monotonic() + GRACE_SECONDS)
         return None
     finally:  # (also where this process is interrupted itself)
         for number in (signal.SIGTERM, signal.SIGKILL):
@@ -120,11 +132,11 @@ def wait(process: subprocess.Popen[bytes], seconds: float) -> int | None:
                 continue
 
 
-def status_of(code: int | None, checks: Sequence[dict[str, Any]]) -> str:
-    if not all(check["passed"] for check in checks):
+def status_of(code: int | None, found: Result) -> str:
+    if not all(check["passed"] for check in found["checks"]):
         return "a check failed"
     if code is None:
-        return NO_TIME
+        return "ok" if found.get("finished") else NO_TIME
     return "ok" if code == 0 else f"broke with status {code}"
 
 
