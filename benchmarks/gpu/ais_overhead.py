@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
-from bench import Bench, ms, ratio
+from bench import Bench, ms, number, ratio
 from model import batch_of, make_config, make_policy
 
 from ais_megatron.algorithm import ais
@@ -46,13 +46,15 @@ def main() -> None:
         ais.loss_scaler(diagnose(*parts), configs["ais"], AISState())
 
     bench.columns("what", "time", "ratio to correction=none", "share of the update")
-    base = bench.time(lambda: step("none", off))
-    for name, seconds in (
-        ("update, correction=none", base),
-        ("update, correction=ais", bench.time(lambda: step("ais", off))),
-        ("diagnosis and alpha alone", bench.time(diagnosis)),
+    base = 0.0
+    for name, work in (
+        ("update, correction=none", lambda: step("none", off)),
+        ("update, correction=ais", lambda: step("ais", off)),
+        ("diagnosis and alpha alone", diagnosis),
     ):
-        bench.row(name, ms(seconds), ratio(base, seconds), f"{seconds / base:.2%}")
+        seconds = bench.time(work)
+        base = base or seconds
+        bench.row(name, ms(seconds), ratio(base, seconds), number(seconds / base, "share", ".2%"))
     bench.finish()
 
 

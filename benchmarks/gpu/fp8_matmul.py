@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from bench import Bench, ms, ratio, share
+from bench import Bench, ms, number, ratio, share
 from torch import Tensor
 
 from ais_megatron.quantization.fp8 import BLOCK, E4M3, E4M3_MAX, dequantize_block, quantize_block, quantize_dequantize_groups
@@ -75,7 +75,7 @@ def main() -> None:
                         name,
                         ms(seconds),
                         ratio(base, seconds),
-                        f"{rate / 1e12:.2f}",
+                        number(rate / 1e12, "TFLOP/s", ".2f"),
                         share(rate, bench.peak_flops),
                     )
     bench.finish()

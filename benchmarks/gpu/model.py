@@ -1,14 +1,15 @@
-"""A Qwen3-8B-shaped (or tiny) model for the benchmarks: its configuration, random weights on disk, a batch, a `Policy`."""
+"""A Qwen3-8B-shaped, Qwen3-0.6B-shaped or tiny model for the benchmarks: its configuration, random weights on disk, a batch, a `Policy`."""
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 from bench import Bench
 
 from ais_megatron.batch import Batch
-from ais_megatron.config import Config, build_config
+from ais_megatron.config import Config, ModelConfig, build_config
 
 QWEN3_8B = dict(
     vocab_size=151_936,
@@ -18,6 +19,16 @@ QWEN3_8B = dict(
     num_key_value_heads=8,
     head_dim=128,
     max_position_embeddings=40_960,
+)
+QWEN3_0_6B = dict(
+    vocab_size=151_936,
+    hidden_size=1024,
+    intermediate_size=3072,
+    num_attention_heads=16,
+    num_key_value_heads=8,
+    head_dim=128,
+    max_position_embeddings=40_960,
+    tie_word_embeddings=True,
 )
 TINY = dict(
     vocab_size=256,
@@ -30,11 +41,20 @@ TINY = dict(
 )
 
 
-def make_config(bench: Bench, layers: int, **sections: dict[str, object]) -> Config:
-    """One rank, BF16; `sections` are merged into it."""
+def layers_of(bench: Bench) -> dict[str, str]:
+    """For the section `model`: Megatron's own layers where Transformer Engine is missing, because run.backend=cuda insists on it."""
+    if not bench.on_gpu or find_spec("transformer_engine") is not None:
+        return {}
+    bench.skip("Transformer Engine's layers", "it is not installed; the policy has Megatron's local layers with torch's attention")
+    return {"transformer_impl": "local"} if "transformer_impl" in ModelConfig.model_fields else {}
+
+
+def make_config(bench: Bench, layers: int, shape: dict[str, object] = QWEN3_8B, **sections: dict[str, object]) -> Config:
+    """One rank, BF16; `shape`, or with --tiny a tiny one, with `layers` layers; `sections` are merged into it."""
+    architecture = {**(TINY if bench.tiny else shape), "num_hidden_layers": 2 if bench.tiny else layers}
     data: dict[str, dict[str, object]] = {
         "run": {"backend": bench.device.type},
-        "model": {"architecture": {**(TINY if bench.tiny else QWEN3_8B), "num_hidden_layers": 2 if bench.tiny else layers}},
+        "model": {"architecture": architecture, **layers_of(bench)},
         "rollout": {"prompts_per_step": 1, "group_size": 8, "max_response_tokens": 16 if bench.tiny else 2048},
         "train": {"tokens_per_microbatch": 8192, "optimizer": {"lr": 1e-6}},
     }
@@ -43,15 +63,17 @@ def make_config(bench: Bench, layers: int, **sections: dict[str, object]) -> Con
     return build_config(data)
 
 
-def save_random_model(config: Config, folder: Path) -> None:
+def save_random_model(config: Config, folder: Path):  # noqa: ANN201
+    """transformers' model with random BF16 weights, on the device, after its Hugging Face folder is written."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     from ais_megatron.hf_config import hf_config
 
     content = hf_config(config.architecture, "bf16")
     with torch.device("cuda" if config.run.backend == "cuda" else "cpu"):
-        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**content), dtype=torch.bfloat16)
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**content), dtype=torch.bfloat16, attn_implementation="sdpa")
     model.save_pretrained(folder)
+    return model.eval()
 
 
 def make_policy(config: Config, folder: Path | None):  # noqa: ANN201

@@ -3,7 +3,7 @@
     python benchmarks/gpu/policy_step.py         [--device cpu --tiny] [--layers 8]
 
 A Qwen3-8B-shaped model cut to `--layers` layers (8: both models, their optimizers and transformers' float32 logits are about 100 GB),
-BF16, random weights written by transformers and loaded by the policy. Checked first: log-probabilities, loss and gradient norm of one
+BF16, transformers' random weights, written by it and loaded by the policy. Checked first: log-probabilities, loss and gradient norm of one
 SFT step, against transformers on the same batch. Transformers' step is forward, backward and torch's fused AdamW on BF16 weights,
 which has no FP32 master copy to update. NOT YET RUN ON A GPU.
 """
@@ -14,7 +14,7 @@ import tempfile
 from pathlib import Path
 
 import torch
-from bench import Bench, mib, ms, ratio, share
+from bench import Bench, mib, ms, number, ratio, share
 from model import batch_of, make_config, make_policy, save_random_model
 
 from ais_megatron.batch import Batch
@@ -28,14 +28,11 @@ def main() -> None:
 
 
 def run(bench: Bench, folder: Path) -> None:
-    from transformers import AutoModelForCausalLM
-
     config = make_config(bench, bench.options.layers)
-    save_random_model(config, folder)
+    peer = save_random_model(config, folder)
     rows, length = (4, 32) if bench.tiny else (4, 2048)
     batch = batch_of(config, rows, length)
     policy = make_policy(config, folder)
-    peer = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, attn_implementation="sdpa").to(bench.device)
 
     def peer_logprobs(batch: Batch) -> torch.Tensor:
         tokens = batch.tokens.to(bench.device)
@@ -81,7 +78,7 @@ def run(bench: Bench, folder: Path) -> None:
                 name,
                 ms(seconds),
                 ratio(base, seconds),
-                f"{rate / 1e12:.1f}",
+                number(rate / 1e12, "TFLOP/s", ".1f"),
                 share(rate, bench.peak_flops),
                 mib(bench.peak_memory(work)),
             )

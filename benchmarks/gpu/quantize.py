@@ -12,7 +12,7 @@ from __future__ import annotations
 import importlib.util
 
 import torch
-from bench import Bench, ms, ratio, share
+from bench import Bench, ms, number, ratio, share
 
 from ais_megatron.quantization import fp8
 
@@ -44,13 +44,22 @@ def main() -> None:
         weight = (torch.randn(rows, columns) * 0.02).to(torch.bfloat16).to(bench.device)
         moved = weight.numel() * 3  # two bytes read, one written
         plain = bench.time(lambda w=weight: fp8._quantize_plain(w, fp8.FP8_E4M3))
-        bench.row(f"{rows}x{columns}", "plain", ms(plain), "1.00x", f"{moved / plain / 1e9:,.0f}", share(moved / plain, bench.peak_bytes))
+        bench.row(
+            f"{rows}x{columns}",
+            "plain",
+            ms(plain),
+            ratio(1, 1),
+            number(moved / plain / 1e9, "GB/s"),
+            share(moved / plain, bench.peak_bytes),
+        )
         if has_kernel:
             from ais_megatron.quantization.fp8_triton import quantize_block_fused
 
             fused = bench.time(lambda w=weight: quantize_block_fused(w, fp8.BLOCK, fp8.E4M3_MAX))
             rate = moved / fused
-            bench.row(f"{rows}x{columns}", "fused", ms(fused), ratio(plain, fused), f"{rate / 1e9:,.0f}", share(rate, bench.peak_bytes))
+            bench.row(
+                f"{rows}x{columns}", "fused", ms(fused), ratio(plain, fused), number(rate / 1e9, "GB/s"), share(rate, bench.peak_bytes)
+            )
     bench.finish()
 
 

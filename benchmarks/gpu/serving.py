@@ -19,7 +19,7 @@ import urllib.request
 from pathlib import Path
 
 import torch
-from bench import Bench
+from bench import Bench, number, ratio
 from model import make_config
 
 from ais_megatron.ports import free_port
@@ -37,22 +37,25 @@ def main() -> None:
     bench.rounds = 1 if bench.tiny else min(bench.rounds, 5)
     # name, requests, prompt tokens, response tokens
     loads = [("short", 2, 8, 4)] if bench.tiny else [("short", 256, 256, 512), ("long", 64, 16_384, 1024)]
-    bench.columns("context", "variant", "tokens/s", "ratio to BF16")
     reason = missing(bench.options.sglang_python)
     if reason:
         bench.skip("everything", reason)
         bench.finish()
         return
+    bench.columns("context", "variant", "tokens/s", "ratio to BF16")
     base: dict[str, float] = {}
     for variant, (quantization, kv_cache) in VARIANTS.items():
         with tempfile.TemporaryDirectory() as folder:
+            if bench.seconds_left <= 0:
+                bench.skip(variant, "no time left")
+                continue
             try:
                 with SGLangServer(configuration(bench, quantization, kv_cache), Path(folder), free_port()) as server:
-                    server.wait_until_healthy(900.0)
+                    server.wait_until_healthy(min(900.0, bench.seconds_left))
                     for name, requests, prompt, response in loads:
                         speed = throughput(bench, server, f"{variant}, {name}", requests, prompt, response)
                         base.setdefault(name, speed)
-                        bench.row(name, variant, f"{speed:,.0f}", f"{speed / base[name]:.2f}x")
+                        bench.row(name, variant, number(speed, "tokens/s"), ratio(speed, base[name]))
             except RuntimeError as error:
                 bench.skip(variant, str(error).splitlines()[0])
     bench.finish()
@@ -81,8 +84,8 @@ def configuration(bench: Bench, quantization: str, kv_cache: str):  # noqa: ANN2
 def throughput(bench: Bench, server: SGLangServer, name: str, requests: int, prompt: int, response: int) -> float:
     """Response tokens per second, median; prompts differ in every round, so no prefix is ever cached."""
     speeds = []
-    for number in range(bench.rounds + 1):  # the first one warms up
-        generator = torch.Generator().manual_seed(number)
+    for turn in range(bench.rounds + 1):  # the first one warms up
+        generator = torch.Generator().manual_seed(turn)
         vocabulary = server.config.architecture.vocab_size
         prompts = torch.randint(0, vocabulary, (requests, prompt), generator=generator).tolist()
         sampling = {"max_new_tokens": response, "ignore_eos": True, "temperature": 1.0}
@@ -92,7 +95,7 @@ def throughput(bench: Bench, server: SGLangServer, name: str, requests: int, pro
         with urllib.request.urlopen(request, timeout=3600) as answer:
             answers = json.loads(answer.read())
         speeds.append(requests * response / (time.perf_counter() - began))
-        if number == 0:
+        if turn == 0:
             logprobs = [[value for value, *_ in a["meta_info"]["output_token_logprobs"]] for a in answers]
             bench.check(f"{name}: every answer is {response} tokens long", all(len(values) == response for values in logprobs))
             bench.check(f"{name}: log-probabilities are finite", all(math.isfinite(v) for values in logprobs for v in values))
