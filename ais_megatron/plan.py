@@ -144,15 +144,15 @@ def _server_problems(config: Config, assumed: Assumptions, servers: Servers) -> 
 def suggest(config: Config, assumed: Assumptions, gpus: int, count: int = 5) -> list[Plan]:
     """The `count` fastest layouts of `gpus` trainer GPUs that fit and that the configuration's own checks allow.
 
-    TP stays inside a node; sequence parallelism goes with it; context parallelism stays as it is.
+    TP stays inside a node; sequence parallelism goes with it; there is no context parallelism.
     """
-    a, cp, fitting = config.architecture, config.parallel.cp, []
+    a, fitting = config.architecture, []
     experts = [n for n in POWERS if a.is_moe and a.num_experts % n == 0] or [1]
     for tp in (n for n in POWERS if n <= min(gpus, assumed.gpus_per_node)):
-        for pp in (n for n in range(1, gpus // (tp * cp) + 1) if a.num_hidden_layers % n == 0 and gpus % (tp * cp * n) == 0):
-            dp = gpus // (tp * pp * cp)
+        for pp in (n for n in range(1, gpus // tp + 1) if a.num_hidden_layers % n == 0 and gpus % (tp * n) == 0):
+            dp = gpus // (tp * pp)
             for ep, etp in ((ep, etp) for ep in experts for etp in ({1, tp} if a.is_moe else {1})):
-                if tp * cp * dp % (ep * etp):
+                if tp * dp % (ep * etp):
                     continue
                 layout = dict(tp=tp, pp=pp, dp=dp, ep=ep, etp=etp, sequence_parallel=tp > 1)
                 for recompute in ("none", "full"):
