@@ -131,7 +131,8 @@ def _remedy(config: Config, phase: str) -> str:
     if phase == "generate":
         return "Lower rollout.max_batch or rollout.max_response_tokens, or set rollout.engine=sglang"
     recompute = "set model.recompute=full, " if config.model.recompute == "none" else ""
-    return f"Raise parallel.tp, pp or dp{' or ep' if config.architecture.is_moe else ''}, {recompute}or lower train.tokens_per_microbatch"
+    keys = "parallel.tp, pp, ep or dp (--gpus)" if config.architecture.is_moe else "parallel.tp, pp or dp (--gpus)"
+    return f"Raise {keys}, {recompute}or lower train.tokens_per_microbatch"
 
 
 def _server_problems(config: Config, assumed: Assumptions, servers: Servers) -> list[str]:
