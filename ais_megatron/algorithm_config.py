@@ -90,7 +90,11 @@ class CorrectionOptions(Section):
     low: float | None = Field(None, ge=0.0, description="mis, icepop, geo_rs: lower end of the band")
     high: float | None = Field(None, gt=0.0, description="mis, icepop, geo_rs: upper end of the band")
     k3_limit: float = Field(2e-3, gt=0.0, description="k3_rs: largest mean k3 of a response, in nats per token")
-    batch_normalise: bool = Field(False, description="divide the weights by their mean over the global batch, after truncation")
+    batch_normalise: bool = Field(
+        False,
+        description="divide the weights by their mean over the global batch, after truncation: the mean over tokens, or over responses "
+        "where one weight stands for a response",
+    )
 
     def band(self, correction: str) -> tuple[float, float]:
         """(low, high) for this correction; (0, inf) for one without a band."""

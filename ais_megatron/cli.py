@@ -125,7 +125,10 @@ def plan(
     rollout_gpus: Annotated[int | None, typer.Option(help="GPUs of the SGLang servers; empty: those the configuration names")] = None,
     gpu: Annotated[str, typer.Option(help="card whose figures are assumed: h100 or h200")] = "h100",
     gpu_memory_gib: Annotated[float | None, typer.Option(help="of one GPU; empty: the card's (h100: 80)")] = None,
-    reserve_gib: Annotated[float, typer.Option(help="of that for CUDA, NCCL and fragmentation")] = 4.0,
+    reserve_gib: Annotated[float, typer.Option(help="of that outside of torch: CUDA's context, kernels, NCCL")] = 3.0,
+    workspace_gib: Annotated[float, typer.Option(help="of cuBLAS, cuDNN and Transformer Engine")] = 1.0,
+    fragmentation: Annotated[float, typer.Option(help="share of the tensors' bytes that the allocator loses between blocks")] = 0.05,
+    margin: Annotated[float, typer.Option(help="a layout fits only if its peak and this share of it do")] = 0.15,
     peak_tflops: Annotated[float | None, typer.Option(help="dense BF16; empty: the card's")] = None,
     memory_gb_s: Annotated[float | None, typer.Option(help="memory bandwidth; empty: the card's")] = None,
     nvlink_gb_s: Annotated[float, typer.Option(help="of one GPU within a node, one direction")] = 400.0,
@@ -157,6 +160,9 @@ def plan(
         response_tokens=response_tokens,
         rollout_gpus=rollout_gpus,
         reserve_gib=reserve_gib,
+        workspace_gib=workspace_gib,
+        fragmentation=fragmentation,
+        margin=margin,
     )
     planned = make_plan(with_gpus(load_config(config, overrides or []), gpus), assumed)
     print_plan(planned, suggest(planned.config, assumed, planned.gpus, suggestions) if suggestions else [])

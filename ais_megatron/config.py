@@ -8,7 +8,6 @@ received, what is allowed and what to change. Nothing here imports torch, so a t
 from __future__ import annotations
 
 import difflib
-import importlib.util
 import json
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -54,7 +53,7 @@ class RunConfig(Section):
 class ParallelConfig(Section):
     tp: PositiveInt = Field(1, description="tensor-parallel size")
     pp: PositiveInt = Field(1, description="pipeline-parallel size")
-    cp: PositiveInt = Field(1, description="context-parallel size (needs Transformer Engine)")
+    cp: PositiveInt = Field(1, description="context-parallel size; only 1 works yet, because nothing cuts the rows into slices")
     ep: PositiveInt = Field(1, description="expert-parallel size (MoE models): experts are spread over data-parallel ranks")
     etp: PositiveInt = Field(1, description="tensor-parallel size inside an expert (MoE models)")
     dp: PositiveInt | None = Field(None, description="data-parallel size; empty: whatever the number of ranks leaves, 1 without torchrun")
@@ -301,9 +300,10 @@ def _layout_problems(config: Config) -> list[str]:
         problems.append(
             "parallel.sequence_parallel=true: there is nothing to shard with parallel.tp=1; set it to false or raise parallel.tp"
         )
-    if parallel.cp > 1 and importlib.util.find_spec("transformer_engine") is None:
+    if parallel.cp > 1:  # Megatron would run, and every rank would attend to whole rows as if they were its slice: wrong numbers
         problems.append(
-            f"parallel.cp={parallel.cp}: context parallelism needs Transformer Engine, which is not installed; set parallel.cp=1"
+            f"parallel.cp={parallel.cp}: context parallelism does not work yet, because rows are not cut into slices; set parallel.cp=1 "
+            "(for long rows raise parallel.tp with parallel.sequence_parallel=true, or parallel.pp)"
         )
     if arch is None:
         return problems

@@ -20,6 +20,7 @@ from ais_megatron.memory_model import (
     engine_bytes,
     kv_bytes_per_token,
     layer_counts,
+    microbatching,
     pushed_bytes,
     quantized_counts,
     rank_counts,
@@ -53,8 +54,10 @@ class Assumptions:
     """What the configuration does not say.
 
     gpu_memory_gib, peak_tflops, memory_gb_s: None for the card's. response_tokens: None for `rollout.max_response_tokens`.
-    rollout_gpus: None for the servers that the configuration names. reserve_gib: CUDA context, NCCL, cuBLAS, fragmentation.
-    expert_load: tokens of the busiest rank's experts over the mean. latency_us: of a layer of a decode step, kernels and TP.
+    rollout_gpus: None for the servers that the configuration names. latency_us: of a layer of a decode step, kernels and TP.
+    reserve_gib: outside of torch's allocator, CUDA's context, kernels and NCCL's buffers. workspace_gib: of cuBLAS, cuDNN and
+    Transformer Engine. fragmentation: share of what tensors take that the allocator loses between blocks. margin: a layout fits
+    only if its peak and this share of it do. expert_load: tokens of the busiest rank's experts over the mean.
     """
 
     card: Card = CARDS["h100"]
@@ -70,7 +73,10 @@ class Assumptions:
     prompt_tokens: int = 256
     response_tokens: int | None = None
     rollout_gpus: int | None = None
-    reserve_gib: float = 4.0
+    reserve_gib: float = 3.0
+    workspace_gib: float = 1.0
+    fragmentation: float = 0.05
+    margin: float = 0.15
     expert_load: float = 1.25
 
     @property
@@ -120,7 +126,8 @@ class SyncBytes:
 
 @dataclass(frozen=True)
 class StepTime:
-    """Seconds; `total` overlaps generation with training where `rollout.ahead` does."""
+    """Seconds. trainer: all phases between the responses and the sync. total: with `rollout.ahead=1` generation and the trainer's
+    phases overlap, and the slower of them counts; without, they add up."""
 
     generate: float
     logprobs: float
@@ -128,6 +135,7 @@ class StepTime:
     gradients: float
     optimizer: float
     sync: float
+    trainer: float
     total: float
     tokens_per_second: float
 
@@ -193,14 +201,12 @@ def generate_seconds(config: Config, assumed: Assumptions, servers: Servers) -> 
 
 def pass_seconds(config: Config, assumed: Assumptions, flops_share: float, sends: int) -> float:
     """One pass over the whole batch. flops_share: of a forward pass's FLOPs; sends: collectives of a layer, in forward passes."""
-    a, parallel, rollout = config.architecture, config.parallel, config.rollout
-    dp, row = parallel.dp or 1, sum(row_tokens(config, assumed))
-    rows = rollout.prompts_per_step * rollout.group_size
-    gpus = parallel.model_parallel_size * dp
-    microbatches = max(1, ceil(rows / dp / max(1, config.train.tokens_per_microbatch // row)))
-    bubble = 1.0 + (parallel.pp - 1) / microbatches
-    compute = flops_share * forward_flops(a, rows, row) / (gpus * assumed.flops * assumed.mfu)
-    layer_bytes = rows * row / dp / parallel.cp * a.hidden_size * dtype_bytes(config) * a.num_hidden_layers / parallel.pp
+    a, parallel = config.architecture, config.parallel
+    split = microbatching(config, sum(row_tokens(config, assumed)), config.run.backend != "cpu")
+    bubble = 1.0 + (parallel.pp - 1) / split.count
+    rows = split.computed * config.train.updates_per_batch  # of one data-parallel rank, idle ones included
+    compute = flops_share * forward_flops(a, rows, split.width) / (parallel.model_parallel_size * assumed.flops * assumed.mfu)
+    layer_bytes = rows * split.width / parallel.cp * a.hidden_size * dtype_bytes(config) * a.num_hidden_layers / parallel.pp
     sent = 0.0
     if parallel.tp > 1:
         sent += 2 * 2 * (parallel.tp - 1) / parallel.tp * layer_bytes / assumed.link(parallel.tp)  # two all-reduces
@@ -249,4 +255,4 @@ def step_time(config: Config, assumed: Assumptions) -> StepTime:
     trainer = logprobs + train + gradients + optimizer
     total = max(generate, trainer) + sync if rollout.ahead else generate + trainer + sync
     tokens = rollout.prompts_per_step * rollout.group_size * row_tokens(config, assumed)[1]
-    return StepTime(generate, logprobs, train, gradients, optimizer, sync, total, tokens / total)
+    return StepTime(generate, logprobs, train, gradients, optimizer, sync, trainer, total, tokens / total)

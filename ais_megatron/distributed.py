@@ -158,45 +158,57 @@ def gather_batch(local: Batch, group: dist.ProcessGroup | None) -> Batch:
     """Join the rows that the ranks of one model-parallel group generated, in rank order, on every one of them.
 
     Rows and columns may differ between ranks (a rank may have none). Two collectives: the sizes, then all fields
-    packed as 32-bit words in one tensor.
+    packed as bytes in one tensor.
     """
     world = dist.get_world_size(group)
     if world == 1:
         return local
-    experts = (0, 0) if local.routed_experts is None else tuple(local.routed_experts.shape[2:])
-    mine = torch.tensor([*local.tokens.shape, *experts], device=device())
+    routes = local.routed_experts
+    mine = torch.tensor([*local.tokens.shape, *((0, 0, 0) if routes is None else (*routes.shape[2:], routes.itemsize))], device=device())
     sizes = [torch.empty_like(mine) for _ in range(world)]
     dist.all_gather(sizes, mine, group=group)
-    max_rows, seq, layers, top_k = (int(v) for v in torch.stack(sizes).amax(0))
-    words = _pack(local.pad_columns(seq), layers * top_k)
-    packed = torch.nn.functional.pad(words, (0, 0, 0, max_rows - len(local))).to(device())
+    max_rows, seq, layers, top_k, itemsize = (int(v) for v in torch.stack(sizes).amax(0))
+    raw = _pack(local.pad_columns(seq), (layers, top_k), _ROUTES[itemsize])
+    packed = torch.nn.functional.pad(raw, (0, 0, 0, max_rows - len(local))).to(device())
     parts = [torch.empty_like(packed) for _ in range(world)]
     dist.all_gather(parts, packed, group=group)
-    rows = torch.cat([part[: int(size[0])] for part, size in zip(parts, sizes, strict=True)])
-    return _unpack(rows.cpu(), seq, (layers, top_k))
+    rows = torch.cat([part[: int(size[0])].cpu() for part, size in zip(parts, sizes, strict=True)])
+    return _unpack(rows, seq, (layers, top_k), _ROUTES[itemsize])
 
 
-def _pack(batch: Batch, experts_per_column: int) -> Tensor:
-    """int32 ``[rows, words]``: tokens, mask, logprob bits, (length, advantage bits, reward bits), experts."""
+_ROUTES = {0: torch.int8, 1: torch.int8, 2: torch.int16, 4: torch.int32}  # by bytes; 0: no rank has any
+
+
+def _pack(batch: Batch, experts: tuple[int, int], routes_dtype: torch.dtype) -> Tensor:
+    """uint8 ``[rows, bytes]``: tokens, logprobs and (length, advantage, reward) of 4 bytes each, then routes, then the mask."""
     per_row = [batch.lengths.int(), batch.advantages.view(torch.int32), batch.rewards.view(torch.int32)]
-    words = [batch.tokens.int(), batch.loss_mask.int(), batch.rollout_logprobs.contiguous().view(torch.int32), torch.stack(per_row, 1)]
-    if experts_per_column:
-        rows, seq = batch.tokens.shape
-        experts = batch.routed_experts if batch.routed_experts is not None else torch.full((rows, seq, experts_per_column), -1)
-        words.append(experts.int().reshape(rows, seq * experts_per_column))
-    return torch.cat(words, 1)
+    fields = [batch.tokens.int(), batch.rollout_logprobs, torch.stack(per_row, 1)]
+    if experts[0]:
+        shape = (*batch.tokens.shape, *experts)
+        routes = torch.full(shape, -1, dtype=routes_dtype) if batch.routed_experts is None else batch.routed_experts.to(routes_dtype)
+        fields.append(routes.flatten(1))
+    return torch.cat([field.contiguous().view(torch.uint8) for field in (*fields, batch.loss_mask)], 1)
 
 
-def _unpack(words: Tensor, seq: int, experts: tuple[int, int]) -> Batch:
+def _unpack(raw: Tensor, seq: int, experts: tuple[int, int], routes_dtype: torch.dtype) -> Batch:
     layers, top_k = experts
-    tokens, mask, logprobs, per_row, routed = words.split([seq, seq, seq, 3, seq * layers * top_k], dim=1)
+    parts = raw.split([4 * seq, 4 * seq, 4 * 3, seq * layers * top_k * routes_dtype.itemsize, seq], dim=1)
+    dtypes = (torch.int32, torch.float32, torch.int32, routes_dtype, torch.bool)
+    tokens, logprobs, per_row, routed, mask = (_from_bytes(part, dtype) for part, dtype in zip(parts, dtypes, strict=True))
     lengths, advantages, rewards = (column.contiguous() for column in per_row.unbind(1))
     return Batch(
         tokens=tokens.long(),
-        loss_mask=mask.bool(),
+        loss_mask=mask,
         lengths=lengths.long(),
-        rollout_logprobs=logprobs.contiguous().view(torch.float32),
+        rollout_logprobs=logprobs,
         advantages=advantages.view(torch.float32),
         rewards=rewards.view(torch.float32),
         routed_experts=routed.reshape(-1, seq, layers, top_k) if layers else None,
     )
+
+
+def _from_bytes(part: Tensor, dtype: torch.dtype) -> Tensor:
+    """Columns of bytes as values, in memory of their own: bytes are only values where they begin at a multiple of the width."""
+    values = torch.empty(len(part), part.shape[1] // dtype.itemsize, dtype=dtype)
+    values.view(torch.uint8).copy_(part)
+    return values

@@ -88,7 +88,7 @@ def _cuda() -> Finding:
 
 
 def _transformer_engine() -> Finding:
-    name, off = "Transformer Engine", "off: parallel.cp > 1, fused CUDA layers and FP8 training; Megatron's plain layers are used"
+    name, off = "Transformer Engine", "off: fused CUDA layers and FP8 training; Megatron's plain layers are used"
     version, folders = _version("transformer-engine"), _folders("transformer_engine")
     if not folders:
         return Finding(name, False, version, off)
@@ -96,7 +96,7 @@ def _transformer_engine() -> Finding:
     places = [place for folder in folders for place in (folder, folder.parent, folder / "wheel_lib")]
     if find_spec("transformer_engine_torch") is None and not any(any(place.glob("transformer_engine_torch*.so")) for place in places):
         return Finding(name, False, version, f"its torch extension is missing (install transformer-engine[pytorch]); {off}")
-    return Finding(name, True, version, "context parallelism and fused CUDA layers")
+    return Finding(name, True, version, "fused CUDA layers")
 
 
 def _apex() -> Finding:

@@ -108,7 +108,7 @@ def _trainer_problems(config: Config, num_nodes: int, gpus_per_node: int) -> lis
     if ranks % parallel.model_parallel_size:
         return [
             f"{copy} = {parallel.model_parallel_size} GPUs for one copy of the model: does not divide the {ranks} GPUs of {nodes}; "
-            "change the number of trainer nodes, or tp, pp and cp"
+            "change the number of trainer nodes, or tp and pp"
         ]
     if parallel.dp not in (None, copies):
         return [

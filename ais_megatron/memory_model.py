@@ -5,6 +5,10 @@
     optimizer      8 bytes (two moments) or 12 (and an FP32 master copy, in BF16), sharded over DP x CP; experts over their own DP
     activations    the tensors that each layer's operations save for the backward pass, one by one, times microbatches in flight
     logits         [tokens, vocab/tp] and their gradient, and FP32 chunks of `train.logprob_chunk_tokens`, as policy/logprobs.py
+    workspaces     of cuBLAS, cuDNN and Transformer Engine, and what the allocator loses between blocks: assumed, not computed
+
+A microbatch has `train.tokens_per_microbatch` tokens, or more where a single row is longer, rounded up to the shapes that the
+model is given (`shapes`). With `rollout.ahead=1` the embedded engine generates during training: its KV cache is there then too.
 
 The lists of saved tensors follow Megatron's local layers with our norm and attention (policy/model.py), as recorded with
 torch's saved-tensor hooks; tests/test_plan.py holds them against real ranks. On CUDA the norms are fused and attention saves
@@ -17,6 +21,7 @@ from dataclasses import dataclass
 from math import ceil
 
 from ais_megatron.config import Architecture, Config, ParallelConfig
+from ais_megatron.shapes import Shapes
 
 LOGPROB_CHUNKS_BACKWARD = 4  # FP32 [chunk, vocab/tp] alive at once: log p and p of a chunk, and those of the one before
 LOGPROB_CHUNKS_FORWARD = 3
@@ -39,13 +44,19 @@ class Counts:
 
 @dataclass(frozen=True)
 class RankMemory:
-    """Bytes on one rank of pipeline stage `stage`. What a phase needs beyond the lasting parts exists in that phase only."""
+    """Bytes on one rank of pipeline stage `stage`. What a phase needs beyond the lasting parts exists in that phase only.
+
+    gathered: the responses of a model-parallel group on their way to all of its ranks. batch: microbatches on the device.
+    workspaces: once made they stay. fragmentation: share of the allocator's bytes that it loses between blocks. overlaps:
+    generation runs beside the other phases (but for the sync), on the same GPU.
+    """
 
     stage: int
     weights: int
     gradients: int
     optimizer: int
     engine_weights: int
+    gathered: int
     batch: int
     activations: int
     logits: int
@@ -53,24 +64,72 @@ class RankMemory:
     optimizer_step: int
     kv_cache: int
     sync: int
+    workspaces: int = 0
+    fragmentation: float = 0.0
+    overlaps: bool = False
 
     @property
     def lasting(self) -> int:
         return self.weights + self.gradients + self.optimizer + self.engine_weights
 
     @property
-    def phases(self) -> dict[str, int]:
-        """Peak of each phase of a step."""
-        return {
-            "generate": self.lasting + self.kv_cache,
-            "logprobs": self.lasting + self.batch + self.logprobs,
-            "train": self.lasting + self.batch + max(self.activations + self.logits, self.optimizer_step),
-            "sync": self.lasting + self.sync,
+    def allocated(self) -> dict[str, int]:
+        """Peak of each phase of a step in tensors."""
+        beside = self.kv_cache if self.overlaps else 0
+        parts = {
+            "generate": self.kv_cache,
+            "collect": self.gathered + beside,
+            "logprobs": self.batch + self.logprobs + beside,
+            "train": self.batch + max(self.activations + self.logits, self.optimizer_step) + beside,
+            "sync": self.sync,
         }
+        return {phase: self.lasting + size for phase, size in parts.items()}
+
+    @property
+    def phases(self) -> dict[str, int]:
+        """Peak of each phase of a step, with what lies around the tensors."""
+        return {phase: size + self.workspaces + int(self.fragmentation * size) for phase, size in self.allocated.items()}
+
+    @property
+    def lost(self) -> int:
+        """Between blocks, in the worst phase."""
+        return int(self.fragmentation * max(self.allocated.values()))
 
     @property
     def peak(self) -> int:
         return max(self.phases.values())
+
+
+@dataclass(frozen=True)
+class Microbatching:
+    """How a rank's rows, all equally long, become the microbatches of one update.
+
+    count: microbatches. rows, width: of a full one as the model is given it. computed: rows of all of them, idle ones included.
+    """
+
+    count: int
+    rows: int
+    width: int
+    computed: int
+
+
+def shapes_of(config: Config, cuda: bool) -> Shapes:
+    return Shapes.on("cuda" if cuda else "cpu", config.parallel.tp if config.parallel.sequence_parallel else 1)
+
+
+def microbatching(config: Config, row: int, cuda: bool) -> Microbatching:
+    """As policy/microbatches.py splits rows of `row` tokens. `parallel.dp` must be set."""
+    rollout, train, shapes = config.rollout, config.train, shapes_of(config, cuda)
+    rows = ceil(rollout.prompts_per_step * rollout.group_size / (config.parallel.dp or 1) / train.updates_per_batch)
+    width = shapes.width(row)
+    full = shapes.most_rows(train.tokens_per_microbatch // width)
+    count = ceil(rows / full)
+    return Microbatching(count, full, width, (count - 1) * full + shapes.rows(rows - (count - 1) * full))
+
+
+def microbatch_tokens(config: Config, longest_row: int, cuda: bool) -> int:
+    """Padded tokens of the largest microbatch: the budget, or a single row that is longer."""
+    return max(config.train.tokens_per_microbatch, shapes_of(config, cuda).width(longest_row))
 
 
 def dtype_bytes(config: Config) -> int:
@@ -109,7 +168,7 @@ def total_parameters(a: Architecture) -> int:
 
 
 def layer_saved(config: Config, tokens: int, cuda: bool, expert_load: float) -> int:
-    """Bytes that one layer saves for its backward pass of `tokens` tokens (those of one context-parallel rank)."""
+    """Bytes that one layer saves for its backward pass of `tokens` tokens."""
     a, parallel, e = config.architecture, config.parallel, dtype_bytes(config)
     tp, shard = parallel.tp, parallel.tp if parallel.sequence_parallel else 1
     hidden, heads, kv_heads = a.hidden_size, a.num_attention_heads, a.num_key_value_heads
@@ -141,10 +200,9 @@ def layer_transient(config: Config, tokens: int, expert_load: float) -> int:
     return max(gathered, pairs * e * 2 * (a.hidden_size + a.moe_intermediate_size // parallel.etp))
 
 
-def training_memory(config: Config, stage: int, in_flight: int, cuda: bool, expert_load: float) -> tuple[int, int]:
-    """(activations, logits) at the worst moment of a forward and backward pass over full microbatches."""
+def training_memory(config: Config, stage: int, tokens: int, in_flight: int, cuda: bool, expert_load: float) -> tuple[int, int]:
+    """(activations, logits) at the worst moment of a forward and backward pass over microbatches of so many tokens."""
     a, parallel, e = config.architecture, config.parallel, dtype_bytes(config)
-    tokens = ceil(config.train.tokens_per_microbatch / parallel.cp)
     shard = parallel.tp if parallel.sequence_parallel else 1
     layers, saved = a.num_hidden_layers // parallel.pp, layer_saved(config, tokens, cuda, expert_load)
     one_layer = layer_transient(config, tokens, expert_load)
@@ -165,10 +223,9 @@ def training_memory(config: Config, stage: int, in_flight: int, cuda: bool, expe
     return body + one_layer, in_layer
 
 
-def logprob_memory(config: Config, stage: int, expert_load: float) -> int:
-    """Bytes of a forward pass without gradient, over one microbatch: the widest moment of a layer, or of the head."""
+def logprob_memory(config: Config, stage: int, tokens: int, expert_load: float) -> int:
+    """Bytes of a forward pass without gradient, over one microbatch of so many tokens: the widest moment of a layer, or of the head."""
     a, parallel, e = config.architecture, config.parallel, dtype_bytes(config)
-    tokens = ceil(config.train.tokens_per_microbatch / parallel.cp)
     if a.is_moe:
         routed = tokens // (parallel.tp if parallel.sequence_parallel else 1)
         pairs = int(routed * a.num_experts_per_tok * parallel.etp * expert_load)
@@ -234,17 +291,46 @@ def sync_memory(config: Config) -> int:
     return 3 * min(bucket, e * total_parameters(a)) + fp32
 
 
-def batch_memory(config: Config, tokens: int) -> int:
-    """Bytes of a batch of `tokens` padded tokens: all its microbatches are put on the device before the first one runs."""
+def route_bytes(config: Config) -> int:
+    """Of one token's routes; as wide as `batch.routes_dtype`."""
     a = config.architecture
-    routing = FP32 * a.num_hidden_layers * a.num_experts_per_tok if config.rollout.return_routed_experts else 0
-    return tokens * (8 + 1 + FP32 + routing)
+    if not config.rollout.return_routed_experts:
+        return 0
+    return a.num_hidden_layers * a.num_experts_per_tok * (1 if a.num_experts <= 2**7 else 2 if a.num_experts <= 2**15 else 4)
 
 
-def rank_memory(config: Config, stage: int, *, prompt_tokens: int, response_tokens: int, cuda: bool, expert_load: float) -> RankMemory:
-    """What a rank of that pipeline stage holds. `parallel.dp` must be set; responses are as long as `response_tokens`.
+def batch_memory(config: Config, tokens: int) -> int:
+    """Bytes of microbatches of so many padded tokens on the device, where each goes when its turn comes: ids, mask, logprobs, positions
+    and routes."""
+    return tokens * (8 + 1 + FP32 + 8 + route_bytes(config))
 
-    expert_load: tokens that the busiest rank's experts get, over the mean.
+
+def gathered_memory(config: Config, row: int) -> int:
+    """Bytes on the device while the ranks of a model-parallel group exchange what they generated: everyone's, and one's own once more.
+    With dynamic sampling the whole job is one group."""
+    parallel, rollout = config.parallel, config.rollout
+    group = parallel.model_parallel_size * (parallel.dp if config.objective.resolved.dynamic_sampling else 1)
+    if group == 1:
+        return 0
+    tokens = row * rollout.prompts_per_step * rollout.group_size * group // (parallel.model_parallel_size * parallel.dp)
+    return (tokens + tokens // group) * (4 + 1 + FP32 + route_bytes(config))
+
+
+def rank_memory(
+    config: Config,
+    stage: int,
+    *,
+    prompt_tokens: int,
+    response_tokens: int,
+    cuda: bool,
+    expert_load: float,
+    workspaces: int = 0,
+    fragmentation: float = 0.0,
+) -> RankMemory:
+    """What a rank of that pipeline stage holds. `parallel.dp` must be set; responses are as long as `response_tokens`, the longest as
+    `rollout.max_response_tokens`.
+
+    expert_load: tokens that the busiest rank's experts get, over the mean. workspaces, fragmentation: see `RankMemory`.
     """
     a, parallel, rollout, e = config.architecture, config.parallel, config.rollout, dtype_bytes(config)
     assert parallel.dp, "the caller sets parallel.dp"
@@ -253,10 +339,10 @@ def rank_memory(config: Config, stage: int, *, prompt_tokens: int, response_toke
     dense, expert = (
         ceil(n / share) for n, share in ((counts.dense, replicas), (counts.expert, parallel.tp * replicas // (parallel.ep * parallel.etp)))
     )
-    rows, row = rollout.prompts_per_step * rollout.group_size // parallel.dp, prompt_tokens + response_tokens
-    microbatches = ceil(rows / config.train.updates_per_batch / max(1, config.train.tokens_per_microbatch // row))
-    in_flight = min(parallel.pp - stage, microbatches)
-    activations, logits = training_memory(config, stage, in_flight, cuda, expert_load)
+    row, longest = prompt_tokens + response_tokens, prompt_tokens + max(response_tokens, rollout.max_response_tokens)
+    in_flight = min(parallel.pp - stage, microbatching(config, row, cuda).count)
+    tokens = microbatch_tokens(config, longest, cuda)
+    activations, logits = training_memory(config, stage, tokens, in_flight, cuda, expert_load)
     local = rollout.engine == "local"
     engine_ranks = parallel.model_parallel_size * parallel.dp
     decoding = min(rollout.max_batch, ceil(rollout.prompts_per_step * rollout.group_size / engine_ranks))
@@ -266,11 +352,15 @@ def rank_memory(config: Config, stage: int, *, prompt_tokens: int, response_toke
         gradients=FP32 * counts.all,
         optimizer=(12 if e == 2 else 8) * (dense + expert),
         engine_weights=engine_bytes(config) if local else 0,
-        batch=batch_memory(config, rows * row),
+        gathered=gathered_memory(config, longest),
+        batch=batch_memory(config, in_flight * tokens),
         activations=activations,
         logits=logits,
-        logprobs=logprob_memory(config, stage, expert_load) + (e * counts.all if config.objective.kl_coefficient else 0),
+        logprobs=logprob_memory(config, stage, tokens, expert_load) + (e * counts.all if config.objective.kl_coefficient else 0),
         optimizer_step=FP32 * (dense + expert),  # torch's AdamW works on all parameters at once
         kv_cache=decoding * row * kv_bytes_per_token(config, cuda) if local else 0,
         sync=sync_memory(config),
+        workspaces=workspaces,
+        fragmentation=fragmentation,
+        overlaps=local and rollout.ahead > 0,
     )

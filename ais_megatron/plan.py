@@ -1,6 +1,7 @@
 """`ais-megatron plan`: memory, bytes and seconds of a run before any GPU is asked for, and layouts that fit.
 
-    memory of a rank = weights + gradients + optimizer + (embedded engine) + the worst of its phases + a reserve
+    memory of a rank = (weights + gradients + optimizer + (embedded engine) + the worst of its phases) (1 + fragmentation) + workspaces
+    it fits if         memory (1 + margin) <= the card's memory - reserve
 
 `make_plan` judges one configuration, `suggest` every layout of the same GPUs that the configuration's own checks admit.
 Memory is computed tensor by tensor (`memory_model`); seconds follow from the assumptions that the output names (`cost_model`).
@@ -23,13 +24,16 @@ COMPONENTS = (
     ("gradients", "gradients, FP32"),
     ("optimizer", "optimizer, its share of DP"),
     ("engine_weights", "engine weights"),
-    ("batch", "batch on the device"),
+    ("gathered", "collect: responses on their way"),
+    ("batch", "microbatches on the device"),
     ("activations", "train: activations"),
     ("logits", "train: logits, their gradient, FP32 chunks"),
     ("optimizer_step", "train: temporaries of the optimizer step"),
     ("logprobs", "logprobs: forward pass"),
     ("kv_cache", "generate: KV cache"),
     ("sync", "sync: buckets"),
+    ("workspaces", "cuBLAS, cuDNN workspaces (assumed)"),
+    ("lost", "lost between blocks (assumed)"),
 )
 
 
@@ -87,14 +91,17 @@ def _revised(config: Config, **sections: dict[str, object]) -> Config | str:
 def make_plan(config: Config, assumed: Assumptions) -> Plan:
     """`config.parallel.dp` must be set (`with_gpus`)."""
     prompt, response = row_tokens(config, assumed)
+    cuda = config.run.backend != "cpu"
     ranks = [
         rank_memory(
             config,
             stage,
             prompt_tokens=prompt,
             response_tokens=response,
-            cuda=config.run.backend != "cpu",
+            cuda=cuda,
             expert_load=assumed.expert_load,
+            workspaces=int(assumed.workspace_gib * GIB) if cuda else 0,
+            fragmentation=assumed.fragmentation if cuda else 0.0,
         )
         for stage in range(config.parallel.pp)
     ]
@@ -106,14 +113,15 @@ def make_plan(config: Config, assumed: Assumptions) -> Plan:
 def _rank_problems(config: Config, assumed: Assumptions, ranks: list[RankMemory]) -> list[str]:
     worst = max(ranks, key=lambda rank: rank.peak)
     limit = assumed.memory - assumed.reserve_gib
-    if worst.peak <= limit * GIB:
+    if worst.peak * (1.0 + assumed.margin) <= limit * GIB:
         return []
     phase = max(worst.phases, key=lambda name: worst.phases[name])
     parallel = config.parallel
     return [
         f"parallel.tp={parallel.tp} pp={parallel.pp} cp={parallel.cp} dp={parallel.dp} ep={parallel.ep} etp={parallel.etp}: a rank of "
-        f"stage {worst.stage} needs {worst.peak / GIB:.1f} GiB in phase {phase} ({worst.lasting / GIB:.1f} GiB of them lasting); "
-        f"--gpu-memory-gib {assumed.memory:g} less --reserve-gib {assumed.reserve_gib:g} is {limit:g}. {_remedy(config, phase)}"
+        f"stage {worst.stage} needs {worst.peak / GIB:.1f} GiB in phase {phase} ({worst.lasting / GIB:.1f} GiB of them lasting), with "
+        f"--margin {assumed.margin:g} {worst.peak / GIB * (1.0 + assumed.margin):.1f}; --gpu-memory-gib {assumed.memory:g} less "
+        f"--reserve-gib {assumed.reserve_gib:g} is {limit:g}. {_remedy(config, phase)}"
     ]
 
 
@@ -123,7 +131,8 @@ def _remedy(config: Config, phase: str) -> str:
     if phase == "generate":
         return "Lower rollout.max_batch or rollout.max_response_tokens, or set rollout.engine=sglang"
     recompute = "set model.recompute=full, " if config.model.recompute == "none" else ""
-    return f"Raise parallel.tp, pp or dp{' or ep' if config.architecture.is_moe else ''}, {recompute}or lower train.tokens_per_microbatch"
+    keys = "parallel.tp, pp, ep or dp (--gpus)" if config.architecture.is_moe else "parallel.tp, pp or dp (--gpus)"
+    return f"Raise {keys}, {recompute}or lower train.tokens_per_microbatch"
 
 
 def _server_problems(config: Config, assumed: Assumptions, servers: Servers) -> list[str]:
@@ -144,15 +153,15 @@ def _server_problems(config: Config, assumed: Assumptions, servers: Servers) -> 
 def suggest(config: Config, assumed: Assumptions, gpus: int, count: int = 5) -> list[Plan]:
     """The `count` fastest layouts of `gpus` trainer GPUs that fit and that the configuration's own checks allow.
 
-    TP stays inside a node; sequence parallelism goes with it; context parallelism stays as it is.
+    TP stays inside a node; sequence parallelism goes with it; there is no context parallelism.
     """
-    a, cp, fitting = config.architecture, config.parallel.cp, []
+    a, fitting = config.architecture, []
     experts = [n for n in POWERS if a.is_moe and a.num_experts % n == 0] or [1]
     for tp in (n for n in POWERS if n <= min(gpus, assumed.gpus_per_node)):
-        for pp in (n for n in range(1, gpus // (tp * cp) + 1) if a.num_hidden_layers % n == 0 and gpus % (tp * cp * n) == 0):
-            dp = gpus // (tp * pp * cp)
+        for pp in (n for n in range(1, gpus // tp + 1) if a.num_hidden_layers % n == 0 and gpus % (tp * n) == 0):
+            dp = gpus // (tp * pp)
             for ep, etp in ((ep, etp) for ep in experts for etp in ({1, tp} if a.is_moe else {1})):
-                if tp * cp * dp % (ep * etp):
+                if tp * dp % (ep * etp):
                     continue
                 layout = dict(tp=tp, pp=pp, dp=dp, ep=ep, etp=etp, sequence_parallel=tp > 1)
                 for recompute in ("none", "full"):
@@ -160,7 +169,8 @@ def suggest(config: Config, assumed: Assumptions, gpus: int, count: int = 5) -> 
                     if isinstance(revised, Config) and not (plan := make_plan(revised, assumed)).problems:
                         fitting.append(plan)
                         break  # where it fits without recomputing, recomputing only costs time
-    return sorted(fitting, key=lambda plan: (plan.time.total, plan.peak))[:count]
+    # Where generation decides (rollout.ahead=1), steps take the same time up to the sync: then the trainer with the most slack.
+    return sorted(fitting, key=lambda plan: (float(f"{plan.time.total:.3g}"), plan.time.trainer, plan.peak))[:count]
 
 
 def print_plan(plan: Plan, suggestions: list[Plan]) -> None:
@@ -173,7 +183,9 @@ def print_plan(plan: Plan, suggestions: list[Plan]) -> None:
     layout = ", ".join(f"{key.upper()} {getattr(parallel, key)}" for key in ("tp", "pp", "cp", "dp", "ep", "etp"))
     console.print(
         f"{total_parameters(config.architecture) / 1e9:.3g} B parameters on {plan.gpus} trainer GPUs ({layout}), {_engine_text(plan)}.\n"
-        f"Assumed: {assumed.card.name}, {assumed.memory:g} GiB of which {assumed.reserve_gib:g} in reserve, {assumed.flops / 1e12:g} "
+        f"Assumed: {assumed.card.name}, {assumed.memory:g} GiB of which {assumed.reserve_gib:g} in reserve; a layout fits if its peak "
+        f"and a margin of {assumed.margin:.0%} do; workspaces of {assumed.workspace_gib:g} GiB, {assumed.fragmentation:.0%} lost between "
+        f"blocks; {assumed.flops / 1e12:g} "
         f"TFLOP/s BF16 at MFU {assumed.mfu:g}, {assumed.bandwidth / 1e9:g} GB/s at {assumed.decode_efficiency:g} in decoding, NVLink "
         f"{assumed.nvlink_gb_s:g} and network {assumed.network_gb_s:g} GB/s; prompts of {prompt} and responses of {response} tokens; "
         f"busiest experts {assumed.expert_load:g} times the mean.",
@@ -223,12 +235,14 @@ def _time_table(plan: Plan):  # noqa: ANN202
     from rich.table import Table
 
     time, sync = plan.time, plan.sync
-    table = Table(title="A step, estimated", title_justify="left")
+    ahead = plan.config.rollout.ahead
+    how = "generation beside the trainer (rollout.ahead=1)" if ahead else "one phase after the other (rollout.ahead=0)"
+    table = Table(title=f"A step, estimated: {how}", title_justify="left")
     for column in ("phase", "seconds", "share"):
         table.add_column(column, justify="left" if column == "phase" else "right")
-    for name in ("generate", "logprobs", "train", "gradients", "optimizer", "sync"):
+    for name in ("generate", "logprobs", "train", "gradients", "optimizer", "trainer", "sync"):
         seconds = getattr(time, name)
-        table.add_row(name, f"{seconds:.3g}", f"{seconds / time.total:.0%}")
+        table.add_row("trainer, all its phases" if name == "trainer" else name, f"{seconds:.3g}", f"{seconds / time.total:.0%}")
     table.add_row("step", f"{time.total:.3g}", f"{time.tokens_per_second:,.0f} response tokens/s")
     table.add_section()
     table.add_row("one sync, GiB: gathered over TP and EP", f"{sync.gathered / GIB:.2f}", "by each rank")

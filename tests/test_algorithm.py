@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ais_megatron.algorithm.advantages import group_relative_advantages, num_zero_signal_groups
 from ais_megatron.algorithm.ais import loss_scaler, product_coefficient
-from ais_megatron.algorithm.correction import mixed_weights, truncated_is_weights
+from ais_megatron.algorithm.correction import Correction, mixed_weights, truncated_is_weights
 from ais_megatron.algorithm.diagnostics import SUMS, Diagnostics, diagnose, from_statistics, statistics
 from ais_megatron.algorithm.loss import clipped_policy_loss
 from ais_megatron.algorithm.scaler import AISLossScaler
@@ -106,11 +106,11 @@ def random_parts(seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return old, rollout, torch.randn(24, generator=generator), mask
 
 
-def diagnose_part(rank: int, shares: list[list[int]]) -> Diagnostics:
+def diagnose_part(rank: int, shares: list[list[int]], correction: Correction) -> Diagnostics:
     import torch.distributed as dist
 
     rows = torch.tensor(shares[rank], dtype=torch.int64)
-    return diagnose(*(tensor[rows] for tensor in random_parts(0)), weight_cap=2.0, group=dist.group.WORLD)
+    return diagnose(*(tensor[rows] for tensor in random_parts(0)), weight_cap=2.0, group=dist.group.WORLD, correction=correction)
 
 
 @pytest.mark.parametrize(
@@ -122,9 +122,11 @@ def diagnose_part(rank: int, shares: list[list[int]]) -> Diagnostics:
         [[], [3, 5], list(range(12, 24)), [0, 1, 2, 4, *range(6, 12)]],
     ],
 )
-def test_diagnostics_are_those_of_the_joined_batch(ranks: RankPool, shares: list[list[int]]) -> None:
-    expected = vars(diagnose(*random_parts(0), weight_cap=2.0))
-    results = ranks.run(len(shares), diagnose_part, shares=shares)
+@pytest.mark.parametrize("level", ["token", "geometric"])
+def test_diagnostics_are_those_of_the_joined_batch(ranks: RankPool, shares: list[list[int]], level: str) -> None:
+    correction = Correction("ais", level)
+    expected = vars(diagnose(*random_parts(0), weight_cap=2.0, correction=correction))
+    results = ranks.run(len(shares), diagnose_part, shares=shares, correction=correction)
     assert all(result == results[0] for result in results), "every rank must compute the same alpha"
     for name, value in vars(results[0]).items():
         assert value == pytest.approx(expected[name], abs=1e-12, rel=1e-12), name

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -86,7 +87,10 @@ def test_aggregation_counts_only_what_is_left() -> None:
     ("correction", "mean"),
     [
         (Correction("tis", weight_cap=3.0), (2 + 0.5 + 3) / 3),
-        (Correction("tis", "sequence", weight_cap=3.0), (1 + 1 + 3) / 3),
+        (Correction("tis", "sequence", weight_cap=3.0), (1 + 3) / 2),  # over the two responses, although one has two tokens
+        (Correction("tis", "geometric", weight_cap=3.0), (1 + 3) / 2),
+        (Correction("mis", "sequence", low=1.5, high=5.0), (0 + 4) / 2),  # a weight of 0 counts
+        (Correction("ais", "geometric", weight_cap=2.0), (1 + 2) / 2),
         (Correction("mis", low=0.4, high=2.5), (2 + 0.5 + 0) / 3),
         (Correction("geo_rs", low=0.9, high=1.1), 1.0),
     ],
@@ -103,6 +107,21 @@ def test_normalised_weights_have_mean_one(correction: str) -> None:
     scaler, _ = loss_scaler(diagnose(old, rollout, advantages, mask, rule.weight_cap, correction=rule), config)
     result = scaler.factors(old, rollout, mask)
     assert result.policy.double().sum().item() / result.kept.sum().item() == pytest.approx(1.0, rel=1e-6)
+
+
+@pytest.mark.parametrize("sections", [{"correction": "tis"}, {"correction": "mis"}, {"correction": "ais", "ais": {"level": "sequence"}}])
+def test_normalised_weights_of_responses_have_mean_one_over_responses(sections: dict) -> None:
+    """As verl divides them: a long response counts no more than a short one, and one without tokens not at all."""
+    old, rollout, advantages, mask = random_parts(2)
+    config = config_with(objective={"name": "gspo"}, correction_options={"batch_normalise": True}, **sections)
+    rule = Correction.of(config)
+    assert rule.level in ("sequence", "geometric")
+    scaler, _ = loss_scaler(diagnose(old, rollout, advantages, mask, rule.weight_cap, correction=rule), config)
+    # The weight of a response, without the aggregation's share of its tokens.
+    weights = replace(scaler, aggregation="token").token_weights(old, rollout, mask).double()
+    of_responses = weights.sum(1)[mask.any(1)] / mask.sum(1)[mask.any(1)]
+    assert len(of_responses) == 23 and of_responses.std() > 0.01
+    assert of_responses.mean().item() == pytest.approx(1.0, rel=1e-6)
 
 
 def test_ais_at_sequence_level_uses_the_geometric_mean() -> None:

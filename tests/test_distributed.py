@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from ais_megatron.batch import Batch, Prompt, Rollout, assemble
+from ais_megatron.batch import Batch, Prompt, Rollout, assemble, routes_dtype
 from ais_megatron.distributed import gather_batch, rank_consistent, reduce_metrics
 from ais_megatron.prompts import Share
 from tests.ranks import RankError, RankPool
@@ -79,17 +79,49 @@ def test_batches_of_different_shapes_join_in_rank_order(ranks: RankPool) -> None
             assert getattr(batch, name).dtype == tensor.dtype
 
 
-def gathered_experts(rank: int) -> Batch:
+def gathered_experts(rank: int, dtypes: list[torch.dtype]) -> tuple[Batch, int]:
+    """And the bytes of the largest tensor that was sent."""
     import torch.distributed as dist
 
-    mine = [replace(rollout(rank, 2, rank + 1), routed_experts=torch.full((rank + 2, 3, 2), rank, dtype=torch.int32))] if rank else []
-    return gather_batch(assemble(mine, torch.zeros(len(mine)), torch.zeros(len(mine))), dist.group.WORLD)
+    mine = (
+        [replace(rollout(rank, 2, rank + 1), routed_experts=torch.full((rank + 2, 3, 2), 120 + rank, dtype=dtypes[rank]))] if rank else []
+    )
+    local = assemble(mine, torch.zeros(len(mine)), torch.zeros(len(mine)))
+    all_gather, sent = dist.all_gather, []
+    dist.all_gather = lambda parts, tensor, group: (sent.append(tensor.nbytes), all_gather(parts, tensor, group=group))
+    try:
+        return gather_batch(local, dist.group.WORLD), max(sent)
+    finally:
+        dist.all_gather = all_gather
 
 
-def test_routed_experts_travel_with_their_tokens(ranks: RankPool) -> None:
-    for batch in ranks.run(3, gathered_experts):
-        assert batch.routed_experts.shape == (2, 5, 3, 2) and batch.routed_experts.dtype == torch.int32
-        assert batch.routed_experts[:, :, 0, 0].tolist() == [[1, 1, 1, -1, -1], [2, 2, 2, 2, -1]]
+@pytest.mark.parametrize(
+    ("second", "third", "joined"),
+    [(torch.int8, torch.int8, torch.int8), (torch.int8, torch.int16, torch.int16), (torch.int32, torch.int8, torch.int32)],
+)
+def test_routed_experts_travel_with_their_tokens(ranks: RankPool, second: torch.dtype, third: torch.dtype, joined: torch.dtype) -> None:
+    """As wide as the widest rank's, and no wider on the way: 5 columns of 4 + 4 + 1 bytes and of 6 routes, and 12 bytes a row."""
+    for batch, sent in ranks.run(3, gathered_experts, dtypes=[torch.int8, second, third]):
+        assert batch.routed_experts.shape == (2, 5, 3, 2) and batch.routed_experts.dtype == joined
+        assert batch.routed_experts[:, :, 0, 0].tolist() == [[121, 121, 121, -1, -1], [122, 122, 122, 122, -1]]
+        assert sent == 5 * (9 + 6 * joined.itemsize) + 12
+
+
+@pytest.mark.parametrize(
+    ("num_experts", "dtype"), [(8, torch.int8), (128, torch.int8), (129, torch.int16), (32768, torch.int16), (32769, torch.int32)]
+)
+def test_routes_are_as_narrow_as_the_last_expert_allows(num_experts: int, dtype: torch.dtype) -> None:
+    assert routes_dtype(num_experts) == dtype
+    ends = torch.tensor([-1, num_experts - 1])
+    assert torch.equal(ends.to(dtype).long(), ends)
+
+
+def test_padding_keeps_no_choice_apart_from_expert_zero() -> None:
+    mine = [replace(rollout(0, 2, 1), routed_experts=torch.zeros(2, 1, 1, dtype=torch.int8))]
+    batch = assemble(mine, torch.zeros(1), torch.zeros(1)).pad_columns(4).pad_rows(1)
+    assert batch.routed_experts.dtype == torch.int8
+    assert batch.routed_experts[:, :, 0, 0].tolist() == [[0, 0, -1, -1], [-1, -1, -1, -1]]
+    assert batch.lengths.tolist() == [3, 0] and not batch.loss_mask[1].any()
 
 
 def mean_of_unequal_counts(rank: int) -> dict[str, float]:

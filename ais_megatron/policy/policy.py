@@ -37,10 +37,11 @@ from ais_megatron.distributed import all_reduce_sum, device, rank_consistent
 from ais_megatron.policy import cpu_backend
 from ais_megatron.policy.calibration import Calibration, Calibrator
 from ais_megatron.policy.hf_weights import Bucket, export_buckets, load_hf
-from ais_megatron.policy.microbatches import idle_microbatch, make_microbatches, pad_columns
+from ais_megatron.policy.microbatches import make_microbatch, pad_columns, split_by_tokens
 from ais_megatron.policy.model import build_model, uses_transformer_engine
 from ais_megatron.policy.optimizer import Guard, optimizer_config, schedule
 from ais_megatron.policy.routing import Routing, attach
+from ais_megatron.shapes import Shapes
 
 # (microbatch, its row numbers, logprobs, entropy) -> (loss sum with grad, number of tokens, float64 metric sums)
 LossFunction = Callable[[Batch, Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
@@ -278,39 +279,51 @@ class Policy:
     def _run(self, batch: Batch, loss_function: LossFunction, forward_only: bool) -> Tensor:
         """All microbatches through Megatron's schedule; on the last stage the float64 ``[microbatches, metrics + 1]``
         metric sums, whose last column is the number of tokens."""
-        microbatches = self._microbatches(batch)
+        shapes = Shapes.on(device().type, self.seq_multiple)
+        groups = self._microbatches(batch, shapes)
+        # One at a time on the device, as the schedule asks for it: the routes of all together would be gigabytes.
+        microbatches = ((make_microbatch(batch, index, self.seq_multiple).to(device()), index) for index in groups)
         with cpu_backend.active():
             results = get_forward_backward_func()(
-                forward_step_func=partial(self._forward_step, loss_function),
-                data_iterator=iter([(rows.to(device()), index) for rows, index in microbatches]),
+                forward_step_func=partial(self._forward_step, loss_function, shapes),
+                data_iterator=microbatches,
                 model=[self.ddp],
-                num_microbatches=len(microbatches),
+                num_microbatches=len(groups),
                 seq_length=batch.tokens.shape[1],
                 micro_batch_size=1,  # both are only hints under variable_seq_lengths
                 forward_only=forward_only,
             )
         return torch.stack(results) if results else torch.zeros(0)
 
-    def _microbatches(self, batch: Batch) -> list[tuple[Batch, Tensor]]:
-        """As many on every data-parallel rank where experts are spread over them: each layer waits for all of their tokens."""
-        budget = self.config.train.tokens_per_microbatch
-        microbatches = make_microbatches(batch, budget, self.seq_multiple)
+    def _microbatches(self, batch: Batch, shapes: Shapes) -> list[Tensor]:
+        """Row numbers of each; as many on every data-parallel rank where experts are spread over them (each layer waits for all of
+        their tokens), the last ones without a row where a rank has run out of its own."""
+        lengths, budget = batch.lengths, self.config.train.tokens_per_microbatch
+        groups = split_by_tokens(lengths, budget, shapes=shapes)
         if self.routing is None or dist.get_world_size(data_parallel_group()) == 1:
-            return microbatches
-        most = torch.tensor(len(microbatches), device=device())
+            return groups
+        most = torch.tensor(len(groups), device=device())
         dist.all_reduce(most, op=dist.ReduceOp.MAX, group=data_parallel_group())
-        microbatches = make_microbatches(batch, budget, self.seq_multiple, at_least=int(most))
-        return microbatches + [idle_microbatch(batch, self.seq_multiple)] * (int(most) - len(microbatches))
+        groups = split_by_tokens(lengths, budget, int(most), shapes)
+        return groups + [torch.zeros(0, dtype=torch.int64)] * (int(most) - len(groups))
 
-    def _forward_step(self, loss_function: LossFunction, microbatches: Iterator[tuple[Batch, Tensor]], model: torch.nn.Module):  # noqa: ANN202
+    def _forward_step(
+        self,
+        loss_function: LossFunction,
+        shapes: Shapes,
+        microbatches: Iterator[tuple[Batch, Tensor]],
+        model: torch.nn.Module,
+    ):  # noqa: ANN202
         rows, index = next(microbatches)
-        self.calibrator.lengths = rows.lengths
+        given = shapes.fill(rows)
+        self.calibrator.lengths = given.lengths
         if self.routing is not None:
-            self.routing.see(rows)
-        positions = torch.arange(rows.tokens.shape[1], device=rows.tokens.device).expand_as(rows.tokens)
-        output = model(rows.tokens, positions, None, labels=rows.tokens)
+            self.routing.see(given)
+        positions = torch.arange(given.tokens.shape[1], device=given.tokens.device).expand_as(given.tokens)
+        output = model(given.tokens, positions, None, labels=given.tokens)
 
         def loss(pair: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            pair = pair[:, : rows.tokens.shape[0], : rows.tokens.shape[1]]  # what was filled in has no part in anything
             total, num_tokens, sums = loss_function(rows, index, *pair.unbind(0))
             return total, num_tokens.int(), torch.cat([sums.double(), num_tokens.double()[None]])
 

@@ -63,8 +63,8 @@ class Responses:
     """What a wave sampled, on the CPU; what follows a row's first end-of-sequence token means nothing.
 
     tokens: int64 ``[rows, max_tokens]``; logprobs: float32 ``[rows, max_tokens]``.
-    routed_experts: int32 ``[rows, longest prompt + max_tokens - 1, num_layers, experts_per_token]``; prompts are left-padded, so
-        every row's first response token stands in column `longest prompt`. None where nobody asks.
+    routed_experts: `routes_dtype` ``[rows, longest prompt + max_tokens - 1, num_layers, experts_per_token]``; prompts are
+        left-padded, so every row's first response token stands in column `longest prompt`. None where nobody asks.
     """
 
     tokens: Tensor

@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ais_megatron.batch import routes_dtype
 from ais_megatron.config import Architecture
 from ais_megatron.quantization.formats import FP8_E4M3, Format
 from ais_megatron.quantization.fp8 import dequantize_block, quantize_dequantize_groups
@@ -30,16 +31,17 @@ _MULTIPLE = 8  # grouped_mm wants rows of whole 16 bytes: 8 BF16 values
 class RoutingRecord:
     """The experts that each layer chose in the model's latest forward pass."""
 
-    def __init__(self, num_layers: int) -> None:
+    def __init__(self, num_layers: int, num_experts: int) -> None:
         self._layers: list[Tensor | None] = [None] * num_layers
+        self._dtype = routes_dtype(num_experts)
 
     def put(self, layer: int, chosen: Tensor) -> None:
         """chosen: int64 ``[tokens, experts_per_token]``."""
         self._layers[layer] = chosen
 
     def latest(self) -> Tensor:
-        """int32 ``[tokens, num_layers, experts_per_token]``."""
-        return torch.stack(self._layers, dim=1).int()
+        """`routes_dtype` ``[tokens, num_layers, experts_per_token]``."""
+        return torch.stack(self._layers, dim=1).to(self._dtype)
 
 
 class Experts(nn.Module):
@@ -153,7 +155,7 @@ def replace_experts(
     causal_lm: nn.Module, architecture: Architecture, dtype: torch.dtype, fmt: Format | None, record: bool
 ) -> RoutingRecord | None:
     """Put experts of `dtype`, or quantised to `fmt`, into every layer of a Qwen3-MoE model; returns their record if one is asked for."""
-    routing = RoutingRecord(architecture.num_hidden_layers) if record else None
+    routing = RoutingRecord(architecture.num_hidden_layers, architecture.num_experts) if record else None
     for number, layer in enumerate(causal_lm.model.layers):
         layer.mlp.experts = QuantizedExperts(architecture, fmt) if fmt else Experts(architecture, dtype)
         layer.mlp.experts.layer, layer.mlp.experts.record = number, routing

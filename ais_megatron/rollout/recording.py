@@ -1,8 +1,8 @@
 """Keeps what an engine returned, to train on it again without an engine (`replay`): one file per call of each rank.
 
 A file is safetensors: tokens and log-probabilities of all its responses end to end, and in the header one JSON object that says
-whose they are. Its name is for the eye; the header counts. About 8 bytes per token, and with routed experts 2 bytes more for
-each layer and expert.
+whose they are. Its name is for the eye; the header counts. About 8 bytes per token, and with routed experts 1 byte more for
+each layer and expert (2 above 128 experts, and in recordings of earlier versions).
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ def write_rollouts(path: Path, prompts: Sequence[Prompt], rollouts: Sequence[Rol
     }
     routed = [r.routed_experts for r in rollouts if r.routed_experts is not None]
     if routed:
-        tensors["routed_experts"] = torch.cat(routed).to(torch.int16)
+        tensors["routed_experts"] = torch.cat(routed)
     partial = path.with_name(f".{path.name}.partial")
     try:
         save_file(tensors, partial, metadata={FORMAT: json.dumps(header)})

@@ -159,7 +159,7 @@ def _read_contents(path: Path, header: dict[str, Any]) -> _Contents:
     tokens, logprobs = (tensors[name].split(counts) for name in ("tokens", "logprobs"))
     routed: list[Tensor | None] = [None] * len(responses)
     if "routed_experts" in tensors:
-        parts = iter(tensors["routed_experts"].int().split([r["num_routed"] for r in responses if r["num_routed"] is not None]))
+        parts = iter(tensors["routed_experts"].split([r["num_routed"] for r in responses if r["num_routed"] is not None]))
         routed = [None if r["num_routed"] is None else next(parts) for r in responses]
     flat = [(r, tuple(t.tolist()), tuple(p.tolist()), e) for r, t, p, e in zip(responses, tokens, logprobs, routed, strict=True)]
     size = len(responses) // len(prompts)

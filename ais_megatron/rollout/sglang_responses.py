@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ais_megatron.batch import DROPPED, Prompt, Rollout
+from ais_megatron.batch import DROPPED, Prompt, Rollout, routes_dtype
 from ais_megatron.config import Architecture
 from ais_megatron.rollout.engine import SamplingParams
 from ais_megatron.rollout.sampling import response_seed
@@ -86,10 +86,11 @@ class ResponseFormat:
         return Rollout(prompt, tokens, logprobs, finish, min(version for version, _ in versions), routed, versions)
 
     def _routing(self, text: str | None, rows: int) -> Tensor | None:
-        """SGLang's base64 int32 ``[rows, num_layers, experts_per_token]``; -1 throughout where there is none to tell."""
+        """SGLang's base64 int32 ``[rows, num_layers, experts_per_token]``, narrowed; -1 throughout where there is none to tell."""
         if not self._with_routing:
             return None
         shape = (rows, self._architecture.num_hidden_layers, self._architecture.num_experts_per_tok)
+        dtype = routes_dtype(self._architecture.num_experts)
         if text is None:
-            return torch.full(shape, -1, dtype=torch.int32)
-        return torch.frombuffer(bytearray(base64.b64decode(text)), dtype=torch.int32).view(shape)
+            return torch.full(shape, -1, dtype=dtype)
+        return torch.frombuffer(bytearray(base64.b64decode(text)), dtype=torch.int32).view(shape).to(dtype)

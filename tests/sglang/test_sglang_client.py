@@ -84,7 +84,7 @@ def test_what_the_response_says_becomes_the_rollout(servers, engine_of) -> None:
     (rollout,) = engine_of([server], "moe").generate(PROMPTS[:1], SamplingParams(1, 3))
     assert rollout.finish_reason == "length"
     assert rollout.weight_version == 0 and rollout.version_spans == ((0, 1), (1, 2))
-    assert torch.equal(rollout.routed_experts, routing.view(4, 2, 2))
+    assert torch.equal(rollout.routed_experts, routing.view(4, 2, 2).to(torch.int8))
 
 
 @pytest.mark.parametrize("bad", [[None, -1.0], [float("inf"), -1.0], []])

@@ -80,4 +80,4 @@ def test_dry_runs_show_trainer_and_servers(nemo_python: Path, tmp_path: Path, cl
     compare = launch(nemo_python, tmp_path, "compare", "-y", "run.executor=slurm", "corrections=['ais']", "--dryrun")
     assert "tiny-bf16" in compare and "tiny-ais" in compare and "tiny-tis" not in compare
     scaling = launch(nemo_python, tmp_path, "scaling", "-y", "run.executor=slurm", "--dryrun")
-    assert "scaling-01-strong-tp4pp2-1+1" in scaling and "scaling-09-weak-tp4pp2-4+4" in scaling
+    assert "scaling-01-strong-tp4-1+1" in scaling and "scaling-10-weak-tp4-4+4" in scaling
