@@ -77,8 +77,9 @@ class _Labels:
 
     def _prune(self) -> None:
         for table in (self._cuda, self._undecided):
-            for key in [key for key, reference in table.items() if reference.expired()]:
-                del table[key]
+            for key, reference in list(table.items()):  # a copy: other threads go on setting labels
+                if reference.expired():
+                    table.pop(key, None)
 
 
 LABELS = _Labels()
