@@ -190,12 +190,12 @@ class SGLangEngine:
         self._updated, fresh = self._run(self._servers_to_update(is_first))
         servers = [server.api for server in self._updated]
         self._known -= {server.url for server in fresh}
+        self._run(self._transport.restarted(fresh))
         noise = self._run(randomize(fresh))
         scales = self._push(buckets, servers, version)
         self._run(check_coverage(fresh, noise, scales))
-        if scales:
-            for server in fresh:
-                self._run(check_scales(server, self._transport, scales, self._format.name(version), self._architecture.vocab_size))
+        if scales and fresh:
+            self._run(check_scales(fresh, self._transport, scales, self._format.name(version), self._architecture.vocab_size))
         self._known |= {server.url for server in servers}
         self._version = version
 
