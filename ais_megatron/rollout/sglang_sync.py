@@ -37,7 +37,6 @@ from ais_megatron.rollout.engine import Bucket
 from ais_megatron.rollout.sglang_api import Refused, ServerAPI, Unreachable
 from ais_megatron.rollout.sglang_server import write_model_folder
 from ais_megatron.rollout.weight_group import WeightGroup, in_thread
-from ais_megatron.sglang_config import LOOPBACK
 
 
 @dataclass(frozen=True)
@@ -275,14 +274,12 @@ class SharedFolder:
                 shutil.rmtree(old, ignore_errors=True)
 
 
-def make_transport(config: Config, urls: Sequence[str], device: torch.device, run_id: str) -> Transport:
+def make_transport(config: Config, device: torch.device, run_id: str) -> Transport:
     """The transport that the configuration asks for; "auto" is shared memory where all servers are on this host.
 
     device: of the tensors to send.
     """
-    sglang, kind = config.rollout.sglang, config.rollout.sglang.transport
-    if kind == "auto":
-        kind = "tensor" if all(urlsplit(url).hostname in LOOPBACK for url in urls) else "distributed"
+    sglang, kind = config.rollout.sglang, config.rollout.sglang.resolved_transport
     if kind == "tensor":
         return SharedMemory(sglang.tp)
     if kind == "distributed":

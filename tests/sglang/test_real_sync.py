@@ -93,7 +93,7 @@ def connect(tmp_path: Path) -> Iterator[Callable[..., SGLangEngine]]:
                 dtype=torch.bfloat16,
                 run_id=run_id,
                 key=server.key,
-                transport=make_transport(config, [server.url], torch.device("cpu"), run_id),
+                transport=make_transport(config, torch.device("cpu"), run_id),
             )
         )
         return made[-1]
