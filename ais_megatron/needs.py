@@ -100,8 +100,8 @@ def compare(trainer: dict[str, Any], servers: dict[str, Any], python: str, where
     if not same:
         torch = f"torch=={servers['torch']}" if servers["torch"] else "SGLang's torch"
         versions += (
-            f": one communicator must have one NCCL. Install one torch on both sides. SGLang pins its own, so put {torch} into the trainer's "
-            f"environment (`pip install '.[cuda]'` asks for that of SGLang 0.5.23). The servers' interpreter is {python}"
+            f": one communicator must have one NCCL. Install one torch on both sides. SGLang pins its own, so put {torch} into the "
+            f"trainer's environment (`pip install '.[cuda]'` asks for that of SGLang 0.5.23). The servers' interpreter is {python}"
         )
     different = [name for name, value in servers["switches"].items() if trainer["switches"].get(name) != value]
     switches = ", ".join(f"{name}={value}" for name, value in servers["switches"].items())
