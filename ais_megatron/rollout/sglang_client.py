@@ -251,14 +251,14 @@ class SGLangEngine:
         while True:
             names = dict(zip(self._servers, await versions_of(self._servers), strict=True))
             absent = {server: str(name) for server, name in names.items() if isinstance(name, Exception)}
-            known = {server: self._format.version(name) is not None and server.api.url in self._known for server, name in names.items()}
-            doubtful = [server for server in names if server not in absent and (after_failure or not known[server])]
+            fresh = {s for s in names if s not in absent and (self._format.version(names[s]) is None or s.api.url not in self._known)}
+            doubtful = [server for server in names if server not in absent and (after_failure or server in fresh)]
             for server, healthy in zip(doubtful, await asyncio.gather(*(s.api.is_healthy() for s in doubtful)), strict=True):
                 if not healthy:
                     absent[server] = f"{server.api.url} is not healthy"
             ready = [server for server in names if server not in absent]
             if not absent or (ready and not is_first):
-                return ready, [server.api for server in ready if not known[server]]
+                return ready, [server.api for server in ready if server in fresh]
             silent = "; ".join(sorted(absent.values()))
             if patience.is_over:
                 raise Unavailable(f"{silent}: waited {limit:g} s; see the servers' logs, or raise {key}")
