@@ -177,14 +177,19 @@ def export(run: RunFolder, out: Annotated[Path, typer.Argument(metavar="OUT", he
 
 
 @app.command()
-def serve(config: ConfigPath, overrides: Overrides = None) -> None:
+def serve(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    compile_only: Annotated[bool, typer.Option("--compile", help="only compile their DeepGEMM kernels into SGLang's cache")] = False,
+) -> None:
     """Run SGLang servers on this host until interrupted, restarting them when they die; prints their addresses."""
+    from ais_megatron.rollout.sglang_pool import compile_kernels
     from ais_megatron.rollout.sglang_pool import serve as run_servers
 
     loaded = load_config(config, overrides or [])
     if loaded.rollout.engine != "sglang":
         raise ConfigError(f"rollout.engine={loaded.rollout.engine}: there are no servers to run; set it to sglang")
-    run_servers(loaded, Path(loaded.run.dir) / "servers")
+    (compile_kernels if compile_only else run_servers)(loaded, Path(loaded.run.dir) / "servers")
 
 
 @app.command()

@@ -8,7 +8,7 @@ import time
 EVERY_S = 60.0
 DEEP_GEMM = (
     "On GPUs SGLang may be compiling its DeepGEMM kernels: typically 10-20 minutes with a cold cache, and the servers of a host take "
-    "turns. docs/sglang.md says how to do that once beforehand"
+    "turns; `ais-megatron serve CONFIG --compile` does that once beforehand"
 )
 
 

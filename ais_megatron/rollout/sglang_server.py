@@ -24,7 +24,7 @@ from ais_megatron.rollout import guardian
 from ais_megatron.rollout.access_key import authorization, read_or_create_key
 from ais_megatron.rollout.patience import Patience
 from ais_megatron.rollout.sglang_plugin import KEY_FILE_VARIABLE
-from ais_megatron.sglang_config import FP8_BLOCK, SGLangConfig
+from ais_megatron.sglang_config import FP8_BLOCK, LOOPBACK, SGLangConfig
 
 CPU_RUNNING = 64
 POLL_S, HTTP_TIMEOUT_S, STOP_S = 0.5, 30.0, 10.0
@@ -87,6 +87,19 @@ def server_command(config: Config, model_folder: Path, port: int, index: int = 0
     else:
         command += ["--base-gpu-id", str(index * sglang.tp)]
     return command + sglang.extra_args
+
+
+def compile_command(config: Config, model_folder: Path) -> list[str]:
+    """The command that compiles the DeepGEMM kernels of a server into SGLang's cache, and then ends (not yet run on a GPU).
+
+    It is a server itself, whose arguments decide which kernels: SGLang asks for the same ones as of `server_command`. Loopback,
+    because it runs without a key.
+
+    Source: SGLang 0.5.23, compile_deep_gemm.py.
+    """
+    command = server_command(config, model_folder, config.rollout.sglang.port)
+    command[command.index("sglang.launch_server")] = "sglang.compile_deep_gemm"
+    return [*command, "--host", LOOPBACK[0]]
 
 
 def server_environment(sglang: SGLangConfig, inherited: dict[str, str]) -> dict[str, str]:
