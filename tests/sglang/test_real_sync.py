@@ -315,7 +315,7 @@ def test_a_server_killed_in_the_middle_of_a_broadcast(sglang_server, connect, tm
             engine.update_weights(killing(), 1)
         assert engine.version == -1
         engine.update_weights(buckets(config, seed=1), 2)
-        assert [server.url for server in engine._updated] == [survivor.url]
+        assert [server.api.url for server in engine._updated] == [survivor.url]
         assert engine._transport._number == 2 and len(engine.generate(PROMPTS, SAMPLING)) == 16
 
 
