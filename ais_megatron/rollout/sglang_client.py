@@ -190,7 +190,7 @@ class SGLangEngine:
         self._updated, fresh = self._run(self._servers_to_update(is_first, after_failure))
         servers = [server.api for server in self._updated]
         self._known -= {server.url for server in fresh}
-        self._run(self._transport.restarted(fresh))
+        self._run(self._transport.lost([*fresh, *(server.api for server in self._servers if server not in self._updated)]))
         noise = self._run(randomize(fresh))
         scales = self._push(buckets, servers, version)
         self._run(check_coverage(fresh, noise, scales))

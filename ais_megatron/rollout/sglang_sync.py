@@ -75,8 +75,8 @@ class Transport(Protocol):
 
     in_session: bool  # whether buckets are loaded one by one, inside SGLang's update session
 
-    async def restarted(self, servers: Sequence[ServerAPI]) -> None:
-        """Before `open`: these may be new processes at an old address, which belong to nothing yet."""
+    async def lost(self, servers: Sequence[ServerAPI]) -> None:
+        """Before `open`: these are silent, or new processes at an old address. They belong to nothing that an update left behind."""
         ...
 
     async def open(self, servers: Sequence[ServerAPI]) -> None: ...
@@ -106,7 +106,7 @@ class SharedMemory:
         self._tp = tp
         self._buffers = [torch.empty(0, dtype=torch.uint8), torch.empty(0, dtype=torch.uint8)]
 
-    async def restarted(self, servers: Sequence[ServerAPI]) -> None:
+    async def lost(self, servers: Sequence[ServerAPI]) -> None:
         pass
 
     async def open(self, servers: Sequence[ServerAPI]) -> None:
@@ -145,7 +145,7 @@ class Broadcast:
         self._members: list[ServerAPI] = []
         self._number = 0
 
-    async def restarted(self, servers: Sequence[ServerAPI]) -> None:
+    async def lost(self, servers: Sequence[ServerAPI]) -> None:
         if any(server in self._members for server in servers):
             await self._leave(is_whole=False)
 
@@ -246,7 +246,7 @@ class SharedFolder:
         self._index: dict[str, str] = {}
         self._number = 0
 
-    async def restarted(self, servers: Sequence[ServerAPI]) -> None:
+    async def lost(self, servers: Sequence[ServerAPI]) -> None:
         pass
 
     async def open(self, servers: Sequence[ServerAPI]) -> None:

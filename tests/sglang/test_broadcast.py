@@ -211,13 +211,13 @@ def test_nobody_is_waited_for_for_ever(servers, monkeypatch: pytest.MonkeyPatch)
     dying.start()
 
 
-def test_a_server_that_was_restarted_is_in_no_group(servers) -> None:
+def test_a_server_that_was_lost_is_in_no_group(servers) -> None:
     fakes = servers(2)
 
     async def work(transport: Broadcast, apis: list[ServerAPI]) -> None:
         await push(transport, apis)
-        await transport.restarted([])
-        await transport.restarted(apis[:1])
+        await transport.lost([])
+        await transport.lost(apis[:1])
         await push(transport, apis)
 
     run(fakes, work)
