@@ -72,10 +72,14 @@ class WeightGroup:
     def shut_down(self) -> None:
         """Leave in order. The other members have to do so at the same time: with NCCL this may wait for them."""
         self._group.shutdown()
+        self._group = None
 
     def abort(self) -> None:
-        """Leave at once, whatever is under way. With NCCL that ends our side of a broadcast that hangs."""
-        self._group.abort()
+        """Leave at once, whatever is under way. With NCCL that ends our side of a broadcast that hangs. Members that wait for us get
+        an error: gloo closes its connections only when nobody refers to the group any more."""
+        if self._group is not None:
+            self._group.abort()
+            self._group = None
 
 
 def in_thread(work: Callable[[], T]) -> asyncio.Future[T]:

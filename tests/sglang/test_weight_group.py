@@ -16,7 +16,8 @@ from ais_megatron.ports import free_port
 from ais_megatron.rollout import weight_group
 from ais_megatron.rollout.weight_group import WeightGroup, in_thread
 
-# What SGLang's init_custom_process_group does in a server, then one broadcast after another; "die" ends it in the middle.
+# What SGLang's init_custom_process_group does in a server, then one broadcast after another.
+# "die" ends it in the middle; with "wait" its status is 5 if the second broadcast fails.
 MEMBER = """
 import os, sys, torch, torch.distributed as dist
 from datetime import timedelta
@@ -31,6 +32,11 @@ print(flat.tolist(), flush=True)
 sys.stdin.readline()
 if end == "die":
     os._exit(9)
+if end == "wait":
+    try:
+        group.broadcast([flat], dist.BroadcastOptions()).wait()
+    except RuntimeError:
+        os._exit(5)
 group.shutdown()
 os._exit(0)
 """
@@ -66,6 +72,19 @@ def test_a_member_that_dies_costs_the_group_and_nothing_else() -> None:
     let_go(next_one)
     group.shut_down()
     assert next_one.wait(10) == 0
+
+
+def test_leaving_frees_a_member_that_waits_for_us() -> None:
+    port = free_port()
+    waiting = start(port, "freed", "wait")
+    group = WeightGroup("127.0.0.1", port, 2, "freed", "gloo", 60.0)
+    group.broadcast(torch.zeros(4, dtype=torch.uint8))
+    let_go(waiting)
+    with pytest.raises(subprocess.TimeoutExpired):
+        waiting.wait(1)
+    group.abort()
+    assert waiting.wait(20) == 5
+    group.abort()  # idempotent
 
 
 def test_members_are_not_waited_for_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
