@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import atexit
 import os
+import socket
 import sys
 import traceback
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -182,28 +183,40 @@ def export(run: RunFolder, out: Annotated[Path, typer.Argument(metavar="OUT", he
 
 
 @app.command()
-def serve(config: ConfigPath, overrides: Overrides = None) -> None:
+def serve(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    compile_only: Annotated[bool, typer.Option("--compile", help="only compile their DeepGEMM kernels into SGLang's cache")] = False,
+) -> None:
     """Run SGLang servers on this host until interrupted, restarting them when they die; prints their addresses."""
+    from ais_megatron.rollout.sglang_pool import compile_kernels
     from ais_megatron.rollout.sglang_pool import serve as run_servers
 
     loaded = load_config(config, overrides or [])
     if loaded.rollout.engine != "sglang":
         raise ConfigError(f"rollout.engine={loaded.rollout.engine}: there are no servers to run; set it to sglang")
-    run_servers(loaded, Path(loaded.run.dir) / "servers")
+    (compile_kernels if compile_only else run_servers)(loaded, Path(loaded.run.dir) / "servers")
 
 
 @app.command()
 def doctor(
     config: Annotated[Path | None, typer.Argument(metavar="[CONFIG]", help="check also what this YAML file needs")] = None,
     overrides: Overrides = None,
+    part: Annotated[Literal["all", "trainer", "servers"], typer.Option(help="of the job that will run on this machine")] = "all",
+    facts: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="shared by all nodes: --part trainer writes what --part servers compares")
+    ] = None,
+    local_ranks: Annotated[int | None, typer.Option(help="of the trainer on this machine; empty: those that `train` starts")] = None,
 ) -> None:
-    """What is present on this machine, and what each absence switches off. With CONFIG: status 1 if its servers would fail."""
+    """What is present on this machine, and what each absence switches off. With CONFIG: status 1 if a run of it would fail here."""
     from ais_megatron.doctor import print_checks, print_doctor
-    from ais_megatron.sglang_doctor import check_sglang
+    from ais_megatron.needs import check_needs
 
     loaded = load_config(config, overrides or []) if config else None
-    print_doctor()
-    if loaded and loaded.rollout.engine == "sglang" and not print_checks(check_sglang(loaded.rollout.sglang)):
+    if os.environ.get("SLURM_PROCID", "0") == "0":  # of the nodes of one srun, one prints the table
+        print_doctor()
+    where = f"{socket.gethostname()}: " if int(os.environ.get("SLURM_NTASKS", "1")) > 1 else ""
+    if loaded and not print_checks(check_needs(loaded, part, facts, local_ranks), where):
         sys.exit(CHECK_FAILED)
 
 

@@ -44,7 +44,7 @@ class RunConfig(Section):
     backend: Literal["auto", "cpu", "cuda"] = Field(
         "auto", description="where the policy lives; auto: on GPUs where this node has one for each of its ranks, else on CPUs"
     )
-    timeout_minutes: float = Field(30.0, gt=0.0, description="a collective that waits longer than this for another rank ends the job")
+    timeout_minutes: float = Field(60.0, gt=0.0, description="a collective that waits longer than this for another rank ends the job")
     watchdog_minutes: float = Field(
         0.0, ge=0.0, description="a step longer than this ends the job with the stacks of all ranks in logs/ (status 124); 0: off"
     )
@@ -358,6 +358,11 @@ def _engine_problems(config: Config) -> list[str]:
     if arch is None:
         return []
     sglang, problems = rollout.sglang, graph_problems(rollout.sglang, rollout.kv_cache_is_fp8)
+    if sglang.startup_timeout_s >= config.run.timeout_minutes * 60:
+        problems.append(
+            f"rollout.sglang.startup_timeout_s={sglang.startup_timeout_s:g}: the other ranks wait for the first one, which waits for the "
+            f"servers, only run.timeout_minutes={config.run.timeout_minutes:g}; lower the one or raise the other"
+        )
     if arch.num_attention_heads % sglang.tp:
         problems.append(f"rollout.sglang.tp={sglang.tp}: does not divide model.architecture.num_attention_heads={arch.num_attention_heads}")
     if arch.is_moe and arch.num_experts % sglang.ep:

@@ -6,6 +6,7 @@ and their files. A probe that fails is itself a finding, so a broken installatio
 
 from __future__ import annotations
 
+import os
 import platform
 import shutil
 import subprocess
@@ -16,8 +17,10 @@ from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
 
+from ais_megatron import nccl
 from ais_megatron.sglang_doctor import Check
 
+ALLOCATOR_VARIABLES = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")  # the second is torch 2.9's new name for it
 FP8_CAPABILITY = (8, 9)  # the first CUDA compute capability whose tensor cores multiply FP8 (Ada; Hopper is 9.0)
 
 
@@ -58,10 +61,10 @@ def print_doctor() -> None:
     Console(force_terminal=sys.stdout.isatty()).print(table)
 
 
-def print_checks(checks: list[Check]) -> bool:
-    """Print what a run with SGLang servers needs, one line each; returns whether all of it is there."""
+def print_checks(checks: list[Check], where: str = "") -> bool:
+    """Print what a run needs, one line each; returns whether all of it is there. where: in front, if several nodes print."""
     for check in checks:
-        print(f"{'ok     ' if check.ok else 'PROBLEM'}  {check.name}: {check.note}")
+        print(f"{where}{'ok     ' if check.ok else 'PROBLEM'}  {check.name}: {check.note}", flush=True)
     return all(check.ok for check in checks)
 
 
@@ -87,16 +90,24 @@ def _cuda() -> Finding:
     return Finding("CUDA", True, torch.version.cuda, "; ".join(f"{count} x {key}" for key, count in devices.items()))
 
 
-def _transformer_engine() -> Finding:
-    name, off = "Transformer Engine", "off: fused CUDA layers and FP8 training; Megatron's plain layers are used"
-    version, folders = _version("transformer-engine"), _folders("transformer_engine")
+def lacking_of_transformer_engine() -> str | None:
+    """Why Transformer Engine cannot be used; None if it can."""
+    folders = _folders("transformer_engine")
     if not folders:
-        return Finding(name, False, version, off)
+        return "it is not installed"
     # The package is a shell around a compiled extension, whose place changed over its releases.
     places = [place for folder in folders for place in (folder, folder.parent, folder / "wheel_lib")]
     if find_spec("transformer_engine_torch") is None and not any(any(place.glob("transformer_engine_torch*.so")) for place in places):
-        return Finding(name, False, version, f"its torch extension is missing (install transformer-engine[pytorch]); {off}")
-    return Finding(name, True, version, "fused CUDA layers")
+        return "its torch extension is missing (install transformer-engine[pytorch])"
+    return None
+
+
+def _transformer_engine() -> Finding:
+    lacking, version = lacking_of_transformer_engine(), _version("transformer-engine")
+    if lacking is None:
+        return Finding("Transformer Engine", True, version, "fused CUDA layers")
+    off = f"off: fused CUDA layers and FP8 training ({lacking}); Megatron's plain layers are used"
+    return Finding("Transformer Engine", False, version, off)
 
 
 def _apex() -> Finding:
@@ -115,6 +126,45 @@ def _apex() -> Finding:
             "the apex installed is PyPI's unrelated package: pip uninstall apex, then build NVIDIA/apex from source; " + off,
         )
     return Finding(name, False, None, off + " (do not `pip install apex`: PyPI's is another project)")
+
+
+def _gradient_accumulation_fusion() -> Finding:
+    name = "gradient accumulation fusion"
+    if find_spec("fused_weight_gradient_mlp_cuda") is not None:
+        return Finding(name, True, None, "from NVIDIA Apex, for all of Megatron's linear layers")
+    if lacking_of_transformer_engine() is None:
+        return Finding(name, True, None, "from Transformer Engine, for its own linear layers")
+    return Finding(name, False, None, "off: adding weight gradients inside their matrix product; needs Transformer Engine or NVIDIA Apex")
+
+
+def _fused_adam() -> Finding:
+    for finding in (_transformer_engine(), _apex()):
+        if finding.present:
+            return Finding("fused Adam", True, None, f"from {finding.name}")
+    return Finding("fused Adam", False, None, "off: one kernel for the whole optimizer step; torch's own AdamW is used")
+
+
+def _nccl() -> Finding:
+    found = nccl.installed()["nccl"]
+    switches = ", ".join(f"{name}={os.environ.get(name, 'unset')}" for name in (nccl.CUMEM, nccl.NVLS))
+    note = f"{switches}; servers need the same version" if found else "off: run.backend=cuda (this torch has no NCCL)"
+    return Finding("NCCL", found is not None, found, note)
+
+
+def _max_connections() -> Finding:
+    name = "CUDA_DEVICE_MAX_CONNECTIONS"
+    value = os.environ.get(name)
+    on = "Megatron's TP and SP communication is launched in the order in which it overlaps with compute"
+    off = f"off: that order of launches on which Megatron's TP and SP overlap relies on Hopper and before; export {name}=1 for the trainer"
+    return Finding(name, value == "1", value, on if value == "1" else off)
+
+
+def _expandable_segments() -> Finding:
+    name, value = "expandable segments", next((os.environ[v] for v in ALLOCATOR_VARIABLES if v in os.environ), None)
+    if value is not None and "expandable_segments:true" in value.lower().replace(" ", ""):
+        return Finding(name, True, None, f"the CUDA allocator's ({value}): less fragmentation")
+    off = f"off: less fragmentation of GPU memory; export {ALLOCATOR_VARIABLES[0]}=expandable_segments:True for the trainer"
+    return Finding(name, False, None, f"{off} (now: {value})" if value else off)
 
 
 def _slurm() -> Finding:
@@ -167,6 +217,11 @@ _PROBES: tuple[tuple[str, Callable[[], Finding]], ...] = (
     ("megatron-core", _package("megatron-core", "megatron-core", "megatron.core", "the policy", "`train`, `sft` and `export`")),
     ("Transformer Engine", _transformer_engine),
     ("NVIDIA Apex", _apex),
+    ("gradient accumulation fusion", _gradient_accumulation_fusion),
+    ("fused Adam", _fused_adam),
+    ("NCCL", _nccl),
+    ("CUDA_DEVICE_MAX_CONNECTIONS", _max_connections),
+    ("expandable segments", _expandable_segments),
     (
         "SGLang",
         _package(

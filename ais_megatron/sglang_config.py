@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from typing import Literal
+from urllib.parse import urlsplit
 
 from pydantic import Field, model_validator
 
@@ -43,7 +44,9 @@ class SGLangConfig(Section):
     )
     max_concurrency: PositiveInt = Field(256, description="requests in flight at one server")
     request_timeout_s: float = Field(600.0, gt=0.0, description="for one response")
-    startup_timeout_s: float = Field(900.0, gt=0.0, description="until a server answers for the first time")
+    startup_timeout_s: float = Field(
+        3000.0, gt=0.0, description="until a server answers for the first time; compiling DeepGEMM kernels takes 10-20 minutes of it, once"
+    )
     recovery_timeout_s: float = Field(300.0, gt=0.0, description="how long a step waits for a server when none is left")
     max_restarts: int = Field(3, ge=0, description="of one server that died, by whoever started it")
     max_dropped_fraction: Fraction = Field(0.05, description="share of responses without usable logprobs above which a run stops")
@@ -64,6 +67,18 @@ class SGLangConfig(Section):
     @property
     def is_loopback(self) -> bool:
         return self.host in LOOPBACK
+
+    @property
+    def resolved_transport(self) -> Literal["distributed", "tensor", "disk"]:
+        """What "auto" stands for: shared memory where all servers are on the trainer's host."""
+        if self.transport != "auto":
+            return self.transport
+        hosts = [urlsplit(url).hostname for url in self.servers] or [self.host]
+        return "tensor" if all(host in LOOPBACK for host in hosts) else "distributed"
+
+    @property
+    def weights_travel_over_nccl(self) -> bool:
+        return self.device == "cuda" and self.resolved_transport == "distributed"
 
 
 def ragged_shards(tp: int, expert_tp: int, heads: int, kv_heads: int, head_dim: int, mlp: int, expert_mlp: int) -> list[str]:

@@ -40,7 +40,7 @@ class RealServer:
     def connect(self, transport: str, eos_id: int) -> SGLangEngine:
         """A client that pushes by `transport`."""
         config, urls = self._config(transport=transport, sync_dir=str(self._folder / "sync")), [self._server.url]
-        way = make_transport(config, urls, torch.device("cpu"), self._run_id)
+        way = make_transport(config, torch.device("cpu"), self._run_id)
         settings = dict(eos_id=eos_id, dtype=torch.bfloat16, run_id=self._run_id, transport=way)
         self._clients.append(SGLangEngine(config.architecture, config.rollout, urls, **settings))
         return self._clients[-1]

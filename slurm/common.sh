@@ -173,7 +173,7 @@ step() {
   STEP+=(${AIS_SRUN_ARGS:-})
 }
 
-# Sets SERVER_COMMANDS, TRAINER_COMMAND and DOCTOR_COMMAND, quoted for a shell: what a dry run prints is what a run evaluates.
+# Sets SERVER_COMMANDS, TRAINER_COMMAND and DOCTOR_COMMANDS, quoted for a shell: what a dry run prints is what a run evaluates.
 compose_commands() {
   local server node port gpus urls=() engine=() key="rollout.sglang.key_file=$RUN_DIR/key"
   SERVER_COMMANDS=()
@@ -189,14 +189,17 @@ compose_commands() {
   step 0 "$(joined "${TRAINERS[@]}")" $((${#TRAINERS[@]} * RANKS)) "$CONTAINER" "$RUN_DIR/logs/trainer-%t.log"
   STEP+=("--ntasks-per-node=$RANKS" env "MASTER_ADDR=$MASTER" "MASTER_PORT=$PORT")
   TRAINER_COMMAND=$(quoted "${STEP[@]}" "${AIS[@]}" train "$AIS_CONFIG" "${OVERRIDES[@]}" "${engine[@]}")
-  # What could fail are the servers: their doctor looks at the first rollout node, whose ports must still be free.
-  DOCTOR_NODE=${TRAINERS[0]}
-  step 0 "$DOCTOR_NODE" 1 "$CONTAINER"
-  if [ ${#urls[@]} -gt 0 ]; then
-    DOCTOR_NODE=${ROLLOUTS[0]} engine=(rollout.sglang.host=0.0.0.0 "$key")
-    step 1 "$DOCTOR_NODE" 1 "$SGLANG_CONTAINER"
-  fi
-  DOCTOR_COMMAND=$(quoted "${STEP[@]}" "${AIS[@]}" doctor "$AIS_CONFIG" "${OVERRIDES[@]}" "${engine[@]}")
+  # Each side is checked on all its nodes, in its own environment. The trainer's leaves in the run folder, which all nodes see, what
+  # the servers' must agree with (NCCL).
+  local part=all
+  [ ${#urls[@]} = 0 ] || part=trainer
+  step 0 "$(joined "${TRAINERS[@]}")" ${#TRAINERS[@]} "$CONTAINER"
+  STEP+=(--ntasks-per-node=1 "${AIS[@]}" doctor "$AIS_CONFIG" "${OVERRIDES[@]}" "${engine[@]}" --local-ranks "$RANKS")
+  DOCTOR_COMMANDS=("$(quoted "${STEP[@]}" --part "$part" --facts "$RUN_DIR/doctor")")
+  [ ${#urls[@]} -gt 0 ] || return 0
+  step 1 "$(joined "${ROLLOUTS[@]}")" ${#ROLLOUTS[@]} "$SGLANG_CONTAINER"
+  STEP+=(--ntasks-per-node=1 "${AIS[@]}" doctor "$AIS_CONFIG" "${OVERRIDES[@]}" rollout.sglang.host=0.0.0.0 "$key")
+  DOCTOR_COMMANDS+=("$(quoted "${STEP[@]}" --part servers --facts "$RUN_DIR/doctor")")
 }
 
 quoted() { printf '%q ' "$@"; }
@@ -206,8 +209,8 @@ print_commands() {
   echo "run folder: $RUN_DIR"
   echo "key:        $RUN_DIR/key (made with mode 600)"
   echo
-  echo "# $DOCTOR_NODE: first, what is missing"
-  echo "$DOCTOR_COMMAND"
+  echo "# first, what is missing: on the trainer nodes, then on the rollout nodes"
+  printf '%s\n' "${DOCTOR_COMMANDS[@]}"
   for i in "${!SERVERS[@]}"; do
     read -r node port gpus <<<"${SERVERS[i]}"
     echo
@@ -265,8 +268,12 @@ for port; do
 done;'
 
 run_doctor() {
-  eval "$DOCTOR_COMMAND" ||
-    die "$AIS_CONFIG: something that it needs is missing (see above); nothing was started"
+  local command
+  rm -rf "$RUN_DIR/doctor" # of an earlier start, perhaps on other nodes
+  for command in "${DOCTOR_COMMANDS[@]}"; do
+    eval "$command" ||
+      die "$AIS_CONFIG: something that it needs is missing (see above); nothing was started"
+  done
 }
 
 # ---- run, watch, end ----------------------------------------------------------------------------------------------------

@@ -15,6 +15,11 @@ NAMES = [
     "megatron-core",
     "Transformer Engine",
     "NVIDIA Apex",
+    "gradient accumulation fusion",
+    "fused Adam",
+    "NCCL",
+    "CUDA_DEVICE_MAX_CONNECTIONS",
+    "expandable segments",
     "SGLang",
     "Slurm",
     "nemo-run",
@@ -114,3 +119,33 @@ def test_cuda_devices_are_counted_with_capability_and_fp8(monkeypatch):
     finding = doctor._cuda()
     assert finding.present
     assert finding.note == "2 x H200 (capability 9.0, FP8); 1 x A100 (capability 8.0, no FP8 tensor cores)"
+
+
+def test_fused_kernels_say_whose_they_are(site):
+    assert not doctor._fused_adam().present and not doctor._gradient_accumulation_fusion().present
+    site("transformer_engine/__init__.py", "transformer_engine_torch.py")
+    assert doctor._fused_adam().note == "from Transformer Engine"
+    assert doctor._gradient_accumulation_fusion().note == "from Transformer Engine, for its own linear layers"
+    site("fused_weight_gradient_mlp_cuda.py")
+    assert doctor._gradient_accumulation_fusion().note == "from NVIDIA Apex, for all of Megatron's linear layers"
+
+
+def test_environment_variables_of_cuda(monkeypatch):
+    for name in ("CUDA_DEVICE_MAX_CONNECTIONS", *doctor.ALLOCATOR_VARIABLES):
+        monkeypatch.delenv(name, raising=False)
+    assert "export CUDA_DEVICE_MAX_CONNECTIONS=1" in doctor._max_connections().note
+    assert "export PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True" in doctor._expandable_segments().note
+    monkeypatch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", "8")
+    monkeypatch.setenv("PYTORCH_ALLOC_CONF", "max_split_size_mb:128, expandable_segments:True")
+    assert not doctor._max_connections().present and doctor._max_connections().version == "8"
+    assert doctor._expandable_segments().present
+    monkeypatch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    assert doctor._max_connections().present
+
+
+def test_nccl_with_its_switches(monkeypatch):
+    monkeypatch.setattr(doctor.nccl, "installed", lambda: {"torch": "2.14.1", "nccl": "2.30.7"})
+    monkeypatch.setenv("NCCL_CUMEM_ENABLE", "0")
+    monkeypatch.delenv("NCCL_NVLS_ENABLE", raising=False)
+    note = "NCCL_CUMEM_ENABLE=0, NCCL_NVLS_ENABLE=unset; servers need the same version"
+    assert doctor._nccl() == Finding("NCCL", True, "2.30.7", note)

@@ -57,7 +57,7 @@ def _sglang_engine(config: Config, eos_id: int, dtype: torch.dtype) -> RolloutEn
     pool = transport = None
     with rank_consistent():
         if rank() == 0:
-            transport = make_transport(config, urls, device(), run_id)
+            transport = make_transport(config, device(), run_id)
             if not sglang.servers:
                 pool = ServerPool(config, Path(config.run.dir) / "servers")
                 pool.start()

@@ -53,17 +53,25 @@ async def check_coverage(servers: Sequence[ServerAPI], noise: list[Checksums], s
             )
 
 
-async def check_scales(server: ServerAPI, transport: Transport, scales: Bucket, version: str, vocab_size: int) -> None:
-    """RuntimeError if the server's KV cache does not obey `scales`; they are in force again afterwards."""
+async def check_scales(servers: Sequence[ServerAPI], transport: Transport, scales: Bucket, version: str, vocab_size: int) -> None:
+    """RuntimeError if the KV cache of a server does not obey `scales`; they are in force again afterwards.
+
+    All servers get each factor in one update, so that a transport with a group needs no other group than that of all of them.
+    """
     prompt = [1 + (7 * i) % (vocab_size - 1) for i in range(PROMPT_TOKENS)]
-    await _push_scaled(server, transport, scales, LOW, version)
-    base, _ = await _logprobs(server, prompt)
-    await _push_scaled(server, transport, scales, HIGH, version)
-    scaled, decoding = await _logprobs(server, prompt)
-    await _push_scaled(server, transport, scales, FLUSHES, version)
-    flushed, _ = await _logprobs(server, prompt)
-    await _push_scaled(server, transport, scales, 1.0, version)
-    effect, noise = _distance(base, flushed), _distance(base, scaled)
+
+    async def measure(factor: float) -> list[tuple[list[float], float]]:
+        await _push_scaled(servers, transport, scales, factor, version)
+        return list(await asyncio.gather(*(_logprobs(server, prompt) for server in servers)))
+
+    low, high, flushed = [await measure(factor) for factor in (LOW, HIGH, FLUSHES)]
+    await _push_scaled(servers, transport, scales, 1.0, version)
+    for server, (base, _), (scaled, decoding), (none, _) in zip(servers, low, high, flushed, strict=True):
+        _judge(server, effect=_distance(base, none), noise=_distance(base, scaled), decoding=decoding)
+
+
+def _judge(server: ServerAPI, effect: float, noise: float, decoding: float) -> None:
+    """effect: of scales that flush K and V to zero; noise: of harmless ones; decoding: its distance from prefill. Nats per token."""
     if effect <= IDENTICAL:
         raise RuntimeError(
             f"{server.url}: pushed KV scales have no effect, even when they are {FLUSHES:g} times too large: its attention backend does "
@@ -78,10 +86,14 @@ async def check_scales(server: ServerAPI, transport: Transport, scales: Bucket, 
         )
 
 
-async def _push_scaled(server: ServerAPI, transport: Transport, scales: Bucket, factor: float, version: str) -> None:
-    update = WeightUpdate(transport, [server], "retract", version)
-    await update.begin()
-    await update.end([(name, tensor * factor) for name, tensor in scales])
+async def _push_scaled(servers: Sequence[ServerAPI], transport: Transport, scales: Bucket, factor: float, version: str) -> None:
+    update = WeightUpdate(transport, servers, "retract", version)
+    try:
+        await update.begin()
+        await update.end([(name, tensor * factor) for name, tensor in scales])
+    except Exception:
+        await update.abandon()
+        raise
 
 
 async def _logprobs(server: ServerAPI, prompt: list[int]) -> tuple[list[float], float]:

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import asyncio
 import threading
-import time
 from collections.abc import Callable, Coroutine, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from itertools import count
@@ -28,6 +27,7 @@ from ais_megatron.distributed import Unavailable
 from ais_megatron.rollout.access_key import authorization
 from ais_megatron.rollout.engine import Bucket, SamplingParams, WeightsLost
 from ais_megatron.rollout.manifest import TIED_HEAD, Manifest
+from ais_megatron.rollout.patience import Patience
 from ais_megatron.rollout.sampling import check_prompt, check_sampling
 from ais_megatron.rollout.sglang_api import ServerAPI
 from ais_megatron.rollout.sglang_checks import check_coverage, check_scales, randomize
@@ -180,22 +180,22 @@ class SGLangEngine:
             raise RuntimeError("the SGLang rollout engine is closed")
         if version < 0:
             raise ValueError(f"version={version}: must be 0 or more; -1 means that there are no weights")
-        is_first, self._version = not self._known and self._version < 0, -1
+        is_first, after_failure, self._version = not self._known and self._version < 0, self._version < 0, -1
         self._acceptable.add(version)
         if self._transport is None:
             for _ in buckets:
                 pass
             self._version = version
             return
-        self._updated, fresh = self._run(self._servers_to_update(is_first))
+        self._updated, fresh = self._run(self._servers_to_update(is_first, after_failure))
         servers = [server.api for server in self._updated]
         self._known -= {server.url for server in fresh}
+        self._run(self._transport.lost([*fresh, *(server.api for server in self._servers if server not in self._updated)]))
         noise = self._run(randomize(fresh))
         scales = self._push(buckets, servers, version)
         self._run(check_coverage(fresh, noise, scales))
-        if scales:
-            for server in fresh:
-                self._run(check_scales(server, self._transport, scales, self._format.name(version), self._architecture.vocab_size))
+        if scales and fresh:
+            self._run(check_scales(fresh, self._transport, scales, self._format.name(version), self._architecture.vocab_size))
         self._known |= {server.url for server in servers}
         self._version = version
 
@@ -239,29 +239,30 @@ class SGLangEngine:
         tied = [(TIED_HEAD, tensor) for name, tensor in bucket if name == EMBEDDING and self._architecture.is_moe]
         return [(name, tensor) for name, tensor in bucket if name != TIED_HEAD] + tied
 
-    async def _servers_to_update(self, is_first: bool) -> tuple[list[Server], list[ServerAPI]]:
+    async def _servers_to_update(self, is_first: bool, after_failure: bool) -> tuple[list[Server], list[ServerAPI]]:
         """Those that answer, and which of them have never had, or no longer have, weights of this run. At the start of a run
-        all servers are waited for."""
+        all servers are waited for.
+
+        after_failure: a server may still hang in the broadcast that failed, and then answers everything but requests for tokens.
+        """
         limit, key = (self._config.startup_timeout_s, "startup") if is_first else (self._config.recovery_timeout_s, "recovery")
-        deadline = time.monotonic() + limit
+        key = f"rollout.sglang.{key}_timeout_s"
+        patience = Patience(limit, key, on_gpus=self._config.device == "cuda")
         while True:
             names = dict(zip(self._servers, await versions_of(self._servers), strict=True))
-            ready, fresh = [], []
-            for server, name in names.items():
-                if isinstance(name, Exception):
-                    continue
-                is_fresh = self._format.version(name) is None or server.api.url not in self._known
-                if is_fresh and not await server.api.is_healthy():
-                    continue
-                ready.append(server)
-                fresh += [server.api] if is_fresh else []
-            if len(ready) == len(self._servers) or (ready and not is_first):
-                return ready, fresh
-            if time.monotonic() > deadline:
-                silent = {str(name) for name in names.values() if isinstance(name, Exception)} or {"not healthy"}
-                raise Unavailable(
-                    f"{'; '.join(sorted(silent))}: waited {limit:g} s; see the servers' logs, or raise rollout.sglang.{key}_timeout_s"
-                )
+            absent = {server: str(name) for server, name in names.items() if isinstance(name, Exception)}
+            fresh = {s for s in names if s not in absent and (self._format.version(names[s]) is None or s.api.url not in self._known)}
+            doubtful = [server for server in names if server not in absent and (after_failure or server in fresh)]
+            for server, healthy in zip(doubtful, await asyncio.gather(*(s.api.is_healthy() for s in doubtful)), strict=True):
+                if not healthy:
+                    absent[server] = f"{server.api.url} is not healthy"
+            ready = [server for server in names if server not in absent]
+            if not absent or (ready and not is_first):
+                return ready, [server.api for server in ready if server in fresh]
+            silent = "; ".join(sorted(absent.values()))
+            if patience.is_over:
+                raise Unavailable(f"{silent}: waited {limit:g} s; see the servers' logs, or raise {key}")
+            patience.tell(", ".join(server.api.url for server in absent), silent)
             await asyncio.sleep(1.0)
 
     def probe(self, prompts: Sequence[Prompt], sampling: SamplingParams) -> list[list[Rollout]]:

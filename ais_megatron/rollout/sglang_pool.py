@@ -6,8 +6,10 @@ so nothing is generated with stale weights, and nobody needs to be told.
 
 from __future__ import annotations
 
+import os
 import signal
 import socket
+import subprocess
 import sys
 import threading
 import time
@@ -15,7 +17,15 @@ from pathlib import Path
 from types import FrameType
 
 from ais_megatron.config import Config
-from ais_megatron.rollout.sglang_server import POLL_S, SGLangServer, check_port
+from ais_megatron.rollout.sglang_plugin import KEY_FILE_VARIABLE
+from ais_megatron.rollout.sglang_server import (
+    POLL_S,
+    SGLangServer,
+    check_port,
+    compile_command,
+    server_environment,
+    write_model_folder,
+)
 
 
 class ServerPool:
@@ -145,6 +155,29 @@ def serve(config: Config, folder: Path) -> None:
         print("stopped", file=sys.stderr, flush=True)
     finally:
         signal.signal(signal.SIGTERM, previous)
+
+
+def compile_kernels(config: Config, folder: Path) -> None:
+    """Compile a server's DeepGEMM kernels into the cache that all servers of this user share, and return; see `compile_command`.
+
+    folder: for the model's config.json.
+
+    Raises:
+        ValueError: servers on a CPU have none. RuntimeError: SGLang failed; what it said is on this process's own output.
+    """
+    sglang = config.rollout.sglang
+    if sglang.device != "cuda":
+        raise ValueError(f"rollout.sglang.device={sglang.device}: there are no DeepGEMM kernels to compile; set it to cuda")
+    command = compile_command(config, write_model_folder(config.architecture, config.rollout, folder / "model"))
+    environment = server_environment(sglang, dict(os.environ))
+    environment.pop(KEY_FILE_VARIABLE, None)  # the compiler asks its own server without a key
+    print(" ".join(command), file=sys.stderr, flush=True)
+    try:
+        status = subprocess.run(command, env=environment, check=False).returncode
+    except OSError as error:
+        raise RuntimeError(f"rollout.sglang.python={sglang.python}: cannot be started ({error})") from error
+    if status:
+        raise RuntimeError(f"compiling DeepGEMM kernels ended with status {status}; run it again, it goes on where it stopped")
 
 
 class _Terminated(BaseException):

@@ -22,8 +22,9 @@ from ais_megatron.hf_config import hf_config
 from ais_megatron.ports import try_bind
 from ais_megatron.rollout import guardian
 from ais_megatron.rollout.access_key import authorization, read_or_create_key
+from ais_megatron.rollout.patience import Patience
 from ais_megatron.rollout.sglang_plugin import KEY_FILE_VARIABLE
-from ais_megatron.sglang_config import FP8_BLOCK, SGLangConfig
+from ais_megatron.sglang_config import FP8_BLOCK, LOOPBACK, SGLangConfig
 
 CPU_RUNNING = 64
 POLL_S, HTTP_TIMEOUT_S, STOP_S = 0.5, 30.0, 10.0
@@ -86,6 +87,19 @@ def server_command(config: Config, model_folder: Path, port: int, index: int = 0
     else:
         command += ["--base-gpu-id", str(index * sglang.tp)]
     return command + sglang.extra_args
+
+
+def compile_command(config: Config, model_folder: Path) -> list[str]:
+    """The command that compiles the DeepGEMM kernels of a server into SGLang's cache, and then ends (not yet run on a GPU).
+
+    It is a server itself, whose arguments decide which kernels: SGLang asks for the same ones as of `server_command`. Loopback,
+    because it runs without a key.
+
+    Source: SGLang 0.5.23, compile_deep_gemm.py.
+    """
+    command = server_command(config, model_folder, config.rollout.sglang.port)
+    command[command.index("sglang.launch_server")] = "sglang.compile_deep_gemm"
+    return [*command, "--host", LOOPBACK[0]]
 
 
 def server_environment(sglang: SGLangConfig, inherited: dict[str, str]) -> dict[str, str]:
@@ -178,21 +192,22 @@ class SGLangServer:
             RuntimeError: the process ended, `timeout` passed (the server is then stopped), or the server answers requests
                 without the key; with the command and the end of the log.
         """
-        deadline = time.monotonic() + timeout
+        sglang = self.config.rollout.sglang
+        patience = Patience(timeout, "rollout.sglang.startup_timeout_s", on_gpus=sglang.device == "cuda")
         while http_status(self.url + "/health", self.key) != 200:
             if not self.alive:
                 raise RuntimeError(self._obituary(f"ended with status {self.exit_status} before it was healthy"))
-            if time.monotonic() > deadline:
+            if patience.is_over:
                 self.stop()
                 raise RuntimeError(self._obituary(f"was not healthy after {timeout:g} s (rollout.sglang.startup_timeout_s)"))
+            patience.tell(f"SGLang server {self.url}", f"{self.log_path} ends with: {self.log_tail(1) or '(nothing yet)'}")
             time.sleep(POLL_S)
         if self.key is not None and http_status(self.url + "/model_info") != 401:
             self.stop()
-            python = self.config.rollout.sglang.python
             raise RuntimeError(
                 self._obituary(
                     "answers requests without the key, so it was stopped: our plugin is not active in it. Install ais_megatron beside "
-                    f"SGLang ({python} -m pip install --no-deps ais_megatron) and leave the plugin in SGLANG_PLUGINS if that is set"
+                    f"SGLang ({sglang.python} -m pip install --no-deps ais_megatron) and leave the plugin in SGLANG_PLUGINS if that is set"
                 )
             )
         # SGLang asks itself for this at start, without the key and before it listens; a log message there says that it failed.

@@ -20,9 +20,7 @@ import json
 import shutil
 import socket
 from collections.abc import Awaitable, Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from datetime import timedelta
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 from types import SimpleNamespace
@@ -30,17 +28,15 @@ from typing import Any, Protocol
 from urllib.parse import urlsplit
 
 import torch
-import torch.distributed as dist
 from safetensors.torch import save_file
 from torch import Tensor
-from torch.distributed import distributed_c10d as c10d
 
 from ais_megatron.config import Config
 from ais_megatron.ports import free_port
 from ais_megatron.rollout.engine import Bucket
 from ais_megatron.rollout.sglang_api import Refused, ServerAPI, Unreachable
 from ais_megatron.rollout.sglang_server import write_model_folder
-from ais_megatron.sglang_config import LOOPBACK
+from ais_megatron.rollout.weight_group import WeightGroup, in_thread
 
 
 @dataclass(frozen=True)
@@ -79,6 +75,10 @@ class Transport(Protocol):
 
     in_session: bool  # whether buckets are loaded one by one, inside SGLang's update session
 
+    async def lost(self, servers: Sequence[ServerAPI]) -> None:
+        """Before `open`: these are silent, or new processes at an old address. They belong to nothing that an update left behind."""
+        ...
+
     async def open(self, servers: Sequence[ServerAPI]) -> None: ...
 
     async def send(self, servers: Sequence[ServerAPI], bucket: FlatBucket, ending: dict[str, Any]) -> None:
@@ -93,6 +93,8 @@ class Transport(Protocol):
 
 
 NOT_LAST: dict[str, Any] = {"flush_cache": False}
+LET_GO_S, LEAVE_S = 30.0, 60.0  # how long others are waited for after a failure; how long leaving a group may take
+ABANDON_S = 60.0
 
 
 class SharedMemory:
@@ -103,6 +105,9 @@ class SharedMemory:
     def __init__(self, tp: int) -> None:
         self._tp = tp
         self._buffers = [torch.empty(0, dtype=torch.uint8), torch.empty(0, dtype=torch.uint8)]
+
+    async def lost(self, servers: Sequence[ServerAPI]) -> None:
+        pass
 
     async def open(self, servers: Sequence[ServerAPI]) -> None:
         pass
@@ -125,42 +130,43 @@ class SharedMemory:
 
 
 class Broadcast:
-    """One process group of the trainer (rank 0) and every rank of every server; made anew when the servers change."""
+    """One process group of the trainer (rank 0) and every rank of every server; made anew when the servers change.
+
+    A member that dies in the middle leaves the others waiting. The first failure on either side therefore ends our side of the
+    group, which lets go of those that still wait for us, and nobody is waited for longer than `LET_GO_S` after it. The group then
+    stays behind at the surviving servers: asking them to leave it could make them wait for the member that is gone.
+    """
 
     in_session = True
 
     def __init__(self, tp: int, device: torch.device, name: str, timeout_s: float) -> None:
-        self._tp, self._device, self._name, self._timeout = tp, device, name, timedelta(seconds=timeout_s)
-        self._group: dist.ProcessGroup | None = None
+        self._tp, self._device, self._name, self._timeout_s = tp, device, name, timeout_s
+        self._group: WeightGroup | None = None
         self._members: list[ServerAPI] = []
         self._number = 0
-        self._thread = ThreadPoolExecutor(1, "weight-broadcast")
+
+    async def lost(self, servers: Sequence[ServerAPI]) -> None:
+        if any(server in self._members for server in servers):
+            await self._leave(is_whole=False)
 
     async def open(self, servers: Sequence[ServerAPI]) -> None:
         if self._group is not None and list(servers) == self._members:
             return
         await self._leave()
         self._number += 1
-        name, world = f"{self._name}-{self._number}", 1 + self._tp * len(servers)
+        name, world = self._group_name, 1 + self._tp * len(servers)
         address = _own_address_towards(servers[0].url)
         port = free_port(host="")
         backend = "nccl" if self._device.type == "cuda" else "gloo"
         shared = dict(master_address=address, master_port=port, world_size=world, group_name=name, backend=backend)
-        mine = asyncio.get_running_loop().run_in_executor(self._thread, self._join, address, port, world, name, backend)
-        offsets = {server.url: 1 + i * self._tp for i, server in enumerate(servers)}
-        await each(servers, lambda server: server.join_group(rank_offset=offsets[server.url], **shared))
-        self._group, self._members = await mine, list(servers)
+        offsets = {server: 1 + i * self._tp for i, server in enumerate(servers)}
+        mine = in_thread(lambda: WeightGroup(address, port, world, name, backend, self._timeout_s))
+        self._group = await self._both("joining the group of", mine, servers, lambda s: s.join_group(rank_offset=offsets[s], **shared))
+        self._members = list(servers)
 
-    def _join(self, address: str, port: int, world: int, name: str, backend: str) -> dist.ProcessGroup:
-        """As SGLang's init_custom_process_group does on its side: torch offers no public way to a group that crosses jobs."""
-        store, _, _ = next(c10d.rendezvous(f"tcp://{address}:{port}", 0, world, timeout=self._timeout))
-        store.set_timeout(self._timeout)
-        store = c10d.PrefixStore(name, store)
-        group, _ = c10d._new_process_group_helper(
-            world, 0, [], c10d.Backend(backend), store, group_name=name, backend_options=None, timeout=self._timeout
-        )
-        c10d._world.pg_group_ranks[group] = {i: i for i in range(world)}
-        return group
+    @property
+    def _group_name(self) -> str:
+        return f"{self._name}-{self._number}"
 
     async def send(self, servers: Sequence[ServerAPI], bucket: FlatBucket, ending: dict[str, Any]) -> None:
         flat = torch.empty(bucket.nbytes, dtype=torch.uint8, device=self._device)
@@ -169,45 +175,64 @@ class Broadcast:
             "names": [name for name, _ in bucket.parts],
             "dtypes": [str(tensor.dtype).removeprefix("torch.") for _, tensor in bucket.parts],
             "shapes": [list(tensor.shape) for _, tensor in bucket.parts],
-            "group_name": f"{self._name}-{self._number}",
+            "group_name": self._group_name,
             "load_format": "flattened_bucket",
             **ending,
         }
-        mine = asyncio.get_running_loop().run_in_executor(self._thread, self._broadcast, flat)
+        group = self._group
+        mine = in_thread(lambda: group.broadcast(flat))
+        await self._both("broadcasting weights to", mine, servers, lambda server: server.update("distributed", **body))
+
+    async def _both(
+        self, doing: str, mine: asyncio.Future[Any], servers: Sequence[ServerAPI], theirs: Callable[[ServerAPI], Awaitable[None]]
+    ) -> Any:
+        """The result of `mine`, once all servers have done `theirs` at the same time. RuntimeError if anybody fails."""
+        tasks = [asyncio.ensure_future(theirs(server)) for server in servers]
         try:
-            await each(servers, lambda server: server.update("distributed", **body))
-            await mine
-        except Exception:
-            self._forget()
+            await asyncio.wait([mine, *tasks], return_when=asyncio.FIRST_EXCEPTION)
+            if any(part.done() and part.exception() for part in (mine, *tasks)):
+                await self._abort()
+                await asyncio.wait([mine, *tasks], timeout=LET_GO_S)
+        except BaseException:  # an interrupt: nothing can be waited for
+            if self._group is not None:
+                in_thread(self._group.abort)
+            self._group, self._members = None, []
             raise
+        finally:
+            for task in tasks:
+                task.cancel()
+        for task in tasks:  # what a server says names it, and is the cause more often than what torch says
+            if task.done() and not task.cancelled() and task.exception():
+                raise task.exception()
+        if mine.exception():
+            raise RuntimeError(f"{doing} {', '.join(server.url for server in servers)} failed: {mine.exception()}") from mine.exception()
+        return mine.result()
 
-    def _broadcast(self, flat: Tensor) -> None:
-        if flat.is_cuda:
-            torch.cuda.set_device(flat.device)  # the device is a thread's own
-        dist.broadcast(flat, src=0, group=self._group)
-
-    def _forget(self) -> None:
-        """After a failure somebody may be missing from the group for good, and our thread may wait for it: leave both behind."""
-        if self._group is not None and self._device.type == "cuda":
-            self._group.abort()
-        self._group, self._members = None, []
-        self._thread.shutdown(wait=False)
-        self._thread = ThreadPoolExecutor(1, "weight-broadcast")
+    async def _abort(self) -> None:
+        """Bounded: NCCL's own abort may hang too, and its thread is then left behind."""
+        group, self._group, self._members = self._group, None, []
+        if group is not None:
+            await asyncio.wait([in_thread(group.abort)], timeout=LET_GO_S)
 
     async def close(self, servers: Sequence[ServerAPI], ending: dict[str, Any]) -> None:
         pass
 
-    async def _leave(self) -> None:
+    async def _leave(self, is_whole: bool = True) -> None:
+        """PyTorch treats the end of an NCCL group as collective, so both sides leave at the same time. Where a member is gone
+        (not `is_whole`) there is nothing to wait for: our side aborts."""
         if self._group is None:
             return
-        group, self._group = self._group, None
-        name = f"{self._name}-{self._number}"
-        await each(self._members, lambda server: server.leave_group(name), tolerate=(Unreachable, Refused))
-        dist.destroy_process_group(group)
+        group, members, name = self._group, self._members, self._group_name
+        mine = in_thread(group.shut_down if is_whole else group.abort)
+        theirs = asyncio.ensure_future(each(members, lambda server: server.leave_group(name), tolerate=(Unreachable, Refused)))
+        await asyncio.wait([mine, theirs], timeout=LEAVE_S)
+        theirs.cancel()
+        if not mine.done() or mine.exception():
+            await self._abort()
+        self._group, self._members = None, []
 
     async def shut_down(self) -> None:
         await self._leave()
-        self._thread.shutdown(wait=False)
 
 
 class SharedFolder:
@@ -220,6 +245,9 @@ class SharedFolder:
         self._folder = folder
         self._index: dict[str, str] = {}
         self._number = 0
+
+    async def lost(self, servers: Sequence[ServerAPI]) -> None:
+        pass
 
     async def open(self, servers: Sequence[ServerAPI]) -> None:
         self._number += 1
@@ -246,14 +274,12 @@ class SharedFolder:
                 shutil.rmtree(old, ignore_errors=True)
 
 
-def make_transport(config: Config, urls: Sequence[str], device: torch.device, run_id: str) -> Transport:
+def make_transport(config: Config, device: torch.device, run_id: str) -> Transport:
     """The transport that the configuration asks for; "auto" is shared memory where all servers are on this host.
 
     device: of the tensors to send.
     """
-    sglang, kind = config.rollout.sglang, config.rollout.sglang.transport
-    if kind == "auto":
-        kind = "tensor" if all(urlsplit(url).hostname in LOOPBACK for url in urls) else "distributed"
+    sglang, kind = config.rollout.sglang, config.rollout.sglang.resolved_transport
     if kind == "tensor":
         return SharedMemory(sglang.tp)
     if kind == "distributed":
@@ -288,9 +314,16 @@ class WeightUpdate:
         await each(self._servers, lambda server: server.resume())
 
     async def abandon(self) -> None:
-        """Let requests continue after a failure; what they then produce carries the old version or fails."""
+        """Let requests continue after a failure; what they then produce carries the old version or fails.
+
+        Bounded: a server that still waits for weights answers nothing.
+        """
         for leave in (ServerAPI.end_update, ServerAPI.resume):
-            await each(self._servers, leave, tolerate=(Unreachable, Refused))
+            await each(
+                self._servers,
+                lambda server, leave=leave: asyncio.wait_for(leave(server), ABANDON_S),
+                tolerate=(Unreachable, Refused, TimeoutError),
+            )
 
 
 async def each(

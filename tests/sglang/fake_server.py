@@ -14,12 +14,13 @@ class FakeServer:
     """Answers each request with `answer(body)`, by default two tokens, the second of them the end of sequence.
 
     version: what its weights are called. delay_s: before each answer. status: of /generate. is_hung: answers nothing at all.
-    asked: how often a response to each first prompt token was begun.
+    asked: how often a response to each first prompt token was begun. failing: paths that answer with status 503.
     """
 
     def __init__(self, version: str = "default") -> None:
         self.version, self.delay_s, self.status, self.is_hung = version, 0.0, 200, False
         self.key: str | None = None
+        self.failing: set[str] = set()
         self.asked: Counter[int] = Counter()
         self.bodies: list[dict[str, Any]] = []
         self.calls: list[str] = []
@@ -64,6 +65,8 @@ class FakeServer:
             await asyncio.sleep(0.05)
         if self.key is not None and request.headers.get("Authorization") != f"Bearer {self.key}":
             return web.json_response({"error": "Unauthorized"}, status=401)
+        if path in self.failing:
+            return web.json_response({}, status=503)
         if path == "model_info":
             return web.json_response({"weight_version": self.version})
         if path != "generate":

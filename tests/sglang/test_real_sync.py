@@ -76,10 +76,13 @@ def buckets(config: Config, seed: int = 0, factor: float = 1.0) -> list[Bucket]:
 
 @pytest.fixture
 def connect(tmp_path: Path) -> Iterator[Callable[..., SGLangEngine]]:
-    """``connect(server, transport="tensor", **sglang)``: an engine without weights; closed at the end of the test."""
+    """``connect(server, transport="tensor", urls=None, **sglang)``: an engine without weights; closed at the end of the test.
+
+    urls: of several servers with the same key.
+    """
     made: list[SGLangEngine] = []
 
-    def make(server: RunningServer, transport: str = "tensor", **sglang: Any) -> SGLangEngine:
+    def make(server: RunningServer, transport: str = "tensor", urls: list[str] | None = None, **sglang: Any) -> SGLangEngine:
         section = server.config.rollout.sglang.model_dump() | {"transport": transport, "sync_dir": str(tmp_path / "sync")} | sglang
         rollout = server.config.rollout.model_dump() | {"sglang": section}
         config = build_config(server.config.model_dump() | {"rollout": rollout})
@@ -88,12 +91,12 @@ def connect(tmp_path: Path) -> Iterator[Callable[..., SGLangEngine]]:
             SGLangEngine(
                 config.architecture,
                 config.rollout,
-                [server.url],
+                urls or [server.url],
                 eos_id=EOS,
                 dtype=torch.bfloat16,
                 run_id=run_id,
                 key=server.key,
-                transport=make_transport(config, [server.url], torch.device("cpu"), run_id),
+                transport=make_transport(config, torch.device("cpu"), run_id),
             )
         )
         return made[-1]
@@ -287,6 +290,33 @@ def test_scales_that_would_be_dropped_stop_the_run(connect, tmp_path: Path) -> N
         with pytest.raises(RuntimeError, match=r"has no model.layers.0.self_attn.attn.k_scale; .* plugin"):
             engine.update_weights(buckets(config), 0)
         assert engine.version == -1
+
+
+def test_a_server_killed_in_the_middle_of_a_broadcast(sglang_server, connect, tmp_path: Path) -> None:
+    """This process outlives it, the push ends with an error, and the next one reaches the server that is left."""
+    survivor = sglang_server("dense", "fp8")
+    settings = survivor.config.rollout.sglang.model_dump() | {"port": free_port()}
+    config = build_config(survivor.config.model_dump() | {"rollout": survivor.config.rollout.model_dump() | {"sglang": settings}})
+    with SGLangServer(config, tmp_path / "server", config.rollout.sglang.port) as victim:
+        victim.wait_until_healthy(300)
+        engine = connect(survivor, "distributed", urls=[survivor.url, victim.url])
+        engine.update_weights(buckets(config), 0)
+        joins = engine._transport._number
+        assert joins == 1, "one group for the weights and for the checks of their scales"
+        (first, *others) = buckets(config, seed=1)
+
+        def killing() -> Iterator[Bucket]:
+            yield first
+            yield others[0]
+            victim.stop()
+            yield from others[1:]
+
+        with pytest.raises(RuntimeError, match=victim.url):
+            engine.update_weights(killing(), 1)
+        assert engine.version == -1
+        engine.update_weights(buckets(config, seed=1), 2)
+        assert [server.api.url for server in engine._updated] == [survivor.url]
+        assert engine._transport._number == 2 and len(engine.generate(PROMPTS, SAMPLING)) == 16
 
 
 @pytest.mark.parametrize("transport", TRANSPORTS)

@@ -14,7 +14,7 @@ import torch
 
 from ais_megatron.batch import DROPPED, Prompt
 from ais_megatron.distributed import Unavailable
-from ais_megatron.rollout import sglang_dispatch
+from ais_megatron.rollout import patience, sglang_dispatch
 from ais_megatron.rollout.engine import SamplingParams, WeightsLost
 from ais_megatron.rollout.sglang_client import SGLangEngine
 from tests.sglang.conftest import sglang_config
@@ -204,6 +204,50 @@ def test_the_key_is_sent(servers, engine_of) -> None:
     (server,) = servers(1)
     server.key = "secret"
     assert len(engine_of([server], key="secret").generate(PROMPTS, TWO)) == 12
+
+
+class Nothing:
+    """A transport of a push that never begins."""
+
+    async def shut_down(self) -> None:
+        pass
+
+
+def test_the_start_waits_for_all_servers_and_says_so(servers, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(patience, "EVERY_S", 0.0)
+    one, two = servers(2)
+    two.stop()
+    config = sglang_config(device="cuda", startup_timeout_s=0.5)
+    urls = [one.url, two.url]
+    options = dict(eos_id=2, dtype=torch.bfloat16, run_id=RUN, transport=Nothing())
+    engine = SGLangEngine(config.architecture, config.rollout, urls, **options)
+    try:
+        with pytest.raises(Unavailable, match=rf"{two.url}.*waited 0.5 s; .* raise rollout.sglang.startup_timeout_s"):
+            engine.update_weights([], 0)
+    finally:
+        engine.close()
+        two.start()
+    said = capsys.readouterr().err.splitlines()[0]
+    assert said.startswith(f"waiting for {two.url} for 0 s (at most 0 s, rollout.sglang.startup_timeout_s); {two.url}/model_info")
+    assert "DeepGEMM" in said and one.url not in said
+
+
+def test_after_a_failed_update_servers_have_to_be_healthy(servers) -> None:
+    """One hangs in the broadcast that failed: it still answers /model_info."""
+    one, two = servers(2)
+    config = sglang_config(recovery_timeout_s=5.0)
+    options = dict(eos_id=2, dtype=torch.bfloat16, run_id=RUN, transport=Nothing())
+    engine = SGLangEngine(config.architecture, config.rollout, [one.url, two.url], **options)
+    engine._known = {one.url, two.url}
+    two.failing = {"health"}
+    try:
+        found = {
+            after_failure: [server.api.url for server in engine._run(engine._servers_to_update(False, after_failure))[0]]
+            for after_failure in (False, True)
+        }
+    finally:
+        engine.close()
+    assert found == {False: [one.url, two.url], True: [one.url]}
 
 
 def test_bad_calls(servers, engine_of) -> None:

@@ -3,6 +3,7 @@
 import pytest
 
 from ais_megatron.config import ConfigError, build_config
+from ais_megatron.sglang_config import SGLangConfig
 from tests.sglang.conftest import DENSE, MOE, sglang_config
 
 
@@ -33,3 +34,24 @@ def test_backends_that_would_keep_the_first_kv_scales():
     sglang_config(device="cuda", attention_backend="triton", extra_args=["--disable-cuda-graph"])
     sglang_config(device="cuda", attention_backend="triton", rollout=dict(kv_cache="bf16"))
     sglang_config(device="cuda", attention_backend="fa3")
+
+
+def test_the_other_ranks_wait_as_long_as_the_servers_may_take():
+    with pytest.raises(ConfigError, match=r"startup_timeout_s=4000: the other ranks wait .* only run.timeout_minutes=60"):
+        sglang_config(startup_timeout_s=4000.0)
+    default = sglang_config(startup_timeout_s=SGLangConfig().startup_timeout_s)
+    assert default.rollout.sglang.startup_timeout_s == 3000 > 20 * 60, "DeepGEMM kernels take 10-20 minutes on a cold cache"
+
+
+@pytest.mark.parametrize(
+    ("settings", "transport"),
+    [
+        ({}, "tensor"),
+        (dict(host="0.0.0.0", key_file="k"), "distributed"),
+        (dict(servers=["http://localhost:1", "http://[::1]:2"]), "tensor"),
+        (dict(servers=["http://localhost:1", "http://node2:2"]), "distributed"),
+        (dict(servers=["http://node2:2"], transport="disk"), "disk"),
+    ],
+)
+def test_what_the_automatic_transport_stands_for(settings, transport):
+    assert sglang_config(**settings).rollout.sglang.resolved_transport == transport

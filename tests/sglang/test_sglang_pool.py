@@ -1,5 +1,6 @@
 """The pool restarts what dies, up to its limit, and stops everything; `ais-megatron serve` from outside."""
 
+import json
 import os
 import signal
 import subprocess
@@ -8,7 +9,9 @@ import sys
 import pytest
 
 from ais_megatron.config import ConfigError, dump_config, load_config
-from ais_megatron.rollout.sglang_pool import ServerPool, serve
+from ais_megatron.rollout.sglang_pool import ServerPool, compile_kernels, serve
+from ais_megatron.rollout.sglang_server import server_command
+from tests.sglang.conftest import sglang_config
 from tests.sglang.test_sglang_server import is_running, wait_for
 
 
@@ -63,9 +66,26 @@ def test_the_command_stops_on_a_signal(fake_sglang, tmp_path, number, status):
     assert not any(is_running(pid) for pid in fake.pids())
 
 
+def test_kernels_are_compiled_with_the_servers_own_arguments(tmp_path):
+    script = tmp_path / "python"
+    script.write_text(f'#!/bin/sh\necho "$@" "key=$AIS_MEGATRON_KEY_FILE" > {tmp_path}/said\nexit $FAKE\n')
+    script.chmod(0o755)
+    settings = dict(python=str(script), device="cuda", host="0.0.0.0", key_file=str(tmp_path / "key"), env={"FAKE": "0"})
+    config = sglang_config(**settings)
+    compile_kernels(config, tmp_path / "servers")
+    folder = tmp_path / "servers" / "model"
+    expected = ["sglang.compile_deep_gemm" if word == "sglang.launch_server" else word for word in server_command(config, folder, 30000)]
+    assert (tmp_path / "said").read_text().split() == [*expected[1:], "--host", "127.0.0.1", "key="]
+    assert json.loads((folder / "config.json").read_text())["quantization_config"]["weight_block_size"] == [128, 128]
+    with pytest.raises(RuntimeError, match="status 3; run it again"):
+        compile_kernels(sglang_config(**settings | {"env": {"FAKE": "3"}}), tmp_path / "servers")
+    with pytest.raises(ValueError, match="device=cpu: there are no DeepGEMM kernels"):
+        compile_kernels(sglang_config(), tmp_path / "servers")
+
+
 def test_serve_wants_the_sglang_engine():
     from ais_megatron.cli import serve as command
 
     with pytest.raises(ConfigError, match="rollout.engine=local"):
-        command("configs/tiny_countdown.yaml")
+        command("configs/tiny_countdown.yaml", compile_only=False)
     assert load_config("configs/tiny_countdown.yaml").rollout.engine == "local"

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from ais_megatron.rollout import patience
 from ais_megatron.rollout.sglang_server import SGLangServer, check_port, http_status, server_command, server_environment, server_url
 from ais_megatron.rollout.sglang_server import write_model_folder as write
 from tests.sglang.conftest import sglang_config
@@ -152,6 +153,23 @@ def test_a_server_that_never_answers_is_stopped(fake_sglang, tmp_path):
     with pytest.raises(RuntimeError, match="not healthy after 0.5 s"):
         server.wait_until_healthy(0.5)
     assert not any(is_running(pid) for pid in fake.pids())
+
+
+@pytest.mark.parametrize(("device", "hint"), [("cuda", True), ("cpu", False)])
+def test_waiting_says_for_what(fake_sglang, tmp_path, monkeypatch, capsys, device, hint):
+    fake = fake_sglang("silent", device=device)
+    server = SGLangServer(fake.config, tmp_path / "s", fake.config.rollout.sglang.port)
+    monkeypatch.setattr(patience, "EVERY_S", 0.0)
+    server.start()
+    wait_for((tmp_path / "pids").exists)
+    with pytest.raises(RuntimeError):
+        server.wait_until_healthy(0.5)
+    said = capsys.readouterr().err.splitlines()[0]
+    assert said.startswith(
+        f"waiting for SGLang server {server.url} for 0 s (at most 0 s, rollout.sglang.startup_timeout_s); {server.log_path}"
+    )
+    assert " ends with: started with -m sglang.launch_server" in said
+    assert ("DeepGEMM" in said) == hint
 
 
 @pytest.mark.parametrize("victim", ["parent", "guardian"])

@@ -28,7 +28,9 @@ def test_a_dry_run_prints_the_command_of_every_part(slurm: Slurm, tmp_path: Path
     (trainer,) = re.findall(r"^srun .* train .*$", output, re.M)
     assert "--nodes=1 --ntasks=8 --nodelist=node1" in trainer and "--ntasks-per-node=8 env MASTER_ADDR=node1" in trainer
     assert trainer.count("http://node2:3000") == 8 and "train.steps=20" in trainer and f"model.path={tmp_path}/Qwen3-8B" in trainer
-    assert re.search(r"^srun .*--nodelist=node2 .* doctor configs/qwen3_8b_ais.yaml .*rollout.sglang.host=0.0.0.0", output, re.M)
+    trainers, rollouts = re.findall(r"^srun .*--nodelist=(node\d) .* doctor configs/qwen3_8b_ais.yaml (.*)$", output, re.M)
+    assert trainers[0] == "node1" and "--local-ranks 8 --part trainer --facts runs/" in trainers[1].replace(f"{slurm.folder}/", "")
+    assert rollouts[0] == "node2" and "rollout.sglang.host=0.0.0.0" in rollouts[1] and "--part servers --facts " in rollouts[1]
     assert "would be refused" not in output
     assert not (slurm.folder / "runs").exists(), "a dry run leaves nothing"
 
