@@ -15,8 +15,10 @@ from typing import Annotated, Literal
 import typer
 
 from ais_megatron.config import Config, ConfigError, build_config, load_config
+from ais_megatron.cuda_environment import prepare_cuda
 from ais_megatron.exits import CHECK_FAILED, EXIT_REQUEUE, INTERRUPTED, USER_ERROR, Preempted
-from ais_megatron.launcher import is_launched, run_ranks
+from ais_megatron.gpu_checks import gpu_problems
+from ais_megatron.launcher import is_launched, ranks_here, run_ranks
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -222,6 +224,9 @@ def doctor(
 
 def _run_distributed(config: Config, work: Callable[[Config], None]) -> None:
     """Join the job this process is a rank of; else start one: in this process if one rank is enough."""
+    prepare_cuda(config)
+    if problems := gpu_problems(config, ranks_here() if is_launched() else None):
+        raise ConfigError("\n".join(problems))
     if not is_launched() and config.parallel.local_world_size > 1:
         sys.exit(run_ranks(config.parallel.local_world_size, sys.argv[1:]))
     import torch

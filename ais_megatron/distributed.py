@@ -7,8 +7,7 @@ Errors are rank-consistent: work that can fail on one rank alone (reading a file
 from __future__ import annotations
 
 import os
-import re
-from collections.abc import Iterator, Mapping, MutableMapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
 
@@ -17,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ais_megatron.batch import Batch
+from ais_megatron.launcher import ranks_here
 
 MESSAGE_BYTES = 4096
 
@@ -46,19 +46,19 @@ def init_process_group(backend: str = "auto", timeout_minutes: float = 30.0) -> 
         ValueError: backend is "cuda" and this node has fewer GPUs than ranks; on all ranks of the node.
     """
     env = os.environ
-    _adopt_srun(env)
-    ranks_here = int(env.get("LOCAL_WORLD_SIZE", "1"))
-    use_cuda = uses_cuda(backend, ranks_here)
+    _adopt_srun()
+    num_ranks = ranks_here()
+    use_cuda = uses_cuda(backend, num_ranks)
     gpus = torch.cuda.device_count() if use_cuda or backend == "auto" else 0
     if use_cuda:
-        if gpus < ranks_here:
+        if gpus < num_ranks:
             raise ValueError(
-                f"run.backend=cuda: {ranks_here} ranks on this node and {gpus} GPUs that they can see; start one rank per GPU (with srun, "
+                f"run.backend=cuda: {num_ranks} ranks on this node and {gpus} GPUs that they can see; start one rank per GPU (with srun, "
                 "--gpu-bind=none lets every rank see all GPUs of its node), or set run.backend=cpu"
             )
         torch.cuda.set_device(int(env.get("LOCAL_RANK", "0")))
     elif gpus and env.get("RANK", "0") == "0":
-        print(f"run.backend=auto: {ranks_here} ranks on this node and {gpus} GPUs, so the policy stays on CPUs", flush=True)
+        print(f"run.backend=auto: {num_ranks} ranks on this node and {gpus} GPUs, so the policy stays on CPUs", flush=True)
     options = dict(backend="nccl" if use_cuda else "gloo", timeout=timedelta(minutes=timeout_minutes))
     if "RANK" in env:
         dist.init_process_group(init_method="env://", **options)
@@ -66,22 +66,21 @@ def init_process_group(backend: str = "auto", timeout_minutes: float = 30.0) -> 
         dist.init_process_group(store=dist.HashStore(), rank=0, world_size=1, **options)
 
 
-def uses_cuda(backend: str, ranks_here: int) -> bool:
+def uses_cuda(backend: str, num_ranks: int) -> bool:
     """Whether a job with this `run.backend` runs on GPUs: "cuda" (over NCCL) does, "cpu" (over gloo) does not, and "auto" does
     where this node has a GPU for each of its ranks."""
     if backend == "auto":
-        return torch.cuda.is_available() and torch.cuda.device_count() >= ranks_here
+        return torch.cuda.is_available() and torch.cuda.device_count() >= num_ranks
     return backend == "cuda"
 
 
-def _adopt_srun(env: MutableMapping[str, str]) -> None:
+def _adopt_srun() -> None:
     """Give a rank that srun started the variables that torchrun would have set."""
+    env = os.environ
     if "RANK" in env or "SLURM_PROCID" not in env or int(env.get("SLURM_NTASKS", "1")) < 2:
         return
     env["RANK"], env["WORLD_SIZE"], env["LOCAL_RANK"] = env["SLURM_PROCID"], env["SLURM_NTASKS"], env["SLURM_LOCALID"]
-    per_node = re.match(r"\d+", env.get("SLURM_STEP_TASKS_PER_NODE") or env.get("SLURM_TASKS_PER_NODE", ""))  # "8(x2)"
-    if per_node:
-        env["LOCAL_WORLD_SIZE"] = per_node.group()
+    env["LOCAL_WORLD_SIZE"] = str(ranks_here())
 
 
 def barrier() -> None:

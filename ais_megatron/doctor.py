@@ -18,9 +18,9 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from ais_megatron import nccl
+from ais_megatron.cuda_environment import ALLOCATOR_VARIABLES, MAX_CONNECTIONS
 from ais_megatron.sglang_doctor import Check
 
-ALLOCATOR_VARIABLES = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")  # the second is torch 2.9's new name for it
 FP8_CAPABILITY = (8, 9)  # the first CUDA compute capability whose tensor cores multiply FP8 (Ada; Hopper is 9.0)
 
 
@@ -152,7 +152,7 @@ def _nccl() -> Finding:
 
 
 def _max_connections() -> Finding:
-    name = "CUDA_DEVICE_MAX_CONNECTIONS"
+    name = MAX_CONNECTIONS
     value = os.environ.get(name)
     on = "Megatron's TP and SP communication is launched in the order in which it overlaps with compute"
     off = f"off: that order of launches on which Megatron's TP and SP overlap relies on Hopper and before; export {name}=1 for the trainer"

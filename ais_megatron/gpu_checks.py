@@ -71,7 +71,7 @@ def _why() -> str:
 
 def _transformer_engine(config: Config) -> list[str]:
     lacking = lacking_of_transformer_engine()
-    if lacking is None or getattr(config.model, "transformer_impl", "auto") == "local":
+    if lacking is None or config.model.transformer_impl == "local":
         return []
     return [
         f"run.backend=cuda: Transformer Engine cannot be used: {lacking}; install it: {INSTALL}, or set model.transformer_impl=local "

@@ -9,6 +9,7 @@ fails, the others get a few seconds to say why (they usually fail with it) and a
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -28,6 +29,14 @@ def is_launched() -> bool:
     if "RANK" in os.environ:
         return True
     return int(os.environ.get("SLURM_NTASKS", "1")) > 1 and "SLURM_PROCID" in os.environ
+
+
+def ranks_here() -> int:
+    """How many ranks of the job that torchrun or srun started run on this node."""
+    if "LOCAL_WORLD_SIZE" in os.environ:
+        return int(os.environ["LOCAL_WORLD_SIZE"])
+    per_node = re.match(r"\d+", os.environ.get("SLURM_STEP_TASKS_PER_NODE") or os.environ.get("SLURM_TASKS_PER_NODE", ""))  # "8(x2)"
+    return int(per_node.group()) if per_node else 1
 
 
 def run_ranks(num_ranks: int, arguments: list[str], log: IO[bytes] | None = None) -> int:

@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).parents[1] / "ais_megatron"
 FLOORS = [
     {"section", "algorithm_config", "sglang_config", "config", "batch", "shapes", "exits", "ports", "nccl"},
     {"run_folder", "comparison_config", "hf_config", "layout", "checkpoint_files", "memory_model", "cost_model", "plan"},
-    {"distributed", "metrics", "summary", "doctor", "sglang_doctor", "gpu_checks", "needs", "launcher", "watchdog"},
+    {"cuda_environment", "launcher", "distributed", "metrics", "summary", "doctor", "sglang_doctor", "gpu_checks", "needs", "watchdog"},
     {"report"},
     {"scaling", "comparison", "comparison_report"},
     {"algorithm", "tasks", "quantization", "tokenizer"},

@@ -18,6 +18,7 @@ import urllib.request
 from pathlib import Path
 
 from ais_megatron.config import Architecture, Config, RolloutConfig
+from ais_megatron.cuda_environment import ALLOCATOR_VARIABLES, MAX_CONNECTIONS
 from ais_megatron.hf_config import hf_config
 from ais_megatron.ports import try_bind
 from ais_megatron.rollout import guardian
@@ -32,6 +33,7 @@ LOG_TAIL = 30
 
 # Of the process that starts a server, not of the server: torchrun's rendezvous, and paths into another environment.
 FOREIGN_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "PYTHONPATH", "PYTHONHOME")
+FOREIGN_VARIABLES += (MAX_CONNECTIONS, *ALLOCATOR_VARIABLES)  # the trainer's (`cuda_environment`); SGLang settles its own
 FOREIGN_PREFIXES = ("TORCHELASTIC_", "GROUP_", "ROLE_")
 
 _DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # servers are in the cluster: no proxy stands between
