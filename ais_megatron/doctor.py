@@ -152,19 +152,19 @@ def _nccl() -> Finding:
 
 
 def _max_connections() -> Finding:
-    name = MAX_CONNECTIONS
-    value = os.environ.get(name)
-    on = "Megatron's TP and SP communication is launched in the order in which it overlaps with compute"
-    off = f"off: that order of launches on which Megatron's TP and SP overlap relies on Hopper and before; export {name}=1 for the trainer"
-    return Finding(name, value == "1", value, on if value == "1" else off)
+    value = os.environ.get(MAX_CONNECTIONS)
+    if value in (None, "1"):
+        return Finding(MAX_CONNECTIONS, True, value, "1 in trainers with parallel.tp > 1, which set it themselves where it is unset")
+    off = "off: the order of launches on which Megatron's TP and SP overlap relies on Hopper and before; unset it for the trainer"
+    return Finding(MAX_CONNECTIONS, False, value, off)
 
 
 def _expandable_segments() -> Finding:
     name, value = "expandable segments", next((os.environ[v] for v in ALLOCATOR_VARIABLES if v in os.environ), None)
-    if value is not None and "expandable_segments:true" in value.lower().replace(" ", ""):
-        return Finding(name, True, None, f"the CUDA allocator's ({value}): less fragmentation")
-    off = f"off: less fragmentation of GPU memory; export {ALLOCATOR_VARIABLES[0]}=expandable_segments:True for the trainer"
-    return Finding(name, False, None, f"{off} (now: {value})" if value else off)
+    if value is None or "expandable_segments:true" in value.lower().replace(" ", ""):
+        return Finding(name, True, None, "of the CUDA allocator, for less fragmentation; trainers on GPUs ask for them themselves")
+    off = f"off: less fragmentation of GPU memory; add expandable_segments:True to {ALLOCATOR_VARIABLES[0]}, or unset it (now: {value})"
+    return Finding(name, False, None, off)
 
 
 def _slurm() -> Finding:

@@ -133,14 +133,14 @@ def test_fused_kernels_say_whose_they_are(site):
 def test_environment_variables_of_cuda(monkeypatch):
     for name in ("CUDA_DEVICE_MAX_CONNECTIONS", *doctor.ALLOCATOR_VARIABLES):
         monkeypatch.delenv(name, raising=False)
-    assert "export CUDA_DEVICE_MAX_CONNECTIONS=1" in doctor._max_connections().note
-    assert "export PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True" in doctor._expandable_segments().note
+    assert doctor._max_connections().present and doctor._expandable_segments().present
     monkeypatch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", "8")
-    monkeypatch.setenv("PYTORCH_ALLOC_CONF", "max_split_size_mb:128, expandable_segments:True")
-    assert not doctor._max_connections().present and doctor._max_connections().version == "8"
+    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "max_split_size_mb:64")
+    connections, segments = doctor._max_connections(), doctor._expandable_segments()
+    assert not connections.present and connections.version == "8" and "unset it" in connections.note
+    assert not segments.present and "now: max_split_size_mb:64" in segments.note
+    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "max_split_size_mb:64, expandable_segments: True")
     assert doctor._expandable_segments().present
-    monkeypatch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", "1")
-    assert doctor._max_connections().present
 
 
 def test_nccl_with_its_switches(monkeypatch):
