@@ -71,6 +71,9 @@ class _Stream:
     def query(self) -> bool:
         return True
 
+    def is_capturing(self) -> bool:
+        return False
+
     def elapsed_time(self, *args: Any) -> float:
         return 1.0
 
@@ -107,6 +110,14 @@ def _answer_torch_cuda() -> None:
     cuda.nvtx = SimpleNamespace(range_push=lambda *args: None, range_pop=lambda: None)  # type: ignore[assignment]
     cuda.default_generators = (torch.default_generator,)
     cuda.nccl.version = lambda: (2, 29, 7)  # type: ignore[assignment]
+    for name, answer in {
+        "is_available": True,
+        "device_count": NUM_GPUS,
+        "current_device_index": 0,
+        "current_stream": _Stream(),
+        "synchronize": None,
+    }.items():
+        setattr(torch.accelerator, name, lambda *args, answer=answer, **kwargs: answer)
 
 
 def _answer_torch_distributed() -> None:
