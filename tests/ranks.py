@@ -98,12 +98,13 @@ def _serve(number: int, pipe: Connection, prepare: Callable[[], None] | None, ba
         except EOFError:
             return
         try:
-            from megatron.core import parallel_state
-
-            function = getattr(importlib.import_module(module), name)
             store = dist.TCPStore("127.0.0.1", port, world_size, is_master=number == 0)
             dist.init_process_group(backend, store=store, rank=number, world_size=world_size)
+            importlib.import_module("ais_megatron.policy")  # decides where Megatron runs, by the process group, and so comes first
+            from megatron.core import parallel_state
+
             try:
+                function = getattr(importlib.import_module(module), name)
                 answer = (True, function(number, **arguments))
                 dist.barrier()
             finally:

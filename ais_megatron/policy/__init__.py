@@ -4,6 +4,7 @@ Importing any part of it first makes Megatron importable: for a job on CPUs the 
 (`cpu_backend`), and what it says about missing accelerator packages is left to ``ais-megatron doctor``.
 """
 
+import logging
 import warnings
 
 from ais_megatron.policy import cpu_backend
@@ -11,5 +12,13 @@ from ais_megatron.policy import cpu_backend
 warnings.filterwarnings("ignore", category=UserWarning, module="megatron")
 # Names of collectives that torch 2.13 renames and that Megatron, and torch 2.11, still use.
 warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+# Megatron 0.19's advice to change over to newer classes, which it repeats for every policy and every save.
+_ADVICE = {
+    "megatron.core.models.gpt.gpt_model": "GPTModel IS DEPRECATED",
+    "megatron.core.distributed.distributed_data_parallel": "full_param_layout not provided",
+    "megatron.core.dist_checkpointing.strategies.torch": "MCore's async save is deprecated",
+}
+for _module, _text in _ADVICE.items():
+    logging.getLogger(_module).addFilter(lambda record, text=_text: text not in record.getMessage())
 if cpu_backend.is_wanted():
     cpu_backend.install()
