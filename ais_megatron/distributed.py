@@ -32,6 +32,12 @@ def device() -> torch.device:
     return torch.device("cpu")
 
 
+def use_device(where: torch.device) -> None:
+    """Make `where` this thread's CUDA device: a new thread begins with the first of the machine, whatever its process uses."""
+    if where.type == "cuda":
+        torch.cuda.set_device(where)
+
+
 def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 

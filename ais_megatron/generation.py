@@ -13,7 +13,7 @@ import torch
 
 from ais_megatron.batch import Prompt, Rollout
 from ais_megatron.config import RolloutConfig
-from ais_megatron.distributed import all_reduce_sum, rank_consistent
+from ais_megatron.distributed import all_reduce_sum, device, rank_consistent, use_device
 from ais_megatron.rollout.engine import RolloutEngine, SamplingParams, WeightsLost
 from ais_megatron.weight_sync import WeightSync
 
@@ -23,7 +23,7 @@ class Generator:
 
     def __init__(self, engine: RolloutEngine, sync: WeightSync, rollout: RolloutConfig) -> None:
         self._engine, self._sync, self._rollout = engine, sync, rollout
-        self._thread = ThreadPoolExecutor(1, "rollouts-ahead")
+        self._thread = ThreadPoolExecutor(1, "rollouts-ahead", initializer=use_device, initargs=(device(),))
         self._ahead: tuple[Sequence[Prompt], SamplingParams, Future[list[Rollout]]] | None = None
 
     def start(self, prompts: Sequence[Prompt], sampling: SamplingParams) -> None:

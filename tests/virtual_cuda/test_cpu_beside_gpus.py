@@ -17,12 +17,13 @@ from tests.virtual_cuda.comparing import assert_same_training
 from tests.virtual_cuda.scenarios import LAYOUTS
 
 
-@pytest.fixture
-def beside_gpus(tmp_path: Path) -> Iterator[RankPool]:
+@pytest.fixture(scope="module")
+def beside_gpus(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RankPool]:
+    packages = tmp_path_factory.mktemp("packages")
     for name in ("transformer_engine", "apex"):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "__init__.py").write_text("raise RuntimeError('this package needs a GPU, and nobody asked for one')")
-    pool = RankPool(1, prepare=partial(machine.with_idle_gpus, tmp_path))
+        (packages / name).mkdir()
+        (packages / name / "__init__.py").write_text("raise RuntimeError('this package needs a GPU, and nobody asked for one')")
+    pool = RankPool(1, prepare=partial(machine.with_idle_gpus, packages))
     yield pool
     pool.close()
 
