@@ -142,6 +142,7 @@ def measured(rank: int, data: dict) -> dict[str, int]:
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_memory_of_real_ranks(ranks: RankPool, layout: str) -> None:
     world, architecture, model, parallel = LAYOUTS[layout]
