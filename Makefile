@@ -1,8 +1,10 @@
 # make train   install if need be, then train the tiny model with FP8 rollouts and AIS (two CPU cores)
-# make test    the whole CPU test suite, with tests against a real SGLang server on the CPU
+# make check   the tests of a few minutes: no SGLang server, no Slurm, no root, nothing marked slow
+# make test    the whole CPU test suite, with tests against a real SGLang server on the CPU and, as root, on a real Slurm
 # make bench   the benchmarks beside TRL, verl and SGLang, whose environments it makes; benchmarks/results/latest.json
 # make lint    ruff
-# make sglang-cpu   the environment of that server (3 GB); `train` and `lint` do without it
+# make sglang-cpu   the environment of that server (3 GB); `train`, `check` and `lint` do without it
+# make install the environment in .venv, which all the others make if need be
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 CONFIG ?= configs/tiny_countdown.yaml
@@ -12,13 +14,16 @@ READY  := $(VENV)/.installed
 SGLANG := .venv-sglang
 SGLANG_READY := $(SGLANG)/.installed
 
-.PHONY: train test bench lint install sglang-cpu
+.PHONY: train check test bench lint install sglang-cpu
 
 train: $(READY)
 	@$(VENV)/bin/ais-megatron train $(CONFIG) run.dir=$(RUN)
 
+check: $(READY)
+	@$(VENV)/bin/python -m pytest -rs -m "not slow and not sglang and not slurm"
+
 test: $(READY) $(SGLANG_READY)
-	@$(VENV)/bin/python -m pytest
+	@$(VENV)/bin/python -m pytest -rs
 
 bench: $(READY) $(SGLANG_READY) .venv-trl/.installed .venv-verl/.installed
 	@$(VENV)/bin/python benchmarks/run_all.py $(if $(ROUNDS),--rounds $(ROUNDS))

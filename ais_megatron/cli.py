@@ -19,6 +19,7 @@ from ais_megatron.cuda_environment import prepare_cuda
 from ais_megatron.exits import CHECK_FAILED, EXIT_REQUEUE, INTERRUPTED, USER_ERROR, Preempted
 from ais_megatron.gpu_checks import gpu_problems
 from ais_megatron.launcher import is_launched, ranks_here, run_ranks
+from ais_megatron.run_folder import check_export_folder, check_run_folder
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -37,7 +38,10 @@ RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="a run folder")]
 @app.command()
 def train(config: ConfigPath, overrides: Overrides = None) -> None:
     """Train, from the starting policy to the report. Starts the ranks itself unless torchrun or srun has."""
-    _run_distributed(load_config(config, overrides or []), _train)
+    loaded = load_config(config, overrides or [])
+    if not is_launched():  # a rank that is slow to start would find what the first rank has begun to write
+        check_run_folder(loaded)
+    _run_distributed(loaded, _train)
 
 
 @app.command()
@@ -179,8 +183,7 @@ def export(run: RunFolder, out: Annotated[Path, typer.Argument(metavar="OUT", he
     """Write a run's newest checkpoint as a Hugging Face folder (safetensors, config, tokenizer)."""
     config = load_config(run / "config.yaml")
     one_rank = config.parallel.model_dump() | {"tp": 1, "pp": 1, "cp": 1, "ep": 1, "dp": 1, "sequence_parallel": False}
-    if out.exists() and any(out.iterdir()):
-        raise ConfigError(f"{out}: exists and is not empty; choose another folder")
+    check_export_folder(out)
     _run_distributed(build_config(config.model_dump() | {"parallel": one_rank}), lambda c: _export(c, run, out))
 
 

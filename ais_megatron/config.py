@@ -558,7 +558,7 @@ def explain(error: ValidationError, schema: type[BaseModel] = Config) -> str:
     """pydantic's findings about a `schema` as lines of `key: what is wrong, what is allowed`."""
     lines = []
     for item in error.errors():
-        key = ".".join(str(part) for part in item["loc"])
+        key = ".".join(str(part) for part in item["loc"] if not _is_union_member(part))
         if item["type"] == "extra_forbidden":
             nearest = _nearest_key(key, schema)
             lines.append(f"{key}: unknown key" + (f"; did you mean {nearest}?" if nearest else ""))
@@ -570,6 +570,11 @@ def explain(error: ValidationError, schema: type[BaseModel] = Config) -> str:
         else:
             lines.append(f"{key}={item['input']!r}: {item['msg'][0].lower()}{item['msg'][1:]}")
     return "\n".join(lines)
+
+
+def _is_union_member(part: str | int) -> bool:
+    """Whether pydantic put this into a location to say which type of ``float | Literal["auto"]`` did not match; it is no key."""
+    return part == "float" or str(part).startswith("literal[")
 
 
 def _nearest_key(key: str, schema: type[BaseModel]) -> str | None:

@@ -12,9 +12,9 @@ estimates to choose a layout by; every constant is an option of the command. Mem
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import ceil
+from math import ceil, inf, isfinite
 
-from ais_megatron.config import Architecture, Config
+from ais_megatron.config import Architecture, Config, ConfigError
 from ais_megatron.memory_model import (
     dtype_bytes,
     engine_bytes,
@@ -49,6 +49,29 @@ CARDS = {
 }
 
 
+# What each assumption may be, (least, most). Those in POSITIVE must exceed their 0. Nothing may be nan or inf.
+LIMITS = {
+    "gpu_memory_gib": (0.0, inf),
+    "peak_tflops": (0.0, inf),
+    "memory_gb_s": (0.0, inf),
+    "nvlink_gb_s": (0.0, inf),
+    "network_gb_s": (0.0, inf),
+    "gpus_per_node": (1, inf),
+    "mfu": (0.0, 1.0),
+    "decode_efficiency": (0.0, 1.0),
+    "latency_us": (0.0, inf),
+    "prompt_tokens": (1, inf),
+    "response_tokens": (1, inf),
+    "rollout_gpus": (1, inf),
+    "reserve_gib": (0.0, inf),
+    "workspace_gib": (0.0, inf),
+    "fragmentation": (0.0, 1.0),
+    "margin": (0.0, 1.0),
+    "expert_load": (1.0, inf),
+}
+POSITIVE = {"gpu_memory_gib", "peak_tflops", "memory_gb_s", "nvlink_gb_s", "network_gb_s", "mfu", "decode_efficiency"}
+
+
 @dataclass(frozen=True)
 class Assumptions:
     """What the configuration does not say.
@@ -58,6 +81,9 @@ class Assumptions:
     reserve_gib: outside of torch's allocator, CUDA's context, kernels and NCCL's buffers. workspace_gib: of cuBLAS, cuDNN and
     Transformer Engine. fragmentation: share of what tensors take that the allocator loses between blocks. margin: a layout fits
     only if its peak and this share of it do. expert_load: tokens of the busiest rank's experts over the mean.
+
+    Raises:
+        ConfigError: a number outside of its `LIMITS`, named as the option of `ais-megatron plan`; all of them in one message.
     """
 
     card: Card = CARDS["h100"]
@@ -79,6 +105,16 @@ class Assumptions:
     margin: float = 0.15
     expert_load: float = 1.25
 
+    def __post_init__(self) -> None:
+        problems = [problem for name in LIMITS if (problem := _limit_problem(name, getattr(self, name)))]
+        if not problems and self.reserve_gib >= self.memory:
+            problems = [
+                f"--reserve-gib {self.reserve_gib:g}: leaves nothing of --gpu-memory-gib {self.memory:g}; allowed: less than that. Lower "
+                "the reserve, or raise the memory"
+            ]
+        if problems:
+            raise ConfigError("\n".join(problems))
+
     @property
     def memory(self) -> float:
         """GiB of one GPU."""
@@ -95,6 +131,17 @@ class Assumptions:
     def link(self, ranks: int) -> float:
         """Bytes per second of one GPU inside a group of so many neighbouring ranks."""
         return (self.nvlink_gb_s if ranks <= self.gpus_per_node else self.network_gb_s) * 1e9
+
+
+def _limit_problem(name: str, value: float | None) -> str | None:
+    """What is wrong with an assumption, None if nothing is. (None as a value is an option left out.)"""
+    least, most = LIMITS[name]
+    if value is None or (isfinite(value) and least <= value <= most and not (name in POSITIVE and value == 0.0)):
+        return None
+    allowed = f"more than {least:g}" if name in POSITIVE else f"{least:g} or more"
+    if most < inf:
+        allowed += f", at most {most:g} (a share of 1, not percent)"
+    return f"--{name.replace('_', '-')} {value:g}: not possible; allowed: {allowed}. Give such a number, or leave the option out"
 
 
 @dataclass(frozen=True)

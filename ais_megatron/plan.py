@@ -154,7 +154,12 @@ def suggest(config: Config, assumed: Assumptions, gpus: int, count: int = 5) -> 
     """The `count` fastest layouts of `gpus` trainer GPUs that fit and that the configuration's own checks allow.
 
     TP stays inside a node; sequence parallelism goes with it; there is no context parallelism.
+
+    Raises:
+        ConfigError: `count` is negative.
     """
+    if count < 0:
+        raise ConfigError(f"--suggestions {count}: must be 0 or more; 0 lists none")
     a, fitting = config.architecture, []
     experts = [n for n in POWERS if a.is_moe and a.num_experts % n == 0] or [1]
     for tp in (n for n in POWERS if n <= min(gpus, assumed.gpus_per_node)):

@@ -54,16 +54,72 @@ def open_run_folder(config: Config, is_main: bool) -> Path:
     folder = Path(config.run.dir)
     if not is_main:
         return folder
+    check_run_folder(config)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        if (folder / METRICS_FILE).exists() and not config.run.resume:
-            raise ConfigError(
-                f"run.dir={config.run.dir}: already holds a run ({METRICS_FILE}); choose another run.dir, delete it, or set run.resume=true"
-            )
         _write_config(folder / CONFIG_FILE, _provenance() + dump_config(config))
     except OSError as error:
-        raise ConfigError(f"run.dir={config.run.dir}: cannot be used as a run folder ({error}); choose another run.dir") from error
+        raise _unusable(config, error) from error
     return folder
+
+
+def check_run_folder(config: Config) -> None:
+    """Refuse at once what `open_run_folder` would refuse once the ranks run. Creates nothing.
+
+    Raises:
+        ConfigError: as `open_run_folder`.
+    """
+    folder = Path(config.run.dir)
+    try:
+        check_can_create(folder)
+        holds_a_run = (folder / METRICS_FILE).exists()
+    except OSError as error:
+        raise _unusable(config, error) from error
+    if holds_a_run and not config.run.resume:
+        raise ConfigError(
+            f"run.dir={config.run.dir}: already holds a run ({METRICS_FILE}); choose another run.dir, delete it, or set run.resume=true"
+        )
+
+
+def _unusable(config: Config, error: OSError) -> ConfigError:
+    return ConfigError(f"run.dir={config.run.dir}: cannot be used as a run folder ({error}); choose another run.dir")
+
+
+def check_export_folder(folder: Path) -> None:
+    """Refuse a place for an export before a model is loaded. Creates nothing.
+
+    Raises:
+        ConfigError: it exists and is not empty, or it cannot be written.
+    """
+    try:
+        check_can_create(folder)
+        is_empty = not folder.exists() or not any(folder.iterdir())
+    except OSError as error:
+        raise ConfigError(f"OUT={folder}: cannot be written ({error}); choose another folder") from error
+    if not is_empty:
+        raise ConfigError(f"OUT={folder}: exists and is not empty; choose another folder, or empty it")
+
+
+def check_can_create(folder: Path) -> None:
+    """Whether `folder` is there and can be written, or could be made with its parents. Leaves nothing behind.
+
+    Raises:
+        OSError: it cannot: something that is not a folder lies in the way, or no file can be made where it would be.
+    """
+    nearest = folder.absolute()
+    while True:
+        try:
+            nearest.lstat()
+            break
+        except (FileNotFoundError, NotADirectoryError):
+            nearest = nearest.parent
+    if not nearest.is_dir():
+        raise NotADirectoryError(f"{nearest} is not a folder")
+    # Permissions alone do not tell: a file system may be read-only, full, or one like /proc that takes no files even from root.
+    try:
+        tempfile.TemporaryFile(dir=nearest).close()
+    except OSError as error:
+        raise OSError(f"no file can be made in {nearest}: {error.strerror}") from error
 
 
 def _write_config(path: Path, text: str) -> None:

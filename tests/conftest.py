@@ -17,7 +17,7 @@ def ranks() -> Iterator[RankPool]:
     pool.close()
 
 
-@pytest.fixture(scope="session", params=["untied", "tied"])
+@pytest.fixture(scope="session", params=["untied", pytest.param("tied", marks=pytest.mark.slow)])
 def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A float32 Qwen3 checkpoint written by transformers, with weights far from their initial values."""
     return make_checkpoint(tmp_path_factory.mktemp("qwen3"), tied=request.param == "tied")

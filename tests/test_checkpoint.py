@@ -132,6 +132,7 @@ def a_save(request, ranks: RankPool, untied_checkpoint: Path, tmp_path_factory):
     return folder, ranks.run(2, saved, path=untied_checkpoint, folder=folder, is_async=request.param == "async")[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", ["DP2", "TP1", "TP2+SP", "PP2", "TP2xPP2"])
 def test_a_checkpoint_of_two_ranks_loads_under_any_layout(ranks: RankPool, untied_checkpoint: Path, a_save, layout: str) -> None:  # noqa: ANN001
     """Weights to the last bit; the next step to the last bit under the same layout, else as closely as layouts agree."""
@@ -221,6 +222,7 @@ def trained(rank: int, config) -> None:  # noqa: ANN001
     train(config)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", ["async", "moe-lagged"])
 def test_a_resumed_run_is_the_run_that_never_stopped(ranks: RankPool, tmp_path: Path, case: str) -> None:
     """Every row after the resume, to the last bit, and none twice though the last line was torn."""

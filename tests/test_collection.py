@@ -55,6 +55,7 @@ def collected(rank: int, config: Config, tp: int, pp: int, first: int):  # noqa:
     return session.share.dp_rank, responses, result.batch.advantages, result.batch.loss_mask.any(1), result.next_prompt, generated
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize(
     ("refills", "groups", "next_prompt"),

@@ -201,6 +201,7 @@ def test_nothing_is_there_yet(write) -> None:
 # --- the command ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_command_trains_reports_and_finds_everything_done(write, tmp_path: Path) -> None:
     """Two arms, one of which fails in its first step; then the list, and a second start."""
     arms = {"ais": {"train.steps": 2}, "broken": {"model.path": str(tmp_path / "model")}}
@@ -225,6 +226,7 @@ def test_the_command_trains_reports_and_finds_everything_done(write, tmp_path: P
     assert "train.steps=2" in overrides and "run.seed=3" in overrides
 
 
+@pytest.mark.slow
 def test_an_array_task_is_one_run_of_the_list(write, tmp_path: Path) -> None:
     path = write()
     environment = os.environ | {"AIS_DRY_RUN": "1", "AIS_GPUS_PER_NODE": "0", "AIS_TRAINER_NODES": "1", "AIS_ROLLOUT_NODES": "0"}

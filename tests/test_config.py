@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from ais_megatron.config import Config, ConfigError, build_config, dump_config, load_config
+from ais_megatron.section import Section
 
 CONFIGS = sorted(
     path for path in (Path(__file__).parents[1] / "configs").glob("*.yaml") if not path.name.startswith("compare_")
@@ -83,6 +84,10 @@ def test_off_is_a_word_although_yaml_reads_it_as_false(tmp_path: Path) -> None:
         ({"train": {"steps": 5, "optimizer": {"warmup_steps": 9}}}, r"train.optimizer.warmup_steps=9: .*train.steps"),
         ({"task": {"name": "gsm8k"}}, r"task.name=gsm8k: .*task.test_path"),
         ({"ais": {"alpha_min": 0.8, "alpha_max": 0.5}}, r"ais: alpha_min=0.8 must not exceed alpha_max=0.5"),
+        ({"ais": {"weight_cap": float("inf")}}, r"ais.weight_cap=inf: input should be a finite number"),
+        ({"ais": {"tau": float("inf")}}, r"ais.tau=inf: input should be a finite number\nais.tau=inf: input should be 'auto'"),
+        ({"train": {"optimizer": {"lr": float("nan")}}}, r"train.optimizer.lr=nan: input should be a finite number"),
+        ({"model": {"architecture": ARCHITECTURE | {"rope_theta": float("inf")}}}, r"rope_theta=inf: input should be a finite number"),
         ({"ais": {"tau": 0}}, r"ais: tau=0.0 must be greater than 0, or auto"),
         ({"ais": {"lag": 1}, "train": {"updates_per_batch": 2}}, r"ais.lag=1: with train.updates_per_batch=2 "),
         ({"ais": {"lag": 1}, "correction_options": {"batch_normalise": True}}, r"ais.lag=1: correction_options.batch_normalise=true needs"),
@@ -115,6 +120,29 @@ def test_off_is_a_word_although_yaml_reads_it_as_false(tmp_path: Path) -> None:
 def test_refusals(sections: dict[str, object], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         build(**sections)
+
+
+def float_keys(section: type[Section], prefix: str = "") -> list[str]:
+    """Every key below `section` that takes a float, as in ``ais.tau``."""
+    keys = []
+    for name, field in section.model_fields.items():
+        types = {field.annotation, *getattr(field.annotation, "__args__", ())}
+        for nested in (t for t in types if isinstance(t, type) and issubclass(t, Section)):
+            keys += float_keys(nested, f"{prefix}{name}.")
+        keys += [prefix + name] if float in types else []
+    return keys
+
+
+@pytest.mark.parametrize("value", ["nan", "inf", "-inf"])
+def test_no_key_takes_a_number_that_is_not_finite(tmp_path: Path, value: str) -> None:
+    (path := tmp_path / "c.yaml").write_text(dump_config(build()))
+    keys = float_keys(Config)
+    assert {"ais.weight_cap", "ais.tau", "train.optimizer.lr", "model.architecture.rope_theta", "rollout.sglang.verify_tolerance"} <= {
+        *keys
+    }
+    for key in keys:
+        with pytest.raises(ConfigError, match=rf"^{key}='?{value}'?: input should be "):
+            load_config(path, [f"{key}={value}"])
 
 
 def test_one_word_is_enough_for_every_method() -> None:

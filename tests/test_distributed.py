@@ -143,6 +143,7 @@ def crash(rank: int) -> None:
         raise KeyError("ours")
 
 
+@pytest.mark.slow
 def test_the_pool_reports_a_crashed_rank_and_recovers(ranks: RankPool) -> None:
     with pytest.raises(RankError, match="KeyError: 'ours'"):
         ranks.run(2, crash)

@@ -18,6 +18,8 @@ from tests.test_checkpoint import trained, weights_of
 from tests.test_policy import make_batch, make_config, make_policy, my_rows
 from tests.test_training import ROOT, SMALL, assert_same_rows, command, rows_of, run, small, write
 
+pytestmark = pytest.mark.slow  # whole runs that are killed and go on
+
 
 def started(folder: Path, *overrides: str) -> tuple[subprocess.Popen[str], list[psutil.Process]]:
     """A run that has just logged its second step, and its ranks in order."""

@@ -23,6 +23,7 @@ def driver(monkeypatch: pytest.MonkeyPatch):  # noqa: ANN201
     return driver
 
 
+@pytest.mark.slow
 def test_every_script_passes_its_checks_on_a_cpu(tmp_path: Path) -> None:
     out = tmp_path / "gpu.json"
     command = [sys.executable, FOLDER / "run.py", "--device", "cpu", "--tiny", "--packages", tmp_path, "--out", out]
@@ -65,6 +66,7 @@ END
 """
 
 
+@pytest.mark.slow
 def test_the_driver_goes_on_after_failures_and_stops_in_time(tmp_path: Path, driver, capsys: pytest.CaptureFixture) -> None:  # noqa: ANN001
     endings = {
         "good": ("True", ""),

@@ -143,6 +143,7 @@ def one_update(
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "layout"), [("dense", name) for name in PARALLEL] + [("moe", name) for name in EXPERTS])
 def test_rounded_shapes_change_no_figure(ranks: RankPool, untied_checkpoint: Path, moe_checkpoint: Path, kind: str, layout: str) -> None:
     """Log-probabilities, gradients, metrics, ranges of Q, K and V, balance of the experts: float32, to 1e-6."""
@@ -155,6 +156,7 @@ def test_rounded_shapes_change_no_figure(ranks: RankPool, untied_checkpoint: Pat
     assert_same(plain, rounded)
 
 
+@pytest.mark.slow
 def test_experts_replayed_in_recomputed_layers(ranks: RankPool, moe_checkpoint: Path) -> None:
     """A layer that runs a second time in the backward pass sends its tokens where they went the first time."""
     world, parallel = EXPERTS["TP2+EP2"]
@@ -192,6 +194,7 @@ def order_of_events(rank: int, path: Path, parallel: dict) -> list[str]:
     return events
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", ["one", "PP2"])
 def test_one_microbatch_goes_to_the_device_at_a_time(ranks: RankPool, untied_checkpoint: Path, layout: str) -> None:
     world, parallel = PARALLEL[layout]

@@ -54,6 +54,7 @@ def exported(rank: int, path: Path, parallel: dict[str, object], out: Path | Non
     return {name: tensor.clone() for bucket in policy.export_buckets(50_000) for name, tensor in bucket}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", ["one", "EP2", "TP2+EP2", "TP2+ETP2+EP2", "PP2+EP2"])
 def test_import_then_export_is_the_identity(ranks: RankPool, moe_checkpoint: Path, layout: str) -> None:
     from safetensors.torch import load_file
@@ -65,6 +66,7 @@ def test_import_then_export_is_the_identity(ranks: RankPool, moe_checkpoint: Pat
         assert all(torch.equal(weights[name], original[name]) for name in original)
 
 
+@pytest.mark.slow
 def test_transformers_loads_the_export(ranks: RankPool, moe_checkpoint: Path, tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM
 
@@ -91,6 +93,7 @@ def trained(rank: int, path: Path, parallel: dict[str, object], alpha: float = 0
     return {name: tensor.clone() for bucket in policy.export_buckets(50_000) for name, tensor in bucket}, metrics
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", [name for name in LAYOUTS if name != "one"])
 def test_training_is_independent_of_layout(ranks: RankPool, moe_checkpoint: Path, layout: str) -> None:
     options = dict(path=moe_checkpoint, aux_coefficient=0.02, z_coefficient=1e-3)
@@ -119,6 +122,7 @@ def gradients(rank: int, path: Path, parallel: dict[str, object], signal: float,
 AUX = dict(aux_coefficient=0.05, z_coefficient=1e-2)
 
 
+@pytest.mark.slow
 def test_auxiliary_gradient_depends_on_nothing_else(ranks: RankPool, moe_checkpoint: Path) -> None:
     """With zero advantages only the auxiliary losses are left: alpha, microbatches, DP, EP and TP must not move them."""
     [alone] = ranks.run(1, gradients, path=moe_checkpoint, parallel={}, signal=0.0, **AUX)
@@ -152,6 +156,7 @@ def reference_aux_gradient(path: Path, batch: Batch, coefficient: float, z_coeff
     return torch.stack([p.grad.norm() for p in model.parameters() if p.grad is not None]).norm()
 
 
+@pytest.mark.slow
 def test_auxiliary_gradient_is_that_of_the_papers_formulas(ranks: RankPool, moe_checkpoint: Path) -> None:
     [norm] = ranks.run(1, gradients, path=moe_checkpoint, parallel={}, signal=0.0, **AUX)
     expected = reference_aux_gradient(moe_checkpoint, make_batch(), AUX["aux_coefficient"], AUX["z_coefficient"])
@@ -189,6 +194,7 @@ def forced_reference(path: Path, batch: Batch) -> Tensor:
         torch.topk = original
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", ["one", "TP2+EP2", "PP2+EP2"])
 def test_replayed_routing_is_the_engines(ranks: RankPool, moe_checkpoint: Path, layout: str) -> None:
     world, parallel = LAYOUTS[layout]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import subprocess
 import sys
@@ -141,6 +142,7 @@ def measured(rank: int, data: dict) -> dict[str, int]:
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_memory_of_real_ranks(ranks: RankPool, layout: str) -> None:
     world, architecture, model, parallel = LAYOUTS[layout]
@@ -331,6 +333,41 @@ def test_gpus_that_do_not_divide() -> None:
         with_gpus(load_config(DENSE), 10)
     with pytest.raises(ConfigError, match="prompts_per_step=64: must be a multiple of parallel.dp=3"):
         with_gpus(load_config(DENSE), 12)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"rollout_gpus": -3}, "--rollout-gpus -3: not possible; allowed: 1 or more. Give such a number, or leave the option out"),
+        ({"rollout_gpus": 0}, "--rollout-gpus 0: not possible; allowed: 1 or more"),
+        ({"gpu_memory_gib": -1.0}, "--gpu-memory-gib -1: not possible; allowed: more than 0"),
+        ({"gpu_memory_gib": 2.0}, "--reserve-gib 3: leaves nothing of --gpu-memory-gib 2"),
+        ({"peak_tflops": 0.0, "memory_gb_s": math.inf}, "--peak-tflops 0: .*more than 0.*\n--memory-gb-s inf: not possible"),
+        ({"nvlink_gb_s": 0.0}, "--nvlink-gb-s 0: "),
+        ({"network_gb_s": -45.0}, "--network-gb-s -45: "),
+        ({"gpus_per_node": 0}, "--gpus-per-node 0: "),
+        ({"mfu": 40.0}, "--mfu 40: not possible; allowed: more than 0, at most 1 .a share of 1, not percent"),
+        ({"mfu": math.nan}, "--mfu nan: "),
+        ({"decode_efficiency": 0.0}, "--decode-efficiency 0: "),
+        ({"prompt_tokens": 0}, "--prompt-tokens 0: "),
+        ({"response_tokens": -1}, "--response-tokens -1: "),
+        ({"reserve_gib": -3.0}, "--reserve-gib -3: not possible; allowed: 0 or more"),
+        ({"workspace_gib": math.nan}, "--workspace-gib nan: "),
+        ({"fragmentation": 1.5}, "--fragmentation 1.5: "),
+        ({"margin": -0.15}, "--margin -0.15: not possible; allowed: 0 or more, at most 1"),
+    ],
+)
+def test_assumptions_that_make_no_sense(options: dict[str, float], message: str) -> None:
+    with pytest.raises(ConfigError, match=f"^{message}"):
+        Assumptions(**options)
+
+
+@pytest.mark.parametrize("options", [["--rollout-gpus", "-3"], ["--gpus", "-8"], ["--gpus", "0"], ["--suggestions", "-1"]])
+def test_the_command_refuses_numbers_that_make_no_sense(options: list[str]) -> None:
+    command = [sys.executable, "-m", "ais_megatron", "plan", str(DENSE), *options]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.startswith(f"error: {' '.join(options)}: ") and done.stderr.count("\n") == 1
 
 
 @pytest.mark.parametrize(("memory", "status"), [("80", 0), ("10", 1)])

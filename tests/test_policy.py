@@ -118,7 +118,7 @@ def trained_alone(ranks: RankPool, untied_checkpoint: Path):  # noqa: ANN201
     return {a: ranks.run(1, trained_weights, path=untied_checkpoint, aggregation=a)[0] for a in ("token", "sequence")}
 
 
-@pytest.mark.parametrize("aggregation", ["token", "sequence"])
+@pytest.mark.parametrize("aggregation", ["token", pytest.param("sequence", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("layout", [name for name in LAYOUTS if name != "TP1"])
 def test_training_is_independent_of_layout(ranks: RankPool, untied_checkpoint: Path, trained_alone, layout: str, aggregation: str) -> None:
     world, tp, pp, sp = LAYOUTS[layout]
@@ -128,7 +128,7 @@ def test_training_is_independent_of_layout(ranks: RankPool, untied_checkpoint: P
 
 
 @pytest.mark.parametrize("budget", [1, 24, 60])
-@pytest.mark.parametrize("aggregation", ["token", "sequence"])
+@pytest.mark.parametrize("aggregation", ["token", pytest.param("sequence", marks=pytest.mark.slow)])
 def test_training_is_independent_of_the_microbatch_split(
     ranks: RankPool, untied_checkpoint: Path, trained_alone, budget: int, aggregation: str
 ) -> None:

@@ -136,6 +136,7 @@ def run_of(ranks: RankPool, folder: Path, data: dict, num_ranks: int = 2, **roll
     assert ranks.run(num_ranks, refusal, config=build_config(data | parts), timeout=120) == ["finished"] * num_ranks
 
 
+@pytest.mark.slow
 def test_a_replayed_run_is_the_recorded_run(ranks: RankPool, tmp_path: Path) -> None:
     """The same rows to the last bit; and another correction, on one rank instead of two, sees the same samples."""
     data = small(tmp_path, **SMALL, eval={"num_prompts": 8, "every": 2})

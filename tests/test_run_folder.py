@@ -3,12 +3,23 @@
 import os
 import stat
 import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
 from ais_megatron import run_folder
-from ais_megatron.config import Config, ConfigError, build_config, load_config
-from ais_megatron.run_folder import encode_json, git_revision, open_run_folder, package_versions, write_json_atomic, write_text_atomic
+from ais_megatron.config import Config, ConfigError, build_config, dump_config, load_config
+from ais_megatron.run_folder import (
+    check_export_folder,
+    check_run_folder,
+    encode_json,
+    git_revision,
+    open_run_folder,
+    package_versions,
+    write_json_atomic,
+    write_text_atomic,
+)
 
 ARCHITECTURE = {
     "vocab_size": 64,
@@ -82,6 +93,84 @@ def test_a_file_in_the_way_is_a_config_error(tmp_path):
     (tmp_path / "taken").write_text("")
     with pytest.raises(ConfigError, match="cannot be used as a run folder"):
         open_run_folder(make_config(tmp_path / "taken"), is_main=True)
+
+
+@pytest.mark.parametrize(
+    ("place", "message"),
+    [
+        ("taken", "cannot be used as a run folder .*taken is not a folder.; choose another run.dir"),
+        ("taken/below/it", "cannot be used as a run folder .*taken is not a folder.; choose another run.dir"),
+        ("dangling", "cannot be used as a run folder .*dangling is not a folder.; choose another run.dir"),
+        ("/proc/run", "cannot be used as a run folder .no file can be made in /proc: .*; choose another run.dir"),  # not even by root
+        ("n" * 300, "cannot be used as a run folder .*too long"),
+        ("earlier", "already holds a run .metrics.jsonl.; choose another run.dir, delete it, or set run.resume=true"),
+    ],
+)
+def test_what_cannot_be_a_run_folder_is_refused_and_left_alone(tmp_path, place, message):
+    (tmp_path / "taken").write_text("")
+    (tmp_path / "dangling").symlink_to("nowhere")
+    (tmp_path / "earlier").mkdir()
+    (tmp_path / "earlier" / "metrics.jsonl").write_text("")
+    before = sorted(tmp_path.rglob("*"))
+    for refuse in (check_run_folder, lambda config: open_run_folder(config, is_main=True)):
+        with pytest.raises(ConfigError, match=f"^run.dir=.*: {message}"):
+            refuse(make_config(tmp_path / place))
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write in any folder")
+def test_a_folder_without_permission_is_refused(tmp_path):
+    tmp_path.chmod(0o500)
+    with pytest.raises(ConfigError, match="no file can be made in .*: Permission denied"):
+        check_run_folder(make_config(tmp_path / "run"))
+
+
+def test_what_can_be_a_run_folder_is_not_made_by_looking(tmp_path):
+    check_run_folder(make_config(tmp_path / "a" / "b"))
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "metrics.jsonl").write_text("")
+    check_run_folder(make_config(tmp_path, resume=True))
+
+
+@pytest.mark.parametrize("place", ["taken", "earlier"])
+def test_train_refuses_a_run_folder_before_it_imports_torch_or_starts_ranks(tmp_path, place):
+    """Starting ranks imports torch too, so its absence shows that none was started."""
+    (tmp_path / "taken").write_text("")
+    (tmp_path / "earlier").mkdir()
+    (tmp_path / "earlier" / "metrics.jsonl").write_text("")
+    (tmp_path / "c.yaml").write_text(dump_config(make_config(tmp_path / place)))
+    code = (
+        "import pathlib, sys; from ais_megatron.cli import train\n"
+        "try: train(pathlib.Path(sys.argv[1]), ['parallel.dp=2'])\n"
+        "except ValueError as error: print(error)\n"
+        "sys.exit('torch' in sys.modules)"
+    )
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("RANK", "SLURM_"))}
+    done = subprocess.run([sys.executable, "-c", code, tmp_path / "c.yaml"], capture_output=True, text=True, timeout=60, env=environment)
+    assert done.returncode == 0 and done.stdout.startswith(f"run.dir={tmp_path / place}: "), done.stdout + done.stderr
+
+
+def test_a_place_for_an_export(tmp_path):
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").write_text("")
+    (tmp_path / "empty").mkdir()
+    check_export_folder(tmp_path / "empty")
+    check_export_folder(tmp_path / "new" / "below")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "full"]
+    with pytest.raises(ConfigError, match="OUT=.*full: exists and is not empty; choose another folder"):
+        check_export_folder(tmp_path / "full")
+    with pytest.raises(ConfigError, match="OUT=.*file: cannot be written .*file is not a folder.; choose another folder"):
+        check_export_folder(tmp_path / "full" / "file")
+    with pytest.raises(ConfigError, match="OUT=/proc/hf: cannot be written .no file can be made in /proc.*; choose another folder"):
+        check_export_folder(Path("/proc/hf"))
+
+
+def test_export_to_a_place_that_cannot_be_written_is_one_message(tmp_path):
+    (tmp_path / "config.yaml").write_text(dump_config(make_config(tmp_path)))
+    command = [sys.executable, "-m", "ais_megatron", "export", str(tmp_path), "/proc/hf"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.startswith("error: OUT=/proc/hf: cannot be written ") and done.stderr.count("\n") == 1
 
 
 def git(folder, *arguments):

@@ -117,6 +117,7 @@ def test_figures_of_a_row_fit_together(finished: tuple[Path, str]) -> None:
         assert row["staleness"] == 0
 
 
+@pytest.mark.slow
 def test_the_same_command_makes_the_same_run(finished: tuple[Path, str], tmp_path: Path) -> None:
     """Same seed, same cache: every figure that is not a time is equal to the last bit; and the warm start is reused."""
     folder, _ = finished
@@ -133,6 +134,7 @@ def assert_same_rows(ours: Path, theirs: Path) -> None:
         assert {key: mine[key] for key in same} == {key: other[key] for key in same}
 
 
+@pytest.mark.slow
 def test_a_run_is_not_overwritten_but_continued(finished: tuple[Path, str], tmp_path: Path) -> None:
     """Resumed from step 2 of 3, with every row and weight as if it had never stopped."""
     folder, _ = finished
@@ -145,6 +147,7 @@ def test_a_run_is_not_overwritten_but_continued(finished: tuple[Path, str], tmp_
     assert_same_rows(tmp_path, folder)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "method",
     [
@@ -174,6 +177,7 @@ def test_what_a_method_remembers_survives_a_resume(finished: tuple[Path, str], t
     assert_same_rows(again, whole)
 
 
+@pytest.mark.slow
 def test_export_and_eval_of_a_run(finished: tuple[Path, str], tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM
 
@@ -190,6 +194,7 @@ def test_export_and_eval_of_a_run(finished: tuple[Path, str], tmp_path: Path) ->
     assert "held-out pass@1: 0." in run("eval", folder / "run")
 
 
+@pytest.mark.slow
 def test_torchrun_joins_with_tensor_parallelism(tmp_path: Path) -> None:
     config = write(tmp_path, parallel={"tp": 2, "sequence_parallel": True})
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "ais_megatron"]
@@ -200,6 +205,7 @@ def test_torchrun_joins_with_tensor_parallelism(tmp_path: Path) -> None:
     assert len(rows_of(tmp_path)) == 1
 
 
+@pytest.mark.slow
 def test_an_interrupt_ends_every_rank(tmp_path: Path) -> None:
     process = subprocess.Popen(
         command("train", write(tmp_path), "train.steps=100000"), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
@@ -270,6 +276,7 @@ def test_bad_input_is_one_error_on_all_ranks(ranks: RankPool, tmp_path: Path, un
     assert "this job has 2 ranks" in message
 
 
+@pytest.mark.slow
 def test_a_moe_run_with_replayed_routing(ranks: RankPool, tmp_path: Path) -> None:
     """Experts over both ranks, FP8 per expert, the engine's routing replayed by the trainer."""
     data = small(tmp_path, parallel={"dp": 2, "ep": 2}, moe={"routing_replay": True})

@@ -11,6 +11,8 @@ from ais_megatron.batch import Batch
 from tests.ranks import RankPool
 from tests.test_policy import LAYOUTS, make_batch, make_config, make_policy, my_rows
 
+pytestmark = pytest.mark.slow  # every case under every split
+
 CASES = {
     "sequence TIS": dict(correction="tis", correction_options={"level": "sequence"}, ais={"weight_cap": 1.05}),
     "geo_rs": dict(correction="geo_rs", objective={"aggregation": "sequence"}),

@@ -44,7 +44,9 @@ def pushed_state(rank: int, path: Path, quantization: str, parallel: dict[str, o
 
 
 @pytest.mark.parametrize("layout", ["TP1", "TP2", "TP2xPP2"])
-@pytest.mark.parametrize("quantization", ["none", "fp8_e4m3", "fp8_e5m2", "fp4_e2m1"])
+@pytest.mark.parametrize(
+    "quantization", ["none", "fp8_e4m3", *(pytest.param(name, marks=pytest.mark.slow) for name in ("fp8_e5m2", "fp4_e2m1"))]
+)
 def test_the_engine_holds_exactly_the_quantised_export(ranks: RankPool, checkpoint: Path, layout: str, quantization: str) -> None:
     from safetensors.torch import load_file
 

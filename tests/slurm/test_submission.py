@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
+import os
 import re
+import shutil
 import socket
 import subprocess
 from pathlib import Path
 
 import pytest
 
-from tests.slurm.conftest import ROOT, Slurm
+from tests.slurm.conftest import ROOT, Slurm, why_not
 from tests.slurm.test_lifecycle import fake_model
 
 SCRIPTS = sorted(path.name for path in (ROOT / "slurm").glob("*.sbatch"))
+
+
+def test_where_no_cluster_can_be_started_the_reason_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+    assert why_not() == "needs root, because slurmd does; run `make test` as root"
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert why_not() == "slurmctld, slurmd, sbatch, munge, shellcheck: not installed, and there is no apt-get to install them with"
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -87,7 +97,9 @@ def test_refusals(
     assert not list(stand_in.folder.glob("runs/*/notes")), "nothing was started"
 
 
-def test_shell_is_clean() -> None:
+def test_shell_is_clean(request: pytest.FixtureRequest) -> None:
+    if shutil.which("shellcheck") is None:
+        request.getfixturevalue("cluster")  # installs it, or skips and says why
     files = [*(ROOT / "slurm").iterdir(), ROOT / "tests" / "slurm" / "cluster.sh"]
     shell = [str(path) for path in files if path.suffix in (".sh", ".sbatch")]
     done = subprocess.run(["shellcheck", "-x", *shell], cwd=ROOT, capture_output=True, text=True, check=False)

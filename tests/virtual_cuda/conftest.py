@@ -11,6 +11,12 @@ from tests.ranks import RankPool
 from tests.virtual_cuda import machine, scenarios
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if Path(__file__).parent in item.path.parents:
+            item.add_marker(pytest.mark.slow)
+
+
 @pytest.fixture(scope="session")
 def gpus() -> Iterator[RankPool]:
     """With the libraries of this environment, which has no Transformer Engine."""
