@@ -9,7 +9,7 @@ PACKAGE = Path(__file__).parents[1] / "ais_megatron"
 
 # Lower floors first; a module may import from its own floor and below. policy and rollout share a floor but never meet.
 FLOORS = [
-    {"section", "algorithm_config", "sglang_config", "config", "batch", "shapes", "exits", "ports", "nccl"},
+    {"section", "doors", "engine_traits", "algorithm_config", "sglang_config", "config", "batch", "shapes", "exits", "ports", "nccl"},
     {"run_folder", "comparison_config", "hf_config", "layout", "checkpoint_files", "memory_model", "cost_model", "plan"},
     {"cuda_environment", "launcher", "distributed", "metrics", "summary", "doctor", "sglang_doctor", "gpu_checks", "needs", "watchdog"},
     {"report"},
