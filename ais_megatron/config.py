@@ -395,9 +395,9 @@ def _replay_problems(config: Config) -> list[str]:
 
 def _recording_problems(config: Config) -> list[str]:
     rollout, problems = config.rollout, []
-    if rollout.engine == "replay" and rollout.replay_dir is None:
+    if rollout.engine_traits.replays and rollout.replay_dir is None:
         problems.append("rollout.engine=replay: set rollout.replay_dir to the rollout.save_dir of the run to replay")
-    if rollout.engine != "replay" and rollout.replay_dir is not None:
+    if not rollout.engine_traits.replays and rollout.replay_dir is not None:
         problems.append(
             f"rollout.replay_dir={rollout.replay_dir}: without effect on rollout.engine={rollout.engine}; set rollout.engine=replay"
         )

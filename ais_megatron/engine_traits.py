@@ -13,16 +13,19 @@ class EngineTraits(NamedTuple):
     """It generates on the trainer's own ranks, and shares their memory."""
     has_servers: bool = False
     """It consists of servers, which are configured in `rollout.sglang`."""
-    can_evaluate: bool = True
-    """It can answer with any weights that it is given. A recording cannot."""
+    replays: bool = False
+    """Its responses were recorded earlier, in `rollout.replay_dir`."""
     keeps_kv_scales: bool = False
     """It may hold KV scales from before, so that also scales of 1 must be sent to it."""
-    emulates_formats: bool = False
-    """It computes in any of the quantised formats, not only in those that its kernels know."""
+
+    @property
+    def can_evaluate(self) -> bool:
+        """It can answer with any weights that it is given. A recording cannot."""
+        return not self.replays
 
 
 ENGINES = {
-    "local": EngineTraits(is_embedded=True, emulates_formats=True),
+    "local": EngineTraits(is_embedded=True),
     "sglang": EngineTraits(has_servers=True, keeps_kv_scales=True),
-    "replay": EngineTraits(can_evaluate=False, emulates_formats=True),
+    "replay": EngineTraits(replays=True),
 }
