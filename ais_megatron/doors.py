@@ -38,8 +38,9 @@ def check(key: str, name: str, kind: Kind) -> None:
             does), the source has a syntax error, or the attribute is a function where a class is needed or the reverse.
     """
     module, _, attribute = name.partition(":")
-    if not attribute.isidentifier() or not all(part.isidentifier() for part in module.split(".")):
-        hint = f"; write {module.removesuffix('.py').replace('/', '.')}:{attribute}" if module.endswith(".py") else ""
+    is_file = module.endswith(".py")
+    if is_file or not attribute.isidentifier() or not all(part.isidentifier() for part in module.split(".")):
+        hint = f"; here {module.removesuffix('.py').replace('/', '.')}:{attribute}" if is_file else ""
         raise ValueError(f"{key}={name!r}: write module:{kind}, for example my_code:{'MyTask' if kind == 'class' else 'my_' + kind}{hint}")
     defined, open_ended = _names(tree) if (tree := _tree(key, name)) is not None else ({}, True)
     if attribute not in defined:

@@ -77,7 +77,7 @@ def as_markdown() -> str:
                 cells = (f"`{key.name}`", key.type, f"`{key.default}`", key.allowed, key.description)
                 page.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
         page.append("")
-    return "\n".join(page)
+    return "\n".join(page).rstrip("\n")
 
 
 def _sections(name: str) -> list[str]:

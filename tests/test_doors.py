@@ -92,7 +92,7 @@ def test_names_are_found_without_an_import(code: Path) -> None:
         ({"task": {"name": "my_coda:MyTask"}}, r"there is no module my_coda in .*; did you mean my_code\?$"),
         ({"task": {"name": "pack.task:Deep"}}, r"there is no module pack.task in "),
         ({"task": {"name": "my_code:my_reward"}}, r"my_reward is a function in module my_code; a class is needed"),
-        ({"task": {"name": "my_code.py:MyTask"}}, r"write module:class, .*; write my_code:MyTask$"),
+        ({"task": {"name": "my_code.py:MyTask"}}, r"write module:class, .*; here my_code:MyTask$"),
         ({"task": {"name": "my_code:"}}, r"task.name='my_code:': write module:class"),
         ({"task": {"name": "bent:f"}}, r"bent.py is not valid Python: .*line 1"),
         (
