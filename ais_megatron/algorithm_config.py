@@ -7,25 +7,31 @@ Empty values stay empty in a written configuration, so that changing the word la
 
 from __future__ import annotations
 
+import difflib
+from functools import lru_cache
 from typing import Literal, NamedTuple
 
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
+from ais_megatron import doors
 from ais_megatron.section import Fraction, PositiveInt, Section
 
 CorrectionName = Literal["none", "tis", "mis", "icepop", "geo_rs", "k3_rs", "ais"]
 Level = Literal["token", "sequence", "geometric"]
-SEQUENCE_OBJECTIVES = ("gspo", "tbpo")
 REJECTIONS = ("geo_rs", "k3_rs")
 
 
 class ObjectivePreset(NamedTuple):
-    clip_low: float
-    clip_high: float
-    aggregation: str
-    advantages: str
+    """What an objective brings along; every field but the last is a key of `objective`, which wins where it is set."""
+
+    clip_low: float = 0.2
+    clip_high: float = 0.2
+    aggregation: str = "token"
+    advantages: str = "group_std"
     dynamic_sampling: bool = False
     overlong_filter: bool = False
+    sequence_level: bool = False
+    """All tokens of a response have the same J, so that ais.level=auto gives a response one importance weight."""
 
 
 # The papers' values: DAPO 2503.14476, Dr.GRPO 2503.20783, GSPO 2507.18071. CISPO (2506.13585) bounds its weights from above
@@ -35,10 +41,11 @@ OBJECTIVE_PRESETS = {
     "grpo": ObjectivePreset(0.2, 0.2, "token", "group_std"),
     "dr_grpo": ObjectivePreset(0.2, 0.2, "constant", "group_mean"),
     "dapo": ObjectivePreset(0.2, 0.28, "token", "group_std", dynamic_sampling=True, overlong_filter=True),
-    "gspo": ObjectivePreset(3e-4, 4e-4, "sequence", "group_std"),
+    "gspo": ObjectivePreset(3e-4, 4e-4, "sequence", "group_std", sequence_level=True),
     "cispo": ObjectivePreset(1.0, 4.0, "token", "group_std"),
-    "tbpo": ObjectivePreset(0.2, 0.2, "sequence", "group_std"),
+    "tbpo": ObjectivePreset(0.2, 0.2, "sequence", "group_std", sequence_level=True),
 }
+PRESET_KEYS = tuple(field for field in ObjectivePreset._fields if field != "sequence_level")
 # (low, high) of the band in which a correction leaves a token or a response alone.
 CORRECTION_BANDS = {"mis": (0.5, 2.0), "icepop": (0.5, 5.0), "geo_rs": (0.99, 1.01)}
 
@@ -64,12 +71,14 @@ class AISConfig(Section):
     auto_batches: PositiveInt = Field(10, description="tau=auto: batches whose mean divergence becomes tau")
     ema: float = Field(0.0, ge=0.0, lt=1.0, description="weight of the past in the moving average of alpha over batches; 0: none")
     lag: Literal[0, 1] = Field(0, description="1: the previous batch's alpha, and no forward pass for old_logprobs")
-    alpha_min: Fraction = 0.0
-    alpha_max: Fraction = 1.0
+    alpha_min: Fraction = Field(0.0, description="alpha is never smaller")
+    alpha_max: Fraction = Field(1.0, description="alpha is never larger")
     weight_cap: float = Field(
         2.0, gt=1.0, description="C: importance weights are truncated at this value, for ais, tis and the diagnostics"
     )
-    reliability: Literal["truncated", "raw"] = "truncated"
+    reliability: Literal["truncated", "raw"] = Field(
+        "truncated", description="rho from the truncated importance weights, or from the raw ones"
+    )
 
     @model_validator(mode="after")
     def _range(self) -> AISConfig:
@@ -105,7 +114,9 @@ class CorrectionOptions(Section):
 class ObjectiveConfig(Section):
     """What is maximised; empty: the objective's own (`OBJECTIVE_PRESETS`)."""
 
-    name: Literal["grpo", "dr_grpo", "dapo", "gspo", "cispo", "tbpo"] = "grpo"
+    name: str = Field(
+        "grpo", description="grpo, dr_grpo, dapo, gspo, cispo or tbpo; or a function of your own as module:function (docs/extending.md)"
+    )
     clip_low: Fraction | None = Field(None, description="policy ratios are clipped below 1 - clip_low")
     clip_high: float | None = Field(None, ge=0.0, description="policy ratios are clipped above 1 + clip_high")
     aggregation: Literal["token", "sequence", "constant"] | None = Field(
@@ -119,18 +130,64 @@ class ObjectiveConfig(Section):
     max_refills: PositiveInt = Field(3, description="dynamic_sampling: rounds of generation after the first")
     overlong_filter: bool | None = Field(None, description="responses cut at the length limit leave the loss")
     kl_coefficient: float = Field(0.0, ge=0.0, description="penalty on the KL divergence from the starting policy; 0: none")
-    kl_estimator: Literal["k1", "k3"] = "k3"
+    kl_estimator: Literal["k1", "k3"] = Field(
+        "k3", description="estimate of that divergence: k3 is exp(-d) - 1 + d and k1 is d, where d = log pi - log pi_ref"
+    )
     entropy_bonus: float = Field(0.0, ge=0.0, description="coefficient of the mean entropy in the objective")
+
+    @field_validator("name")
+    @classmethod
+    def _known_objective(cls, name: str) -> str:
+        if doors.is_own(name):
+            doors.check("objective.name", name, "function")
+            _check_preset(name, own_preset(name))
+        elif name not in OBJECTIVE_PRESETS:
+            nearest = difflib.get_close_matches(name, OBJECTIVE_PRESETS, n=1)
+            hint = f"; did you mean {nearest[0]}?" if nearest else ""
+            raise ValueError(
+                f"objective.name={name!r}: unknown objective; allowed: {', '.join(OBJECTIVE_PRESETS)}, or module:function{hint}"
+            )
+        return name
+
+    @property
+    def preset(self) -> ObjectivePreset:
+        """What `name` brings along, before the file's own settings."""
+        return own_preset(self.name) if doors.is_own(self.name) else OBJECTIVE_PRESETS[self.name]
 
     @property
     def resolved(self) -> ObjectivePreset:
         """The preset of `name` with what the file sets in place."""
-        preset = OBJECTIVE_PRESETS[self.name]
-        return preset._replace(**{key: value for key in preset._fields if (value := getattr(self, key)) is not None})
+        return self.preset._replace(**{key: value for key in PRESET_KEYS if (value := getattr(self, key)) is not None})
 
     @property
     def is_sequence_level(self) -> bool:
-        return self.name in SEQUENCE_OBJECTIVES
+        return self.preset.sequence_level
+
+
+@lru_cache
+def own_preset(name: str) -> ObjectivePreset:
+    """The `ObjectivePreset(...)` that the user's module assigns to ``function.preset``, read without importing the module;
+    GRPO's where there is none.
+
+    Raises:
+        ValueError: unknown or too many arguments, or values that are not written out.
+    """
+    arguments = doors.literal_call("objective.name", name, "preset")
+    if arguments is None:
+        return ObjectivePreset()
+    try:
+        return ObjectivePreset(*arguments[0], **arguments[1])
+    except TypeError as error:
+        raise ValueError(f"objective.name={name!r}: its preset: {error}; allowed: {', '.join(ObjectivePreset._fields)}") from error
+
+
+def _check_preset(name: str, preset: ObjectivePreset) -> None:
+    """A user's preset is held to the rules of the keys that it stands for."""
+    try:
+        ObjectiveConfig(**{key: getattr(preset, key) for key in PRESET_KEYS})
+    except ValidationError as error:
+        wrong = "; ".join(f"{item['loc'][0]}={item['input']!r}: {item['msg'][0].lower()}{item['msg'][1:]}" for item in error.errors())
+        raise ValueError(f"objective.name={name!r}: its preset: {wrong}") from error
 
 
 def weight_level(correction: str, ais: AISConfig, options: CorrectionOptions, objective: ObjectiveConfig) -> Level:

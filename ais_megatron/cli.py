@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import os
+import shutil
 import socket
 import sys
 import traceback
@@ -198,7 +199,7 @@ def serve(
     from ais_megatron.rollout.sglang_pool import serve as run_servers
 
     loaded = load_config(config, overrides or [])
-    if loaded.rollout.engine != "sglang":
+    if not loaded.rollout.engine_traits.has_servers:
         raise ConfigError(f"rollout.engine={loaded.rollout.engine}: there are no servers to run; set it to sglang")
     (compile_kernels if compile_only else run_servers)(loaded, Path(loaded.run.dir) / "servers")
 
@@ -223,6 +224,17 @@ def doctor(
     where = f"{socket.gethostname()}: " if int(os.environ.get("SLURM_NTASKS", "1")) > 1 else ""
     if loaded and not print_checks(check_needs(loaded, part, facts, local_ranks), where):
         sys.exit(CHECK_FAILED)
+
+
+@app.command()
+def keys(
+    section: Annotated[str, typer.Argument(metavar="[SECTION]", help="for example rollout, train.optimizer or ais.tau")] = "",
+    markdown: Annotated[bool, typer.Option("--markdown", help="all keys as the page docs/configuration.md")] = False,
+) -> None:
+    """Print every configuration key with its type, default, allowed values and what it does."""
+    from ais_megatron.keys import all_keys, as_markdown, as_text, keys_of
+
+    print(as_markdown() if markdown else as_text(keys_of(section) if section else all_keys(), shutil.get_terminal_size().columns))
 
 
 def _run_distributed(config: Config, work: Callable[[Config], None]) -> None:
@@ -279,7 +291,7 @@ def _evaluate(config: Config, run: Path | None, out: Path | None = None) -> None
     from ais_megatron.session import build_session
     from ais_megatron.trainer import begin
 
-    if config.rollout.engine == "replay":
+    if not config.rollout.engine_traits.can_evaluate:
         raise ConfigError("rollout.engine=replay: a recording holds no answers of other weights; set rollout.engine=local")
     config = config.model_copy(update={"rollout": config.rollout.model_copy(update={"save_dir": None})})  # nothing to train on later
     folder = _newest_checkpoint(run, config) if run else None

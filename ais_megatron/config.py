@@ -10,12 +10,13 @@ from __future__ import annotations
 import difflib
 import json
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from pydantic import BaseModel, BeforeValidator, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, Field, ValidationError, field_validator, model_validator
 
+from ais_megatron import doors
 from ais_megatron.algorithm_config import (
     AISConfig,
     CorrectionName,
@@ -25,12 +26,30 @@ from ais_megatron.algorithm_config import (
     algorithm_problems,
     weight_level,
 )
+from ais_megatron.engine_traits import ENGINES, EngineTraits
 from ais_megatron.section import Fraction, PositiveInt, Section
 from ais_megatron.sglang_config import FP8_BLOCK, SGLangConfig, graph_problems, ragged_shards
 
 OFF = BeforeValidator(lambda value: "off" if value is False else value)  # what YAML makes of an unquoted off
 SUPPORTED_MODEL_TYPES = ("qwen3", "qwen3_moe")
 SGLANG_QUANTIZATIONS = ("none", "fp8_e4m3")
+
+
+class BuiltinTask(NamedTuple):
+    module: str
+    """Of ais_megatron.tasks."""
+    attribute: str
+    """The class in it."""
+    needs_file: bool = False
+    """Its questions are written, not generated."""
+
+
+BUILTIN_TASKS = {
+    "countdown": BuiltinTask("countdown", "Countdown"),
+    "sudoku": BuiltinTask("sudoku", "Sudoku"),
+    "gsm8k": BuiltinTask("gsm8k", "GSM8K", needs_file=True),
+    "math500": BuiltinTask("math500", "Math500", needs_file=True),
+}
 
 
 class ConfigError(ValueError):
@@ -73,22 +92,22 @@ class ParallelConfig(Section):
 class Architecture(Section):
     """A Qwen3 model under the names of its Hugging Face ``config.json``."""
 
-    model_type: Literal["qwen3", "qwen3_moe"] = "qwen3"
-    vocab_size: PositiveInt
-    hidden_size: PositiveInt
-    intermediate_size: PositiveInt
-    num_hidden_layers: PositiveInt
-    num_attention_heads: PositiveInt
-    num_key_value_heads: PositiveInt
-    head_dim: PositiveInt
-    max_position_embeddings: PositiveInt = 32768
-    rms_norm_eps: float = 1e-6
-    rope_theta: float = 1_000_000.0
-    tie_word_embeddings: bool = False
-    initializer_range: float = 0.02
+    model_type: Literal["qwen3", "qwen3_moe"] = Field("qwen3", description="qwen3: dense; qwen3_moe: experts in every layer")
+    vocab_size: PositiveInt = Field(description="rows of the embedding; the tokenizer may have fewer tokens")
+    hidden_size: PositiveInt = Field(description="width of the residual stream")
+    intermediate_size: PositiveInt = Field(description="width of a dense layer's MLP")
+    num_hidden_layers: PositiveInt = Field(description="number of transformer layers")
+    num_attention_heads: PositiveInt = Field(description="query heads of a layer")
+    num_key_value_heads: PositiveInt = Field(description="key and value heads of a layer; divides num_attention_heads")
+    head_dim: PositiveInt = Field(description="width of one head")
+    max_position_embeddings: PositiveInt = Field(32768, description="longest prompt with its response, in tokens")
+    rms_norm_eps: float = Field(1e-6, description="added to the mean square in every RMS norm")
+    rope_theta: float = Field(1_000_000.0, description="base of the rotary embedding's frequencies")
+    tie_word_embeddings: bool = Field(False, description="the output layer uses the embedding's weights")
+    initializer_range: float = Field(0.02, description="standard deviation of random starting weights")
     num_experts: int = Field(0, ge=0, description="qwen3_moe: experts in every layer; 0 in a dense model")
-    num_experts_per_tok: int = Field(0, ge=0)
-    moe_intermediate_size: int = Field(0, ge=0)
+    num_experts_per_tok: int = Field(0, ge=0, description="qwen3_moe: experts that each token is sent to")
+    moe_intermediate_size: int = Field(0, ge=0, description="qwen3_moe: width of one expert's MLP")
     norm_topk_prob: bool = Field(True, description="the chosen experts' probabilities are scaled to sum 1")
 
     @property
@@ -129,17 +148,53 @@ class ModelConfig(Section):
 
 
 class TokenizerConfig(Section):
-    kind: Literal["sentencepiece", "hf"] = "sentencepiece"
+    kind: Literal["sentencepiece", "hf"] = Field(
+        "sentencepiece", description="sentencepiece: small and trained here if need be; hf: a Hugging Face tokenizer"
+    )
     path: str | None = Field(None, description="sentencepiece: a .model file (empty: train one on generated text); hf: a folder")
 
 
 class TaskConfig(Section):
-    name: str = Field("countdown", description="a task of ais_megatron.tasks: countdown | sudoku | gsm8k | math500")
+    name: str = Field(
+        "countdown", description="countdown, sudoku, gsm8k or math500; or a class of your own as module:Class (docs/extending.md)"
+    )
+    reward: str | None = Field(
+        None,
+        description="a function of your own as module:function, which judges in place of the task (docs/extending.md); empty: the task's",
+    )
+    options: dict[str, Any] = Field({}, description="anything that your own class or function reads; built-in tasks take no options")
     train_path: str | None = Field(None, description="JSONL file or HF-datasets folder; empty: puzzles generated from run.seed")
     test_path: str | None = Field(None, description="held-out file; empty: generated puzzles that never occur in training")
     max_number: PositiveInt = Field(99, description="countdown: largest number and target that is generated")
     empty_cells: PositiveInt = Field(8, le=16, description="sudoku: cells left empty in generated puzzles")
     format_weight: Fraction = Field(0.1, description="share of the reward given for a well-formed answer alone")
+
+    @field_validator("name")
+    @classmethod
+    def _known_task(cls, name: str) -> str:
+        if doors.is_own(name):
+            doors.check("task.name", name, "class")
+        elif name not in BUILTIN_TASKS:
+            nearest = difflib.get_close_matches(name, BUILTIN_TASKS, n=1)
+            hint = f"; did you mean {nearest[0]}?" if nearest else ""
+            raise ValueError(f"task.name={name!r}: unknown task; allowed: {', '.join(BUILTIN_TASKS)}, or module:Class{hint}")
+        return name
+
+    @field_validator("reward")
+    @classmethod
+    def _known_reward(cls, reward: str | None) -> str | None:
+        if reward is not None:
+            doors.check("task.reward", reward, "function")
+        return reward
+
+    @model_validator(mode="after")
+    def _options_have_a_reader(self) -> TaskConfig:
+        if self.options and not doors.is_own(self.name) and self.reward is None:
+            raise ValueError(
+                f"task.options={self.options}: nothing reads them, because task.name={self.name} is built in and task.reward is empty; "
+                "leave task.options out, or name code of your own"
+            )
+        return self
 
 
 class RolloutConfig(Section):
@@ -157,17 +212,21 @@ class RolloutConfig(Section):
         "1x32 for both. Local engine only: fp8_e5m2, fp4_e2m1",
     )
     kv_cache: Literal["auto", "bf16", "fp8_e4m3"] = Field("auto", description="auto: FP8 exactly when the weights are quantised")
-    prompts_per_step: PositiveInt = 32
+    prompts_per_step: PositiveInt = Field(32, description="prompts of one step, over all ranks")
     group_size: PositiveInt = Field(8, description="responses sampled for each prompt")
-    max_response_tokens: PositiveInt = 48
-    temperature: float = Field(1.0, gt=0.0)
-    top_p: float = Field(1.0, gt=0.0, le=1.0)
-    top_k: int = Field(0, ge=0, description="0: no limit")
+    max_response_tokens: PositiveInt = Field(48, description="a response is cut at this length")
+    temperature: float = Field(1.0, gt=0.0, description="of sampling; log-probabilities are those at this temperature")
+    top_p: float = Field(1.0, gt=0.0, le=1.0, description="sample only from the likeliest tokens that hold this probability; 1: from all")
+    top_k: int = Field(0, ge=0, description="sample only from so many of the likeliest tokens; 0: no limit")
     max_batch: PositiveInt = Field(256, description="responses that one engine decodes side by side")
     return_routed_experts: bool = Field(False, description="MoE models: every response carries the experts the engine chose for it")
     sync_bucket_mb: float = Field(64.0, gt=0.0, description="bytes of weights in flight during a weight sync, in MiB")
     ahead: int = Field(0, ge=0, le=1, description="1: the next batch is generated while this one trains, with weights one step older")
     sglang: SGLangConfig = SGLangConfig()
+
+    @property
+    def engine_traits(self) -> EngineTraits:
+        return ENGINES[self.engine]
 
     @property
     def kv_cache_is_fp8(self) -> bool:
@@ -183,20 +242,20 @@ class MoEConfig(Section):
 
 
 class OptimizerConfig(Section):
-    lr: float = Field(1e-6, gt=0.0)
+    lr: float = Field(1e-6, gt=0.0, description="largest learning rate, reached after the warm-up")
     min_lr_ratio: Fraction = Field(1.0, description="learning rate at the end, as a share of lr")
-    warmup_steps: int = Field(0, ge=0)
-    decay: Literal["constant", "linear", "cosine"] = "constant"
-    weight_decay: float = Field(0.0, ge=0.0)
-    beta1: float = Field(0.9, ge=0.0, lt=1.0)
-    beta2: float = Field(0.98, ge=0.0, lt=1.0)
-    eps: float = Field(1e-8, gt=0.0)
-    grad_clip: float = Field(1.0, gt=0.0)
+    warmup_steps: int = Field(0, ge=0, description="updates in which the learning rate grows linearly to lr")
+    decay: Literal["constant", "linear", "cosine"] = Field("constant", description="how the learning rate falls after the warm-up")
+    weight_decay: float = Field(0.0, ge=0.0, description="decoupled weight decay of AdamW")
+    beta1: float = Field(0.9, ge=0.0, lt=1.0, description="Adam: decay of the gradients' mean")
+    beta2: float = Field(0.98, ge=0.0, lt=1.0, description="Adam: decay of the squared gradients' mean")
+    eps: float = Field(1e-8, gt=0.0, description="Adam: added to the denominator")
+    grad_clip: float = Field(1.0, gt=0.0, description="a larger norm of the whole gradient is scaled down to this one")
 
 
 class TrainConfig(Section):
-    steps: PositiveInt = 100
-    updates_per_batch: PositiveInt = 1
+    steps: PositiveInt = Field(100, description="steps of the run: each generates one batch and trains on it")
+    updates_per_batch: PositiveInt = Field(1, description="optimizer updates that a batch is divided into")
     tokens_per_microbatch: PositiveInt = Field(16384, description="padded tokens in one forward pass of one rank")
     max_skipped_updates: PositiveInt = Field(
         5, description="updates in a row with a loss or gradient that is not finite: each is skipped, the last ends the run"
@@ -209,7 +268,7 @@ class SFTConfig(Section):
     """Warm start on the task's own worked solutions, through the same Megatron path."""
 
     steps: int = Field(0, ge=0, description="0: no warm start")
-    batch_size: PositiveInt = 128
+    batch_size: PositiveInt = Field(128, description="worked solutions of one step, over all ranks")
     optimizer: OptimizerConfig = OptimizerConfig(lr=1e-3)
     cache_dir: str = Field(".cache/ais_megatron", description="starting policies, keyed by a hash of all that makes them")
 
@@ -225,7 +284,7 @@ class CalibrationConfig(Section):
 
 class EvalConfig(Section):
     every: int = Field(0, ge=0, description="steps between held-out evaluations; 0: only at the start and the end")
-    num_prompts: PositiveInt = 256
+    num_prompts: PositiveInt = Field(256, description="held-out problems of one evaluation; fewer if there are fewer")
     samples: PositiveInt = Field(1, description="responses per held-out prompt; pass@1 is their mean")
     temperature: float = Field(1.0, ge=0.0, description="0: greedy")
 
@@ -244,10 +303,12 @@ class CheckpointConfig(Section):
 
 
 class MetricsConfig(Section):
-    progress_bar: bool = True
-    tensorboard: bool = False
-    wandb: Annotated[Literal["off", "offline", "online"], OFF] = "off"
-    wandb_project: str = "ais_megatron"
+    progress_bar: bool = Field(True, description="show a progress bar on a terminal")
+    tensorboard: bool = Field(False, description="write TensorBoard events to run.dir too")
+    wandb: Annotated[Literal["off", "offline", "online"], OFF] = Field(
+        "off", description="send every row to Weights & Biases, or keep it for later"
+    )
+    wandb_project: str = Field("ais_megatron", description="project at Weights & Biases")
 
 
 class Config(Section):
@@ -334,9 +395,9 @@ def _replay_problems(config: Config) -> list[str]:
 
 def _recording_problems(config: Config) -> list[str]:
     rollout, problems = config.rollout, []
-    if rollout.engine == "replay" and rollout.replay_dir is None:
+    if rollout.engine_traits.replays and rollout.replay_dir is None:
         problems.append("rollout.engine=replay: set rollout.replay_dir to the rollout.save_dir of the run to replay")
-    if rollout.engine != "replay" and rollout.replay_dir is not None:
+    if not rollout.engine_traits.replays and rollout.replay_dir is not None:
         problems.append(
             f"rollout.replay_dir={rollout.replay_dir}: without effect on rollout.engine={rollout.engine}; set rollout.engine=replay"
         )
@@ -348,7 +409,7 @@ def _recording_problems(config: Config) -> list[str]:
 def _engine_problems(config: Config) -> list[str]:
     """What an SGLang server could not load."""
     rollout, arch = config.rollout, config.model.architecture
-    if rollout.engine != "sglang":
+    if not rollout.engine_traits.has_servers:
         return []
     if rollout.quantization not in SGLANG_QUANTIZATIONS:
         return [
@@ -458,7 +519,8 @@ def _source_problems(config: Config) -> list[str]:
         problems.append("model: set model.path to a Hugging Face checkpoint folder, or describe model.architecture")
     if tokenizer.kind == "hf" and tokenizer.path is None and model.path is None:
         problems.append("tokenizer.kind=hf: set tokenizer.path (or model.path, whose tokenizer is then used)")
-    if task.name in ("gsm8k", "math500") and task.test_path is None:
+    builtin = BUILTIN_TASKS.get(task.name)
+    if builtin is not None and builtin.needs_file and task.test_path is None:
         problems.append(f"task.name={task.name}: its questions are not generated; set task.test_path (and task.train_path) to its files")
     return problems
 
@@ -564,7 +626,8 @@ def explain(error: ValidationError, schema: type[BaseModel] = Config) -> str:
             lines.append(f"{key}: unknown key" + (f"; did you mean {nearest}?" if nearest else ""))
         elif item["type"] == "value_error":
             message = str(item["ctx"]["error"])
-            lines.append(f"{key}: {message}" if key else message)
+            names_itself = not key or message.startswith((f"{key}=", f"{key}."))
+            lines.append(message if names_itself else f"{key}: {message}")
         elif item["type"] == "missing":
             lines.append(f"{key}: missing; set it")
         else:

@@ -210,7 +210,7 @@ def servers_of(config: Config, assumed: Assumptions) -> Servers:
     """Where responses come from. With the local engine: the trainer's own ranks, each with all weights."""
     rollout, parallel = config.rollout, config.parallel
     row = sum(row_tokens(config, assumed))
-    if rollout.engine == "local":
+    if rollout.engine_traits.is_embedded:
         gpus, tp, pool = parallel.model_parallel_size * (parallel.dp or 1), 1, rollout.max_batch * row
         kv, limit = kv_bytes_per_token(config), rollout.max_batch
     else:
@@ -230,7 +230,7 @@ def generate_seconds(config: Config, assumed: Assumptions, servers: Servers) -> 
     prompt, response = row_tokens(config, assumed)
     prefill = forward_flops(a, rollout.prompts_per_step, prompt) / (servers.gpus * assumed.flops * assumed.mfu)
     quantized, _ = quantized_counts(a)
-    is_local, fp8 = rollout.engine == "local", rollout.quantization != "none"
+    is_local, fp8 = rollout.engine_traits.is_embedded, rollout.quantization != "none"
     width = (4 if is_local else 1) if fp8 else dtype_bytes(config)  # the local engine multiplies dequantised FP32 copies
     touched = 1.0
     if a.is_moe:
@@ -279,7 +279,7 @@ def sync_seconds(config: Config, assumed: Assumptions, moved: SyncBytes) -> floa
     inside = max(parallel.tp, parallel.ep * parallel.etp)
     export = moved.gathered / assumed.link(inside) + moved.broadcast / assumed.link(parallel.model_parallel_size)
     quantize = 0.0 if rollout.quantization == "none" else 3 * dtype_bytes(config) * total_parameters(config.architecture)
-    if rollout.engine == "local":
+    if rollout.engine_traits.is_embedded:
         return export + (quantize + moved.pushed) / assumed.bandwidth
     ways = {"tensor": PCIE_GB_S * 1e9, "disk": DISK_GB_S * 1e9 / 2}  # disk: written, then read
     return export + quantize / assumed.bandwidth + moved.pushed / ways.get(rollout.sglang.transport, assumed.network_gb_s * 1e9)

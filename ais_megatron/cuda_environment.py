@@ -25,5 +25,5 @@ def prepare_cuda(config: Config, environment: MutableMapping[str, str] = os.envi
         environment.setdefault(MAX_CONNECTIONS, "1")
     if not any(name in environment for name in ALLOCATOR_VARIABLES):
         environment[ALLOCATOR_VARIABLES[0]] = "expandable_segments:True"
-    if config.rollout.engine == "sglang":
+    if config.rollout.engine_traits.has_servers:
         match_sglang_nccl_environment(config.rollout.sglang, environment)

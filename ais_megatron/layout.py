@@ -119,7 +119,7 @@ def _trainer_problems(config: Config, num_nodes: int, gpus_per_node: int) -> lis
 
 def _rollout_problems(config: Config, rollout_nodes: list[str], gpus_per_node: int) -> list[str]:
     rollout, sglang = config.rollout, config.rollout.sglang
-    if rollout.engine == "local":
+    if rollout.engine_traits.is_embedded:
         unused = f"{len(rollout_nodes)} rollout nodes: rollout.engine=local generates on the trainer's ranks; set AIS_ROLLOUT_NODES=0"
         return [unused] if rollout_nodes else []
     if sglang.servers:

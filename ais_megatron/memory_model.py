@@ -259,7 +259,7 @@ def pushed_bytes(config: Config) -> int:
         size = e * total
     else:
         size = quantized + FP32 * blocks + e * (total - quantized)
-    has_scales = config.rollout.kv_cache_is_fp8 and (config.calibration.mode != "off" or config.rollout.engine == "sglang")
+    has_scales = config.rollout.kv_cache_is_fp8 and (config.calibration.mode != "off" or config.rollout.engine_traits.keeps_kv_scales)
     return size + (2 * FP32 * a.num_hidden_layers if has_scales else 0)
 
 
@@ -267,7 +267,7 @@ def engine_bytes(config: Config, tp: int = 1) -> int:
     """Weights of a rollout engine on one of its `tp` GPUs. The local one keeps FP8 weights a second time, dequantised to FP32."""
     a = config.architecture
     size = pushed_bytes(config)
-    if config.rollout.engine == "local" and config.rollout.quantization != "none":
+    if config.rollout.engine_traits.is_embedded and config.rollout.quantization != "none":
         size += FP32 * quantized_counts(a)[0]
     return ceil(size / tp)
 
@@ -275,7 +275,7 @@ def engine_bytes(config: Config, tp: int = 1) -> int:
 def kv_bytes_per_token(config: Config, cuda: bool = True) -> int:
     """KV cache of one token on one GPU of the engine. The local engine's container is as wide as its compute dtype."""
     a, rollout = config.architecture, config.rollout
-    if rollout.engine == "local":
+    if rollout.engine_traits.is_embedded:
         return a.num_hidden_layers * 2 * a.num_key_value_heads * a.head_dim * (dtype_bytes(config) if cuda else FP32)
     heads = max(a.num_key_value_heads // rollout.sglang.tp, 1)  # with more GPUs than KV heads they are replicated
     return a.num_hidden_layers * 2 * heads * a.head_dim * (1 if rollout.kv_cache_is_fp8 else 2)
@@ -343,7 +343,7 @@ def rank_memory(
     in_flight = min(parallel.pp - stage, microbatching(config, row, cuda).count)
     tokens = microbatch_tokens(config, longest, cuda)
     activations, logits = training_memory(config, stage, tokens, in_flight, cuda, expert_load)
-    local = rollout.engine == "local"
+    local = rollout.engine_traits.is_embedded
     engine_ranks = parallel.model_parallel_size * parallel.dp
     decoding = min(rollout.max_batch, ceil(rollout.prompts_per_step * rollout.group_size / engine_ranks))
     return RankMemory(

@@ -36,7 +36,7 @@ def check_needs(config: Config, part: Part = "all", folder: Path | None = None, 
     checks = []
     if part != "servers":
         checks += _gpus(config, local_ranks)
-    if config.rollout.engine != "sglang":
+    if not config.rollout.engine_traits.has_servers:
         return checks
     sglang = config.rollout.sglang
     if part != "trainer":

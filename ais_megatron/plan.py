@@ -136,7 +136,7 @@ def _remedy(config: Config, phase: str) -> str:
 
 
 def _server_problems(config: Config, assumed: Assumptions, servers: Servers) -> list[str]:
-    if config.rollout.engine != "sglang":
+    if not config.rollout.engine_traits.has_servers:
         return []
     sglang, row, problems = config.rollout.sglang, sum(row_tokens(config, assumed)), []
     if servers.gpus % servers.tp:
@@ -206,9 +206,9 @@ def print_plan(plan: Plan, suggestions: list[Plan]) -> None:
 
 def _engine_text(plan: Plan) -> str:
     servers = plan.servers
-    if plan.config.rollout.engine == "replay":
+    if not plan.config.rollout.engine_traits.can_evaluate:
         return "no rollout engine"
-    if plan.config.rollout.engine == "local":
+    if plan.config.rollout.engine_traits.is_embedded:
         return f"each with an embedded engine that decodes {servers.concurrency} rows"
     return f"{servers.engines} SGLang servers of {servers.tp} GPUs of their own, {servers.concurrency} requests side by side in each"
 
@@ -228,7 +228,7 @@ def _memory_table(plan: Plan):  # noqa: ANN202
     table.add_section()
     for phase in plan.ranks[0].phases:
         table.add_row(f"peak of {phase}", *(f"{rank.phases[phase] / unit:.2f}" for rank in shown))
-    if plan.config.rollout.engine == "sglang":
+    if plan.config.rollout.engine_traits.has_servers:
         servers = plan.servers
         table.add_section()
         table.add_row("a server's GPU: weights", f"{servers.weights / unit:.2f}")

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch.distributed as dist
 
+from ais_megatron.algorithm.objectives import check_objective
 from ais_megatron.batch import Rollout
 from ais_megatron.config import Config
 from ais_megatron.distributed import rank_consistent, reduce_metrics
@@ -66,10 +67,11 @@ class Session:
 
 
 def build_task(config: Config) -> tuple[Task, Tokenizer]:
-    """Task and tokenizer, with errors on all ranks together."""
+    """Task and tokenizer, and a trial of an objective of the user's own, with errors on all ranks together."""
     with rank_consistent():
         task = make_task(config.task, config.run.seed)
         tokenizer = make_tokenizer(config, task)
+        check_objective(config.objective)
     return task, tokenizer
 
 

@@ -10,13 +10,15 @@ import hashlib
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from ais_megatron.batch import Batch, Prompt, Rollout, assemble
-from ais_megatron.config import Config
+from ais_megatron.config import Config, TaskConfig
 from ais_megatron.distributed import rank_consistent
+from ais_megatron.doors import is_own, source_digest
 from ais_megatron.policy.hf_export import save_hf
 from ais_megatron.policy.policy import Policy, data_parallel_group
 from ais_megatron.tasks import Task
@@ -44,10 +46,17 @@ def cached_folder(config: Config) -> Path:
     made_of = {
         "format": FORMAT_VERSION,
         "seed": config.run.seed,
-        **{name: getattr(config, name).model_dump(mode="json", exclude={"cache_dir"}) for name in ("model", "tokenizer", "task", "sft")},
+        **{name: getattr(config, name).model_dump(mode="json", exclude={"cache_dir"}) for name in ("model", "tokenizer", "sft")},
+        "task": _problems_made_of(config.task),
     }
     digest = hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()[:16]
     return Path(config.sft.cache_dir) / f"policy-{digest}"
+
+
+def _problems_made_of(task: TaskConfig) -> dict[str, Any]:
+    """What decides the worked solutions: the settings, and the source of a class of the user's own. (Rewards play no part.)"""
+    settings = task.model_dump(mode="json", exclude={"reward"} if task.options else {"reward", "options"})
+    return settings | ({"source": source_digest(task.name)} if is_own(task.name) else {})
 
 
 def warm_start(config: Config, task: Task, tokenizer: Tokenizer, folder: Path) -> None:

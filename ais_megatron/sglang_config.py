@@ -21,11 +21,11 @@ class SGLangConfig(Section):
     router: str | None = Field(None, description="an sglang-router that spreads the requests; weights still go to each of `servers`")
     num_servers: PositiveInt = Field(1, description="servers that the trainer starts itself, where `servers` is empty")
     python: str = Field("python", description="interpreter of the environment that holds SGLang (it pins its own torch)")
-    device: Literal["cuda", "cpu"] = "cuda"
+    device: Literal["cuda", "cpu"] = Field("cuda", description="where servers run; cpu: for tests, slow")
     tp: PositiveInt = Field(1, description="tensor-parallel size of one server")
     ep: PositiveInt = Field(1, description="expert-parallel size of one server (MoE models)")
     host: str = Field("127.0.0.1", description="address to bind; anything but loopback needs a key_file")
-    port: PositiveInt = Field(30000, le=65535)
+    port: PositiveInt = Field(30000, le=65535, description="of the first server that the trainer starts; the others follow it")
     key_file: str | None = Field(None, description="file with the key that requests must carry; made if `serve` or the trainer finds none")
     mem_fraction: Fraction | None = Field(None, description="--mem-fraction-static; empty: SGLang's own choice")
     attention_backend: str | None = Field(None, description="--attention-backend; empty: SGLang's own choice (fa3 on Hopper)")

@@ -119,7 +119,7 @@ def weight_stream(policy: Policy, rollout: RolloutConfig, scales: KVScales | Non
     fmt = FORMATS.get(rollout.quantization)  # None: not quantised
     for bucket in policy.export_buckets(int(rollout.sync_bucket_mb * 2**20)):
         yield quantize_bucket(bucket, fmt) if fmt else bucket
-    if scales is None and rollout.engine == "sglang":
+    if scales is None and rollout.engine_traits.keeps_kv_scales:
         scales = KVScales.unit(policy.config.architecture.num_hidden_layers)  # said aloud: a server may hold others from before
     if scales is not None and rollout.kv_cache_is_fp8:
         yield list(scales.named_tensors())

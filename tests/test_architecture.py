@@ -9,8 +9,8 @@ PACKAGE = Path(__file__).parents[1] / "ais_megatron"
 
 # Lower floors first; a module may import from its own floor and below. policy and rollout share a floor but never meet.
 FLOORS = [
-    {"section", "algorithm_config", "sglang_config", "config", "batch", "shapes", "exits", "ports", "nccl"},
-    {"run_folder", "comparison_config", "hf_config", "layout", "checkpoint_files", "memory_model", "cost_model", "plan"},
+    {"section", "doors", "engine_traits", "algorithm_config", "sglang_config", "config", "batch", "shapes", "exits", "ports", "nccl"},
+    {"run_folder", "comparison_config", "hf_config", "layout", "checkpoint_files", "memory_model", "cost_model", "plan", "keys"},
     {"cuda_environment", "launcher", "distributed", "metrics", "summary", "doctor", "sglang_doctor", "gpu_checks", "needs", "watchdog"},
     {"report"},
     {"scaling", "comparison", "comparison_report"},
@@ -87,6 +87,9 @@ def test_configuration_needs_no_torch() -> None:
         "memory_model.py",
         "cost_model.py",
         "plan.py",
+        "keys.py",
+        "doors.py",
+        "algorithm_config.py",
         "run_folder.py",
         "cli.py",
         "launcher.py",

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ais_megatron.algorithm import ais
 from ais_megatron.algorithm.ais import AISState, lagged_loss_scaler, loss_scaler, oracle_coefficient
-from ais_megatron.algorithm.correction import Correction, importance_weights, log_importance_ratio
+from ais_megatron.algorithm.correction import METHODS, Correction, importance_weights, log_importance_ratio, response_mean
 from ais_megatron.algorithm.diagnostics import Diagnostics, RunningStatistics, diagnose, split, statistics
 from ais_megatron.algorithm.scaler import AISLossScaler, TokenFactors
 from ais_megatron.config import AISConfig
@@ -223,3 +223,25 @@ def test_constant_and_lagged_alpha() -> None:
     assert alpha == 0.3 and lagged_loss_scaler(config, state).alpha == 0.3
     assert lagged_loss_scaler(config_with(correction="tis"), state).alpha == 1.0
     assert lagged_loss_scaler(config_with(correction="none"), state).alpha == 0.0
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_the_table_gives_the_chains_results_to_the_last_bit(name: str) -> None:
+    """The conditions in one place, as they stood before every correction had its own functions."""
+    generator = torch.Generator().manual_seed(3)
+    log_ratio = 0.4 * torch.randn(6, 11, generator=generator)
+    mask = torch.rand(6, 11, generator=generator) < 0.8
+    for level in ("token", "sequence", "geometric"):
+        correction = Correction(name, level, weight_cap=1.5, low=0.8, high=1.2, k3_limit=0.07)
+        w = importance_weights(log_ratio, mask, level)
+        limited = w.masked_fill((w < 0.8) | (w > 1.2), 0.0) if name in ("mis", "icepop") else w.clamp(max=1.5)
+        weights = torch.ones_like(w) if name in ("none", "geo_rs", "k3_rs") else limited
+        kept = mask
+        if name == "geo_rs":
+            mean_weight = response_mean(log_ratio, mask).exp()
+            kept = mask & ((mean_weight >= 0.8) & (mean_weight <= 1.2))[:, None]
+        if name == "k3_rs":
+            kept = mask & (response_mean(torch.special.expm1(log_ratio.double()) - log_ratio.double(), mask) <= 0.07)[:, None]
+        assert torch.equal(correction.limited(w), limited) and torch.equal(correction.weights(log_ratio, mask), weights)
+        assert torch.equal(correction.kept(log_ratio, mask), kept)
+        assert correction.acts_on_tokens == (level == "token" and name in ("tis", "ais", "mis", "icepop"))

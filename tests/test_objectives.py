@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ais_megatron.algorithm.advantages import advantages_of
-from ais_megatron.algorithm.correction import Correction
+from ais_megatron.algorithm.correction import Correction, response_mean
 from ais_megatron.algorithm.loss import policy_loss
 from ais_megatron.algorithm.objectives import kl_penalty, surrogate
 from ais_megatron.algorithm.scaler import AISLossScaler
@@ -190,3 +190,34 @@ def test_one_word_changes_what_belongs_to_it(name: str, level: str) -> None:
     assert config_with(objective={"name": name, "clip_high": 0.5}).objective.resolved.clip_high == 0.5
     tis = config_with(objective={"name": name}, correction="tis")
     assert tis.weight_level == ("sequence" if level == "geometric" else "token")
+
+
+def as_a_chain_of_conditions(
+    name: str, logprobs: Tensor, old: Tensor, advantages: Tensor, mask: Tensor, low: float, high: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The same formulas in one function, as they stood before every objective had its own."""
+    advantages = advantages[:, None]
+    log_ratio = (logprobs - old).masked_fill(~mask, 0.0)
+    if name in ("gspo", "tbpo"):
+        log_ratio = response_mean(log_ratio, mask)[:, None].expand_as(log_ratio)
+    ratio = log_ratio.exp()
+    inside = ratio.clamp(1.0 - low, 1.0 + high)
+    if name == "cispo":
+        return inside.detach() * advantages * logprobs.masked_fill(~mask, 0.0), ratio.detach(), (inside != ratio) & mask
+    unclipped, clipped = ratio * advantages, inside * advantages
+    objective = torch.minimum(unclipped, clipped)
+    if name == "tbpo":
+        objective = torch.where(advantages < 0, clipped, objective)
+    return objective, ratio.detach(), ((objective != unclipped) & mask).detach()
+
+
+@pytest.mark.parametrize("name", OBJECTIVE_PRESETS)
+def test_functions_give_the_chains_results_to_the_last_bit(name: str) -> None:
+    t = {key: value.float() if value.is_floating_point() else value for key, value in random_rows(2).items()}
+    found = []
+    for function in (surrogate, as_a_chain_of_conditions):
+        logprobs = t["logprobs"].clone().requires_grad_()
+        j, ratio, clipped = function(name, logprobs, t["old"], t["advantages"], t["mask"], 0.1, 0.2)
+        (gradient,) = torch.autograd.grad((j * t["entropy"]).sum(), logprobs)
+        found.append((j.detach(), ratio, clipped, gradient))
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(*found, strict=True))

@@ -48,6 +48,16 @@ def task_of(name: str, seed: int = 0, **settings: object):
     return make_task(TaskConfig(name=name, **settings), seed)
 
 
+def truth_of(name: str):
+    """A question of this task, for a task that is not in TRUTHS one that it generates."""
+    if name in TRUTHS:
+        return TRUTHS[name]
+    try:
+        return task_of(name).train_problem(0).truth
+    except ValueError:
+        pytest.fail(f"the task {name} generates no questions: add the truth of one of them to TRUTHS in tests/test_tasks.py")
+
+
 def value(name: str, answer: str, **settings: object) -> float:
     """The reward of an answer to the question in TRUTHS."""
     return task_of(name, **settings).reward(TRUTHS[name], f"Let me see. <answer>{answer}</answer>").value
@@ -244,7 +254,7 @@ def test_math500_comparison_that_never_ends_is_cut_off_and_the_next_one_works():
 
 @pytest.mark.parametrize("name", TASKS)
 def test_hostile_responses_score_nothing_quickly(name: str):
-    task = task_of(name)
+    task, truth = task_of(name), truth_of(name)
     mega = 1 << 20
     hostile = [
         "",
@@ -259,7 +269,7 @@ def test_hostile_responses_score_nothing_quickly(name: str):
         "<answer>\x00\u200b</answer>",
     ]
     started = time.monotonic()
-    assert [task.reward(TRUTHS[name], response).value for response in hostile] == [0.0] * len(hostile)
+    assert [task.reward(truth, response).value for response in hostile] == [0.0] * len(hostile)
     assert time.monotonic() - started < 2
 
 

@@ -268,7 +268,6 @@ def refusals(ranks: RankPool, folder: Path, poison: str | None = None, **changes
 
 
 def test_bad_input_is_one_error_on_all_ranks(ranks: RankPool, tmp_path: Path, untied_checkpoint: Path) -> None:
-    assert "task.name='countdwn': unknown task" in refusals(ranks, tmp_path, task={"name": "countdwn"})
     assert "no such file or folder" in refusals(ranks, tmp_path, task={"name": "countdown", "test_path": str(tmp_path / "none.jsonl")})
     assert "prompt" in (long := refusals(ranks, tmp_path, rollout={**small(tmp_path)["rollout"], "max_response_tokens": 60}))
     assert "max_position_embeddings=64" in long

@@ -17,7 +17,9 @@ Pure functions of ``[batch, seq]`` tensors; nothing here knows Megatron or a pro
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -55,30 +57,69 @@ class Correction:
 
     def weights(self, log_ratio: Tensor, loss_mask: Tensor) -> Tensor:
         """The factor of every token at full strength, in log_ratio's dtype and shape; any value outside the mask."""
-        if self.name in ("none", "geo_rs", "k3_rs"):
+        if not METHODS[self.name].weighs:
             return torch.ones_like(log_ratio)
         return self.limited(importance_weights(log_ratio, loss_mask, self.level))
 
     def limited(self, w: Tensor) -> Tensor:
         """`weights` from raw ones, where the correction weighs at all: truncated, or 0 outside the band."""
-        if self.name in ("mis", "icepop"):
-            return w.masked_fill((w < self.low) | (w > self.high), 0.0)
-        return w.clamp(max=self.weight_cap)
+        return METHODS[self.name].limit(self, w)
 
     @property
     def acts_on_tokens(self) -> bool:
         """Whether a token's weight depends on that token alone, and no response is rejected."""
-        return self.level == "token" and self.name in ("tis", "ais", "mis", "icepop")
+        return self.level == "token" and METHODS[self.name].weighs
 
     def kept(self, log_ratio: Tensor, loss_mask: Tensor) -> Tensor:
         """bool ``[batch, seq]``: the loss mask without the tokens of rejected responses."""
-        if self.name == "geo_rs":
-            mean_weight = response_mean(log_ratio, loss_mask).exp()
-            return loss_mask & ((mean_weight >= self.low) & (mean_weight <= self.high))[:, None]
-        if self.name == "k3_rs":
-            k3 = torch.special.expm1(log_ratio.double()) - log_ratio.double()
-            return loss_mask & (response_mean(k3, loss_mask) <= self.k3_limit)[:, None]
-        return loss_mask
+        accepts = METHODS[self.name].accepts
+        return loss_mask if accepts is None else loss_mask & accepts(self, log_ratio, loss_mask)[:, None]
+
+
+def truncated(correction: Correction, w: Tensor) -> Tensor:
+    """min(w, C)."""
+    return w.clamp(max=correction.weight_cap)
+
+
+def zero_outside_band(correction: Correction, w: Tensor) -> Tensor:
+    return w.masked_fill((w < correction.low) | (w > correction.high), 0.0)
+
+
+def geometric_mean_in_band(correction: Correction, log_ratio: Tensor, loss_mask: Tensor) -> Tensor:
+    """bool ``[batch]``."""
+    mean_weight = response_mean(log_ratio, loss_mask).exp()
+    return (mean_weight >= correction.low) & (mean_weight <= correction.high)
+
+
+def k3_below_limit(correction: Correction, log_ratio: Tensor, loss_mask: Tensor) -> Tensor:
+    """bool ``[batch]``."""
+    k3 = torch.special.expm1(log_ratio.double()) - log_ratio.double()
+    return response_mean(k3, loss_mask) <= correction.k3_limit
+
+
+class Method(NamedTuple):
+    """What sets one correction apart from the others.
+
+    weighs: whether tokens carry importance weights; otherwise their weight is 1.
+    limit: (correction, w ``[batch, seq]``) -> ``[batch, seq]``, what is made of a raw weight.
+    accepts: (correction, log_ratio, loss_mask, both ``[batch, seq]``) -> bool ``[batch]``, the responses that stay in the batch;
+        None: all of them.
+    """
+
+    weighs: bool = True
+    limit: Callable[[Correction, Tensor], Tensor] = truncated
+    accepts: Callable[[Correction, Tensor, Tensor], Tensor] | None = None
+
+
+METHODS: dict[str, Method] = {
+    "none": Method(weighs=False),
+    "tis": Method(),
+    "ais": Method(),
+    "mis": Method(limit=zero_outside_band),
+    "icepop": Method(limit=zero_outside_band),
+    "geo_rs": Method(weighs=False, accepts=geometric_mean_in_band),
+    "k3_rs": Method(weighs=False, accepts=k3_below_limit),
+}
 
 
 def log_importance_ratio(old_logprobs: Tensor, rollout_logprobs: Tensor) -> Tensor:

@@ -26,25 +26,24 @@ def build_engine(config: Config, *, eos_id: int, pad_id: int) -> RolloutEngine:
             engine cannot hold.
         RuntimeError: a server that does not start. Both on all ranks together.
     """
-    engine = _build(config, eos_id, pad_id)
+    engine = BUILDERS[config.rollout.engine](config, eos_id, pad_id)
     if config.rollout.save_dir is None:
         return engine
     with rank_consistent():
         return RecordingEngine(engine, Path(config.rollout.save_dir), rank(), continues=config.run.resume)
 
 
-def _build(config: Config, eos_id: int, pad_id: int) -> RolloutEngine:
-    if config.rollout.engine == "replay":
-        with rank_consistent():
-            return ReplayEngine(Path(config.rollout.replay_dir))
-    dtype = torch.bfloat16 if config.model.dtype == "bf16" else torch.float32
-    if config.rollout.engine == "sglang":
-        return _sglang_engine(config, eos_id, dtype)
+def _local_engine(config: Config, eos_id: int, pad_id: int) -> RolloutEngine:
     with rank_consistent():
-        return LocalEngine(config.architecture, config.rollout, eos_id=eos_id, pad_id=pad_id, device=device(), dtype=dtype)
+        return LocalEngine(config.architecture, config.rollout, eos_id=eos_id, pad_id=pad_id, device=device(), dtype=_dtype(config))
 
 
-def _sglang_engine(config: Config, eos_id: int, dtype: torch.dtype) -> RolloutEngine:
+def _replay_engine(config: Config, eos_id: int, pad_id: int) -> RolloutEngine:
+    with rank_consistent():
+        return ReplayEngine(Path(config.rollout.replay_dir))
+
+
+def _sglang_engine(config: Config, eos_id: int, pad_id: int) -> RolloutEngine:
     from ais_megatron.rollout.access_key import read_or_create_key
     from ais_megatron.rollout.sglang_client import SGLangEngine
     from ais_megatron.rollout.sglang_pool import ServerPool
@@ -68,10 +67,18 @@ def _sglang_engine(config: Config, eos_id: int, dtype: torch.dtype) -> RolloutEn
             config.rollout,
             urls,
             eos_id=eos_id,
-            dtype=dtype,
+            dtype=_dtype(config),
             run_id=run_id,
             key=key,
             transport=transport,
             number=rank(),
             on_close=pool.stop if pool else lambda: None,
         )
+
+
+def _dtype(config: Config) -> torch.dtype:
+    return torch.bfloat16 if config.model.dtype == "bf16" else torch.float32
+
+
+# (config, eos_id, pad_id) -> engine. What others need to know of an engine beforehand is in `engine_traits.ENGINES`.
+BUILDERS = {"local": _local_engine, "sglang": _sglang_engine, "replay": _replay_engine}

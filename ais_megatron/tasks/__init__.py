@@ -2,29 +2,47 @@
 
 from __future__ import annotations
 
-import difflib
+from importlib import import_module
 
-from ais_megatron.config import TaskConfig
-from ais_megatron.tasks.countdown import Countdown
-from ais_megatron.tasks.gsm8k import GSM8K
-from ais_megatron.tasks.math500 import Math500
+from ais_megatron import doors
+from ais_megatron.config import BUILTIN_TASKS, TaskConfig
+from ais_megatron.tasks.own_reward import RewardedTask
 from ais_megatron.tasks.streams import StreamTask
-from ais_megatron.tasks.sudoku import Sudoku
 from ais_megatron.tasks.task import Problem, Reward, Task
 
-TASKS: dict[str, type[StreamTask]] = {task.name: task for task in (Countdown, Sudoku, GSM8K, Math500)}
+TASKS: dict[str, type[StreamTask]] = {
+    name: getattr(import_module(f"{__name__}.{builtin.module}"), builtin.attribute) for name, builtin in BUILTIN_TASKS.items()
+}
+MEMBERS = ("name", "special_pieces", "train_problem", "test_problems", "reward", "tokenizer_corpus")  # of the protocol `Task`
 
 __all__ = ["TASKS", "Problem", "Reward", "Task", "make_task"]
 
 
 def make_task(config: TaskConfig, seed: int) -> Task:
-    """The task that `config` names, its files read.
+    """The task that `config` names, its files read, with the reward that `config` names.
 
     Raises:
-        ValueError: an unknown task.name, or a file that is missing, empty or malformed.
+        ValueError: a file that is missing, empty or malformed; or a class of the user's own that is not a `Task`.
+        RuntimeError: code of the user's own raised; the cause is its own exception.
     """
-    if config.name not in TASKS:
-        nearest = difflib.get_close_matches(config.name, TASKS, n=1)
-        hint = f"; did you mean {nearest[0]}?" if nearest else ""
-        raise ValueError(f"task.name={config.name!r}: unknown task; allowed: {', '.join(TASKS)}{hint}")
-    return TASKS[config.name](config, seed)
+    task = _own_task(config, seed) if doors.is_own(config.name) else TASKS[config.name](config, seed)
+    if config.reward is None:
+        return task
+    function = doors.load("task.reward", config.reward)
+    return RewardedTask(task, function, f"task.reward={config.reward}", config.options)
+
+
+def _own_task(config: TaskConfig, seed: int) -> Task:
+    made = doors.load("task.name", config.name)
+    try:
+        task = made(config, seed)
+    except ValueError:  # a task's way to say what the user must change
+        raise
+    except Exception as error:
+        raise RuntimeError(f"task.name={config.name}: making the task failed with {type(error).__name__}: {error}") from error
+    if missing := [member for member in MEMBERS if not hasattr(task, member)]:
+        raise ValueError(
+            f"task.name={config.name}: the class lacks {', '.join(missing)}; see the protocol in ais_megatron/tasks/task.py, "
+            "or derive it from ais_megatron.tasks.streams.StreamTask"
+        )
+    return task
