@@ -35,6 +35,9 @@ def site(tmp_path, monkeypatch):
     """A folder of pretended packages, first on the import path; metadata knows none of them."""
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.setattr(doctor, "_version", lambda distribution: None)
+    # A test before this one may have loaded the CPU policy, which marks the packages that need CUDA as absent.
+    for name in [name for name, module in sys.modules.items() if module is None]:
+        monkeypatch.delitem(sys.modules, name)
 
     def add(*files):
         for file in files:

@@ -60,6 +60,7 @@ def test_the_engine_holds_exactly_the_quantised_export(ranks: RankPool, checkpoi
             assert torch.equal(state[name].float(), tensor.float()), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", ["EP2", "TP2+ETP2+EP2", "PP2+EP2"])
 def test_the_engine_holds_every_expert(ranks: RankPool, moe_checkpoint: Path, layout: str) -> None:
     from safetensors.torch import load_file
