@@ -1,6 +1,7 @@
 """Every reason why a GPU job could not run, with a pretended torch.cuda: what was found, and what to do."""
 
 import importlib
+import sys
 
 import pytest
 
@@ -87,6 +88,8 @@ def test_transformer_engine(gpus, monkeypatch):
 def test_the_files_of_transformer_engine_are_looked_for(gpus, monkeypatch, tmp_path):
     from ais_megatron.doctor import lacking_of_transformer_engine
 
+    # A test before this one may have loaded the CPU policy, which marks this package as absent.
+    monkeypatch.delitem(sys.modules, "transformer_engine", raising=False)
     monkeypatch.syspath_prepend(str(tmp_path))
     (tmp_path / "transformer_engine").mkdir()
     (tmp_path / "transformer_engine" / "__init__.py").write_text("raise RuntimeError('must not be imported')")
