@@ -3,6 +3,8 @@
 `RankPool.run(num_ranks, function, **arguments)` runs a module-level function as ``function(rank, **arguments)`` on the
 first `num_ranks` processes, each time in a fresh process group of just those, and returns their results in rank order.
 An exception on a rank comes back as `RankError` with that rank's traceback; so does a rank that does not answer in time.
+
+One process of the pool, the nursery, imports what ranks need and then only forks: ranks that are renewed start at once.
 """
 
 from __future__ import annotations
@@ -10,15 +12,18 @@ from __future__ import annotations
 import importlib
 import multiprocessing
 import os
+import tempfile
 import traceback
 from collections.abc import Callable
-from multiprocessing.connection import Connection, wait
+from multiprocessing.connection import Client, Connection, Listener, wait
+from pathlib import Path
 from typing import Any
 
 from ais_megatron.ports import free_port
 
 # gloo's threads outlive their groups, about 50 for each set that Megatron makes: fresh processes now and then keep them few.
 RUNS_PER_PROCESS = 16
+START_S = 300.0  # for the nursery's imports, on a busy machine
 
 
 class RankError(AssertionError):
@@ -26,27 +31,34 @@ class RankError(AssertionError):
 
 
 class RankPool:
-    """prepare: called in each process as it starts. backend: of the process groups."""
+    """prepare: called in the nursery before Megatron is imported. backend: of the process groups."""
 
     def __init__(self, size: int, prepare: Callable[[], None] | None = None, backend: str = "gloo") -> None:
-        self.size, self._prepare, self._backend = size, prepare, backend
+        self.size = size
+        self._folder = tempfile.TemporaryDirectory(prefix="ranks-")
+        self._key = os.urandom(16)
+        self._listener = Listener(str(Path(self._folder.name) / "socket"), backlog=size, authkey=self._key)
+        context = multiprocessing.get_context("spawn")
+        self._orders, theirs = context.Pipe()
+        arguments = (theirs, self._listener.address, self._key, prepare, backend)
+        self._nursery = context.Process(target=_fork_ranks, args=arguments)  # no daemon: it has children
+        self._nursery.start()
+        theirs.close()
+        self._pipes: list[Connection] = []
         self._start()
 
     def _start(self) -> None:
         self._runs = 0
-        context = multiprocessing.get_context("spawn")
-        self._pipes: list[Connection] = []
-        self._processes = []
-        for number in range(self.size):
-            ours, theirs = context.Pipe()
-            # (No daemon: checkpoints start processes.)
-            process = context.Process(target=_serve, args=(number, theirs, self._prepare, self._backend))
-            process.start()
-            theirs.close()
-            self._pipes.append(ours)
-            self._processes.append(process)
+        self._orders.send(self.size)
+        if not self._orders.poll(START_S) or self._orders.recv() != "started":
+            raise RankError(f"the ranks did not start within {START_S:g} s")
+        by_number = {}
+        for _ in range(self.size):
+            pipe = self._listener.accept()
+            by_number[pipe.recv()] = pipe
+        self._pipes = [by_number[number] for number in range(self.size)]
 
-    def run(self, num_ranks: int, function: Callable[..., Any], timeout: float = 240.0, **arguments: Any) -> list[Any]:
+    def run(self, num_ranks: int, function: Callable[..., Any], timeout: float = 600.0, **arguments: Any) -> list[Any]:
         if self._runs == RUNS_PER_PROCESS:
             self.restart()
         self._runs += 1
@@ -64,7 +76,10 @@ class RankPool:
                 break
             for pipe in ready:
                 number = waiting.pop(pipe)
-                ok, value = pipe.recv()
+                try:
+                    ok, value = pipe.recv()
+                except (EOFError, ConnectionError):
+                    ok, value = False, "the process is gone"
                 (results if ok else failures)[number] = value
         if failures:
             self.restart()  # ranks may be stuck in a collective that will never complete
@@ -72,26 +87,58 @@ class RankPool:
         return [results[number] for number in range(num_ranks)]
 
     def restart(self) -> None:
-        self.close()
+        self._close_pipes()
         self._start()
 
     def close(self) -> None:
+        self._close_pipes()
+        self._orders.close()  # the nursery ends, and takes the ranks along
+        self._nursery.join(timeout=30)
+        self._nursery.kill()
+        self._nursery.join()
+        self._listener.close()
+        self._folder.cleanup()
+
+    def _close_pipes(self) -> None:
         for pipe in self._pipes:
             pipe.close()  # an idle rank ends at once and takes its own children along
-        for process in self._processes:
-            process.join(timeout=10)
-            process.kill()
-            process.join()
+        self._pipes = []
 
 
-def _serve(number: int, pipe: Connection, prepare: Callable[[], None] | None, backend: str) -> None:
-    os.environ["OMP_NUM_THREADS"] = "1"
+def _fork_ranks(orders: Connection, address: str, key: bytes, prepare: Callable[[], None] | None, backend: str) -> None:
+    """The nursery: each order is a number of ranks to start, once those of the order before are gone."""
+    os.environ["OMP_NUM_THREADS"] = "1"  # and so no threads of OpenMP, which a fork would lose
     import torch
-    import torch.distributed as dist
 
     torch.set_num_threads(1)
     if prepare is not None:
         prepare()
+    else:
+        importlib.import_module("ais_megatron.policy.policy")
+    context = multiprocessing.get_context("fork")
+    ranks: list[multiprocessing.process.BaseProcess] = []
+    while True:
+        try:
+            count = orders.recv()
+        except EOFError:
+            count = 0
+        for process in ranks:
+            process.join(timeout=10)
+            process.kill()
+            process.join()
+        if not count:
+            return
+        ranks = [context.Process(target=_serve, args=(number, address, key, backend)) for number in range(count)]
+        for process in ranks:
+            process.start()
+        orders.send("started")
+
+
+def _serve(number: int, address: str, key: bytes, backend: str) -> None:
+    import torch.distributed as dist
+
+    pipe = Client(address, authkey=key)
+    pipe.send(number)
     while True:
         try:
             (module, name), world_size, port, arguments = pipe.recv()

@@ -212,7 +212,7 @@ def test_the_command_trains_reports_and_finds_everything_done(write, tmp_path: P
     def compare(*options: str) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-m", "ais_megatron", "compare", str(path), *options]
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
-        return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False)
+        return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900, check=False)
 
     done = compare()
     assert done.returncode == 1, done.stdout + done.stderr
@@ -235,7 +235,7 @@ def test_an_array_task_is_one_run_of_the_list(write, tmp_path: Path) -> None:
     def task(number: int, *overrides: str, **more: str) -> subprocess.CompletedProcess[str]:
         command = ["bash", "slurm/compare.sbatch", *overrides]
         variables = environment | {"SLURM_ARRAY_TASK_ID": str(number)} | more
-        return subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True, timeout=120, check=False)
+        return subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True, timeout=360, check=False)
 
     done = task(2)
     folder = tmp_path / "out" / "countdown" / "ais" / "seed_0"

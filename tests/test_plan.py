@@ -365,7 +365,7 @@ def test_assumptions_that_make_no_sense(options: dict[str, float], message: str)
 @pytest.mark.parametrize("options", [["--rollout-gpus", "-3"], ["--gpus", "-8"], ["--gpus", "0"], ["--suggestions", "-1"]])
 def test_the_command_refuses_numbers_that_make_no_sense(options: list[str]) -> None:
     command = [sys.executable, "-m", "ais_megatron", "plan", str(DENSE), *options]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr.startswith(f"error: {' '.join(options)}: ") and done.stderr.count("\n") == 1
 
@@ -373,7 +373,7 @@ def test_the_command_refuses_numbers_that_make_no_sense(options: list[str]) -> N
 @pytest.mark.parametrize(("memory", "status"), [("80", 0), ("10", 1)])
 def test_command(memory: str, status: int) -> None:
     command = [sys.executable, "-m", "ais_megatron", "plan", str(DENSE), "--gpus", "8", "--gpu-memory-gib", memory, "--suggestions", "1"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode == status, done.stderr
     words = " ".join(done.stdout.split())
     assert f"H100 SXM 80 GB, {memory} GiB" in words and "a layout fits if its peak and a margin of 15% do" in words
@@ -386,4 +386,4 @@ def test_needs_no_torch() -> None:
         "import sys; from ais_megatron import plan as p, cost_model as c, config; x = p.with_gpus(config.load_config(sys.argv[1]), None);"
         "p.print_plan(p.make_plan(x, c.Assumptions()), p.suggest(x, c.Assumptions(), 8, 1)); assert 'torch' not in sys.modules"
     )
-    subprocess.run([sys.executable, "-c", code, str(DENSE)], check=True, stdout=subprocess.DEVNULL, timeout=60)
+    subprocess.run([sys.executable, "-c", code, str(DENSE)], check=True, stdout=subprocess.DEVNULL, timeout=240)

@@ -133,7 +133,7 @@ def test_keys_that_contradict_each_other(tmp_path: Path, rollout: dict[str, str]
 def run_of(ranks: RankPool, folder: Path, data: dict, num_ranks: int = 2, **rollout: str) -> None:
     folder.mkdir(exist_ok=True)
     parts = {"run": {"dir": str(folder / "run")}, "rollout": {**data["rollout"], **rollout}}
-    assert ranks.run(num_ranks, refusal, config=build_config(data | parts), timeout=120) == ["finished"] * num_ranks
+    assert ranks.run(num_ranks, refusal, config=build_config(data | parts), timeout=360) == ["finished"] * num_ranks
 
 
 @pytest.mark.slow

@@ -146,7 +146,7 @@ def test_train_refuses_a_run_folder_before_it_imports_torch_or_starts_ranks(tmp_
         "sys.exit('torch' in sys.modules)"
     )
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("RANK", "SLURM_"))}
-    done = subprocess.run([sys.executable, "-c", code, tmp_path / "c.yaml"], capture_output=True, text=True, timeout=60, env=environment)
+    done = subprocess.run([sys.executable, "-c", code, tmp_path / "c.yaml"], capture_output=True, text=True, timeout=240, env=environment)
     assert done.returncode == 0 and done.stdout.startswith(f"run.dir={tmp_path / place}: "), done.stdout + done.stderr
 
 
@@ -168,7 +168,7 @@ def test_a_place_for_an_export(tmp_path):
 def test_export_to_a_place_that_cannot_be_written_is_one_message(tmp_path):
     (tmp_path / "config.yaml").write_text(dump_config(make_config(tmp_path)))
     command = [sys.executable, "-m", "ais_megatron", "export", str(tmp_path), "/proc/hf"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr.startswith("error: OUT=/proc/hf: cannot be written ") and done.stderr.count("\n") == 1
 

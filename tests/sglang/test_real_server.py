@@ -31,7 +31,7 @@ GENERATE = {"input_ids": [1, 2, 3], "sampling_params": {"max_new_tokens": 4}, "r
 def post(url: str, body: dict[str, Any], key: str | None = None) -> tuple[int, dict[str, Any]]:
     request = urllib.request.Request(url, json.dumps(body).encode(), {"Content-Type": "application/json", **authorization(key)})
     try:
-        with urllib.request.urlopen(request, timeout=60) as response:
+        with urllib.request.urlopen(request, timeout=240) as response:
             return response.status, json.load(response)
     except urllib.error.HTTPError as error:
         return error.code, {}
@@ -64,14 +64,14 @@ def test_nothing_without_the_key(sglang_server):
         assert post(server.url + path, body, "x" * len(server.key))[0] == 401, path
     for path in ("/begin_weight_update", "/end_weight_update"):
         assert post(server.url + path, {}, server.key)[0] == 200, path
-    with urllib.request.urlopen(server.url + "/health", timeout=60) as response:
+    with urllib.request.urlopen(server.url + "/health", timeout=240) as response:
         assert response.status == 200
 
 
 def test_the_key_shows_nowhere(sglang_server):
     server = sglang_server("dense", "fp8")
     request = urllib.request.Request(server.url + "/server_info", headers=authorization(server.key))
-    with urllib.request.urlopen(request, timeout=60) as response:
+    with urllib.request.urlopen(request, timeout=240) as response:
         assert server.key not in response.read().decode()
     assert server.key not in server.server.log_path.read_text()
     for process in Path("/proc").glob("[0-9]*"):

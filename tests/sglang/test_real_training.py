@@ -54,7 +54,7 @@ class Run:
         return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
     def wait_for_step(self, step: int) -> None:
-        deadline = time.monotonic() + 300
+        deadline = time.monotonic() + 1200
         while len(self.rows()) < step:
             assert self.process.poll() is None and time.monotonic() < deadline, self.log.read_text()[-3000:]
             time.sleep(0.05)
@@ -65,7 +65,7 @@ class Run:
         os.kill(scheduler.pid, signal.SIGKILL)
 
     def finish(self, status: int = 0) -> str:
-        assert self.process.wait(timeout=400) == status, self.log.read_text()[-3000:]
+        assert self.process.wait(timeout=1200) == status, self.log.read_text()[-3000:]
         return self.log.read_text()
 
 

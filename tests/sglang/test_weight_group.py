@@ -100,7 +100,7 @@ def test_a_thread_that_never_returns_holds_up_neither_loop_nor_exit() -> None:
         "    print((await asyncio.wait([in_thread(lambda: time.sleep(600))], timeout=0.1))[0])\n"
         "asyncio.run(main())"
     )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=360)
     assert (done.returncode, done.stdout, done.stderr) == (0, "set()\n", "")
 
 

@@ -36,7 +36,7 @@ class Slurm:
         """What sbatch says, stdout and stderr."""
         env = self.environment | {name: str(value) for name, value in environment.items()}
         command = ["sbatch", *map(str, arguments)]
-        done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=60, check=False)
+        done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=240, check=False)
         assert done.returncode == status, done.stdout + done.stderr
         return done.stdout + done.stderr
 
@@ -55,7 +55,7 @@ class Slurm:
 
     def states(self, job: str) -> list[str]:
         """Of a job, or of every task of an array."""
-        done = subprocess.run(["scontrol", "-o", "show", "job", job], capture_output=True, text=True, timeout=60, check=False)
+        done = subprocess.run(["scontrol", "-o", "show", "job", job], capture_output=True, text=True, timeout=240, check=False)
         return re.findall(r"JobState=(\w+)", done.stdout)
 
     def wait(self, job: str, *expected: str, timeout: float = 120.0) -> str:
@@ -92,7 +92,7 @@ def cluster() -> Iterator[None]:
     done = subprocess.run([script, "start", str(NUM_NODES)], capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     yield
-    subprocess.run([script, "stop"], capture_output=True, timeout=120, check=True)
+    subprocess.run([script, "stop"], capture_output=True, timeout=360, check=True)
 
 
 @pytest.fixture
@@ -100,7 +100,7 @@ def slurm(cluster: None, tmp_path: Path) -> Iterator[Slurm]:
     slurm = Slurm(tmp_path)
     yield slurm
     for job in slurm.jobs:
-        subprocess.run(["scancel", job], capture_output=True, timeout=60, check=False)
+        subprocess.run(["scancel", job], capture_output=True, timeout=240, check=False)
 
 
 STAND_IN = '''#!{python}

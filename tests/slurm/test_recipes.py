@@ -40,7 +40,7 @@ def launch(python: Path, folder: Path, *arguments: str) -> str:
         "OMP_NUM_THREADS": "1",
     }
     command = [python, "launch/recipes.py", *arguments]
-    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300, check=False)
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=900, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout + done.stderr
 
@@ -58,7 +58,7 @@ def tiny(folder: Path, *overrides: str) -> list[str]:
 def test_tiny_on_slurm(nemo_python: Path, slurm: Slurm) -> None:
     arguments = [*tiny(slurm.folder), "--detach", "run.executor=slurm", "run.executor.account=acct"]
     launch(nemo_python, slurm.folder, *arguments)
-    queued = subprocess.run(["squeue", "-h", "-o", "%i"], capture_output=True, text=True, timeout=60, check=True).stdout.split()
+    queued = subprocess.run(["squeue", "-h", "-o", "%i"], capture_output=True, text=True, timeout=240, check=True).stdout.split()
     slurm.jobs += queued
     slurm.until(lambda: ENDED.issuperset(slurm.states(queued[-1])), queued[-1], 120)
     output = "".join(path.read_text(errors="replace") for path in slurm.folder.glob("nemo/**/*.out"))

@@ -65,7 +65,7 @@ def test_a_scaling_array_becomes_a_report(slurm: Slurm) -> None:
         **{"AIS_GRID": str(grid), "AIS_PARENT": str(parent), "AIS_GPUS_PER_NODE": "0", "AIS_CONFIG": "configs/tiny_countdown.yaml"}
     }
     command = ["slurm/scaling.sh", f"--output={slurm.folder}/%A_%a.out", *SMALL, "train.steps=3"]
-    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     words = [line.split() for line in done.stdout.splitlines()]
     slurm.jobs += [w[-1] for w in words[:2]] + [words[2][2].rstrip(",")]
@@ -104,7 +104,7 @@ def test_a_comparison_array_becomes_a_table(slurm: Slurm) -> None:
     environment = {"AIS_COMPARISON": path, "AIS_GPUS_PER_NODE": 0}
     slurm.wait(slurm.submit("compare.sbatch", options=("--array=1-2",), **environment), "COMPLETED", "FAILED")
     command = [sys.executable, "-m", "ais_megatron", "compare", str(path), "--report"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=360, check=False)
     assert done.returncode == 1 and "1 of 2 runs finished" in done.stdout, done.stdout + done.stderr
     assert "countdown/broken/5: crashed (status 2 after 0 steps): error: " in done.stdout and "none.jsonl" in done.stdout
     again = slurm.submit("compare.sbatch", options=("--array=1",), AIS_ONLY="ais", **environment)
