@@ -62,7 +62,7 @@ def test_the_command_stops_on_a_signal(fake_sglang, tmp_path, number, status):
     assert process.stdout.readline() == f"http://127.0.0.1:{port}\n"
     assert (tmp_path / "run" / "servers" / f"127.0.0.1-{port}" / "server.log").exists()
     process.send_signal(number)
-    assert process.wait(20) == status
+    assert process.wait(120) == status
     assert not any(is_running(pid) for pid in fake.pids())
 
 
