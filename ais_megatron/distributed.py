@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ais_megatron.batch import Batch
-from ais_megatron.launcher import ranks_here
+from ais_megatron.launcher import is_launched, ranks_here
 
 MESSAGE_BYTES = 4096
 
@@ -83,7 +83,7 @@ def uses_cuda(backend: str, num_ranks: int) -> bool:
 def _adopt_srun() -> None:
     """Give a rank that srun started the variables that torchrun would have set."""
     env = os.environ
-    if "RANK" in env or "SLURM_PROCID" not in env or int(env.get("SLURM_NTASKS", "1")) < 2:
+    if "RANK" in env or not is_launched():
         return
     env["RANK"], env["WORLD_SIZE"], env["LOCAL_RANK"] = env["SLURM_PROCID"], env["SLURM_NTASKS"], env["SLURM_LOCALID"]
     env["LOCAL_WORLD_SIZE"] = str(ranks_here())

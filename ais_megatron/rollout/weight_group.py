@@ -28,6 +28,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import distributed_c10d as c10d
 
+from ais_megatron.distributed import use_device
+
 T = TypeVar("T")
 
 JOIN_S = 120.0  # for all members to come: a server takes the request between two forward passes
@@ -128,7 +130,7 @@ def _side_stream(flat: Tensor) -> Iterator[None]:
     if not flat.is_cuda:
         yield
         return
-    torch.cuda.set_device(flat.device)  # the device is a thread's own
+    use_device(flat.device)
     stream = torch.cuda.Stream(flat.device)
     stream.wait_stream(torch.cuda.default_stream(flat.device))
     with torch.cuda.stream(stream):
