@@ -1,6 +1,6 @@
 """GRPO on Megatron-Core with FP8 rollouts, corrected by adaptive importance sampling.
 
-The data's way through the package:
+How data flows through the package:
 
     tasks, prompts     problems -> prompts
     rollout            prompts -> rollouts, sampled by an engine in FP8
@@ -11,4 +11,8 @@ The data's way through the package:
     policy             batch, scaler -> gradients -> new weights, and ranges of K and V
     weight_sync        weights, scales -> quantised -> engine
     trainer            says these lines in this order
+
+Around that flow stand: config (the experiment as data), models (the model families), quantization (FP8 and FP4),
+cluster (starting processes, checking machines), planning (memory and seconds before a run), runs (what a run leaves behind)
+and comparison (several runs side by side).
 """

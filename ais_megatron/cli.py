@@ -15,12 +15,12 @@ from typing import Annotated, Literal
 
 import typer
 
+from ais_megatron.cluster.cuda_environment import prepare_cuda
+from ais_megatron.cluster.exits import CHECK_FAILED, EXIT_REQUEUE, INTERRUPTED, USER_ERROR, Preempted
+from ais_megatron.cluster.gpu_checks import gpu_problems
+from ais_megatron.cluster.launcher import is_launched, ranks_here, run_ranks
 from ais_megatron.config import Config, ConfigError, build_config, load_config
-from ais_megatron.cuda_environment import prepare_cuda
-from ais_megatron.exits import CHECK_FAILED, EXIT_REQUEUE, INTERRUPTED, USER_ERROR, Preempted
-from ais_megatron.gpu_checks import gpu_problems
-from ais_megatron.launcher import is_launched, ranks_here, run_ranks
-from ais_megatron.run_folder import check_export_folder, check_run_folder
+from ais_megatron.runs.folder import check_export_folder, check_run_folder
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -76,9 +76,9 @@ def compare(
     as_list: Annotated[bool, typer.Option("--list", help="only print each run: name, base, folder, overrides, separated by tabs")] = False,
 ) -> None:
     """Train every arm with every seed on every task, then one table and one figure. Finished runs are not run again."""
-    from ais_megatron.comparison import result_of, run_cells
-    from ais_megatron.comparison_config import load_comparison, select
-    from ais_megatron.comparison_report import write_comparison_report
+    from ais_megatron.comparison.config import load_comparison, select
+    from ais_megatron.comparison.report import write_comparison_report
+    from ais_megatron.comparison.runs import result_of, run_cells
 
     comparison, cells = load_comparison(config, overrides or [])
     chosen = select(cells, only or [])
@@ -101,11 +101,11 @@ def report(
 ) -> None:
     """Draw the report of a run, finished or not, and print its path."""
     if scaling:
-        from ais_megatron.scaling import write_scaling_report
+        from ais_megatron.comparison.scaling import write_scaling_report
 
         print(write_scaling_report(run))
         return
-    from ais_megatron.report import write_report
+    from ais_megatron.runs.report import write_report
 
     print(write_report(run))
 
@@ -119,7 +119,7 @@ def layout(
     gpus_per_node: Annotated[int, typer.Option(help="0: on a CPU")] = 8,
 ) -> None:
     """Where a cluster job would put its ranks and SGLang servers, one per line; what does not fit is an error. Starts nothing."""
-    from ais_megatron.layout import plan_from_file
+    from ais_megatron.cluster.layout import plan_from_file
 
     nodes = [[name for name in names.split(",") if name] for names in (trainer_nodes, rollout_nodes)]
     print("\n".join(plan_from_file(config, overrides or [], *nodes, gpus_per_node).lines()))
@@ -149,8 +149,8 @@ def plan(
     suggestions: Annotated[int, typer.Option(help="layouts of the same GPUs to list; 0: none")] = 5,
 ) -> None:
     """Memory, bytes and seconds of a run from its configuration alone. Status 1, and layouts that would fit, if it cannot."""
-    from ais_megatron.cost_model import CARDS, Assumptions
-    from ais_megatron.plan import make_plan, print_plan, suggest, with_gpus
+    from ais_megatron.planning.cost import CARDS, Assumptions
+    from ais_megatron.planning.plan import make_plan, print_plan, suggest, with_gpus
 
     if gpu not in CARDS:
         raise ConfigError(f"--gpu {gpu}: unknown; allowed: {', '.join(CARDS)} (and --gpu-memory-gib, --peak-tflops, --memory-gb-s)")
@@ -195,8 +195,8 @@ def serve(
     compile_only: Annotated[bool, typer.Option("--compile", help="only compile their DeepGEMM kernels into SGLang's cache")] = False,
 ) -> None:
     """Run SGLang servers on this host until interrupted, restarting them when they die; prints their addresses."""
-    from ais_megatron.rollout.sglang_pool import compile_kernels
-    from ais_megatron.rollout.sglang_pool import serve as run_servers
+    from ais_megatron.rollout.sglang.pool import compile_kernels
+    from ais_megatron.rollout.sglang.pool import serve as run_servers
 
     loaded = load_config(config, overrides or [])
     if not loaded.rollout.engine_traits.has_servers:
@@ -215,8 +215,8 @@ def doctor(
     local_ranks: Annotated[int | None, typer.Option(help="of the trainer on this machine; empty: those that `train` starts")] = None,
 ) -> None:
     """What is present on this machine, and what each absence switches off. With CONFIG: status 1 if a run of it would fail here."""
-    from ais_megatron.doctor import print_checks, print_doctor
-    from ais_megatron.needs import check_needs
+    from ais_megatron.cluster.doctor import print_checks, print_doctor
+    from ais_megatron.cluster.needs import check_needs
 
     loaded = load_config(config, overrides or []) if config else None
     if os.environ.get("SLURM_PROCID", "0") == "0":  # of the nodes of one srun, one prints the table
@@ -232,7 +232,7 @@ def keys(
     markdown: Annotated[bool, typer.Option("--markdown", help="all keys as the page docs/configuration.md")] = False,
 ) -> None:
     """Print every configuration key with its type, default, allowed values and what it does."""
-    from ais_megatron.keys import all_keys, as_markdown, as_text, keys_of
+    from ais_megatron.config.keys import all_keys, as_markdown, as_text, keys_of
 
     print(as_markdown() if markdown else as_text(keys_of(section) if section else all_keys(), shutil.get_terminal_size().columns))
 
@@ -287,7 +287,7 @@ def _sft(config: Config) -> None:
 
 def _evaluate(config: Config, run: Path | None, out: Path | None = None) -> None:
     from ais_megatron.distributed import rank
-    from ais_megatron.run_folder import write_json_atomic
+    from ais_megatron.runs.folder import write_json_atomic
     from ais_megatron.session import build_session
     from ais_megatron.trainer import begin
 

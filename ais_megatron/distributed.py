@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ais_megatron.batch import Batch
-from ais_megatron.launcher import is_launched, ranks_here
+from ais_megatron.cluster.launcher import is_launched, ranks_here
 
 MESSAGE_BYTES = 4096
 

@@ -12,8 +12,8 @@ import signal
 import torch
 import torch.distributed as dist
 
+from ais_megatron.cluster.exits import EXIT_REQUEUE, Preempted
 from ais_megatron.distributed import device
-from ais_megatron.exits import EXIT_REQUEUE, Preempted
 from ais_megatron.policy.saver import Saver
 from ais_megatron.policy.training_state import TrainingState
 

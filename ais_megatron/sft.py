@@ -17,8 +17,8 @@ import torch.distributed as dist
 
 from ais_megatron.batch import Batch, Prompt, Rollout, assemble
 from ais_megatron.config import Config, TaskConfig
+from ais_megatron.config.doors import is_own, source_digest
 from ais_megatron.distributed import rank_consistent
-from ais_megatron.doors import is_own, source_digest
 from ais_megatron.policy.hf_export import save_hf
 from ais_megatron.policy.policy import Policy, data_parallel_group
 from ais_megatron.tasks import Task

@@ -15,11 +15,11 @@ import torch
 
 from ais_megatron.algorithm.advantages import num_zero_signal_groups
 from ais_megatron.batch import Batch, Rollout, assemble
+from ais_megatron.cluster.watchdog import Watchdog
 from ais_megatron.collection import Collected, collect, next_prompts
 from ais_megatron.config import Config
 from ais_megatron.distributed import Unavailable, device, gather_batch, rank, rank_consistent, reduce_metrics
 from ais_megatron.interruption import stop_if_asked
-from ais_megatron.metrics import PhaseTimer, Sinks, read_metrics
 from ais_megatron.policy import checkpoint
 from ais_megatron.policy.calibration import Calibration
 from ais_megatron.policy.policy import model_parallel_group
@@ -27,12 +27,12 @@ from ais_megatron.policy.saver import Saver, checkpoint_to_resume, tidy
 from ais_megatron.policy.training_state import TrainingState
 from ais_megatron.prompts import training_prompts
 from ais_megatron.quantization.kv_scales import KVScales
-from ais_megatron.report import write_report
-from ais_megatron.run_folder import SUMMARY_FILE, open_run_folder, write_json_atomic
+from ais_megatron.runs.folder import SUMMARY_FILE, open_run_folder, write_json_atomic
+from ais_megatron.runs.metrics import PhaseTimer, Sinks, read_metrics
+from ais_megatron.runs.report import write_report
+from ais_megatron.runs.summary import print_table, summarize
 from ais_megatron.session import Session, build_session
-from ais_megatron.summary import print_table, summarize
 from ais_megatron.update import lagged_update, update
-from ais_megatron.watchdog import Watchdog
 
 
 def train(config: Config) -> Path:

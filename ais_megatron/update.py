@@ -14,9 +14,9 @@ from ais_megatron.algorithm.ais import AISState
 from ais_megatron.algorithm.correction import Correction
 from ais_megatron.algorithm.diagnostics import Diagnostics, diagnose
 from ais_megatron.batch import Batch
-from ais_megatron.metrics import PhaseTimer
 from ais_megatron.policy.calibration import Calibration
 from ais_megatron.policy.policy import Policy, data_parallel_group
+from ais_megatron.runs.metrics import PhaseTimer
 
 
 @dataclass(frozen=True)

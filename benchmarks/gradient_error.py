@@ -41,9 +41,9 @@ from ais_megatron.batch import Batch
 from ais_megatron.collection import Collected, collect
 from ais_megatron.config import Config, build_config, load_config
 from ais_megatron.distributed import init_process_group
-from ais_megatron.metrics import PhaseTimer
 from ais_megatron.policy.policy import Policy
 from ais_megatron.policy.saver import newest_on_all_ranks
+from ais_megatron.runs.metrics import PhaseTimer
 from ais_megatron.session import Session, build_session, with_engine
 from ais_megatron.trainer import begin
 

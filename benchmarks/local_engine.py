@@ -24,7 +24,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 from ais_megatron.batch import Prompt
 from ais_megatron.config import build_config
 from ais_megatron.rollout.engine import SamplingParams
-from ais_megatron.rollout.local import LocalEngine
+from ais_megatron.rollout.local.engine import LocalEngine
 
 PROMPTS, GROUP, TOKENS = 32, 8, 48
 EOS = 511

@@ -25,7 +25,7 @@ from grpo_step import config_data
 from ais_megatron.algorithm.scaler import AISLossScaler
 from ais_megatron.config import build_config
 from ais_megatron.distributed import init_process_group
-from ais_megatron.metrics import PhaseTimer
+from ais_megatron.runs.metrics import PhaseTimer
 from ais_megatron.session import build_session
 from ais_megatron.trainer import begin, train_step
 

@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 
+from ais_megatron.cluster.ports import free_port
 from ais_megatron.config import Config, build_config
-from ais_megatron.ports import free_port
-from ais_megatron.rollout.sglang_client import SGLangEngine
-from ais_megatron.rollout.sglang_server import SGLangServer
-from ais_megatron.rollout.sglang_sync import make_transport
+from ais_megatron.rollout.sglang.client import SGLangEngine
+from ais_megatron.rollout.sglang.server import SGLangServer
+from ais_megatron.rollout.sglang.transport import make_transport
 
 STARTUP_S = 300.0
 

@@ -26,7 +26,7 @@ from contract import against_peer, emit, plain
 from ais_megatron.batch import Prompt
 from ais_megatron.config import build_config
 from ais_megatron.rollout.engine import SamplingParams
-from ais_megatron.rollout.sglang_client import SGLangEngine
+from ais_megatron.rollout.sglang.client import SGLangEngine
 
 CONNECTIONS, GROUP, RUN = 64, 8, "bench"
 ARCHITECTURE = dict(

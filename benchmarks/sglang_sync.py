@@ -29,8 +29,8 @@ from ais_megatron.distributed import init_process_group
 from ais_megatron.policy.policy import Policy, initialize_parallel
 from ais_megatron.quantization.fp8 import quantize_bucket
 from ais_megatron.rollout.engine import Bucket, SamplingParams
-from ais_megatron.rollout.sglang_api import ServerAPI
-from ais_megatron.rollout.sglang_sync import FlatBucket
+from ais_megatron.rollout.sglang.api import ServerAPI
+from ais_megatron.rollout.sglang.transport import FlatBucket
 
 TRANSPORTS = ("tensor", "distributed", "disk")
 BUCKET = 16 * 2**20

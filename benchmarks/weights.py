@@ -17,7 +17,7 @@ from ais_megatron.config import build_config
 from ais_megatron.distributed import init_process_group
 from ais_megatron.policy.policy import Policy, initialize_parallel
 from ais_megatron.quantization.fp8 import quantize_bucket
-from ais_megatron.rollout.sglang_sync import FlatBucket
+from ais_megatron.rollout.sglang.transport import FlatBucket
 
 ARCHITECTURE = dict(
     vocab_size=4096,

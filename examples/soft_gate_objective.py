@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ais_megatron.algorithm.objectives import Surrogate
-from ais_megatron.algorithm_config import ObjectivePreset
+from ais_megatron.config.algorithm import ObjectivePreset
 
 
 def soft_gate(

@@ -10,7 +10,7 @@ from torch import Tensor
 from ais_megatron.batch import Prompt
 from ais_megatron.config import Architecture, RolloutConfig
 from ais_megatron.quantization.fp8 import quantize_bucket
-from ais_megatron.rollout.local import LocalEngine
+from ais_megatron.rollout.local.engine import LocalEngine
 
 EOS, LAYERS, VOCABULARY = 2, 2, 23
 BF16 = {"quantization": "none"}

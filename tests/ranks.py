@@ -19,7 +19,7 @@ from multiprocessing.connection import Client, Connection, Listener, wait
 from pathlib import Path
 from typing import Any
 
-from ais_megatron.ports import free_port
+from ais_megatron.cluster.ports import free_port
 
 # gloo's threads outlive their groups, about 50 for each set that Megatron makes: fresh processes now and then keep them few.
 RUNS_PER_PROCESS = 16

@@ -1,4 +1,4 @@
-"""The walls of the house: imports point downward, there are no circles, and two libraries stay behind their fences."""
+"""The walls of the house: imports point downward, there are no circles, and libraries and engines stay behind their fences."""
 
 from __future__ import annotations
 
@@ -7,13 +7,14 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parents[1] / "ais_megatron"
 
-# Lower floors first; a module may import from its own floor and below. policy and rollout share a floor but never meet.
+# Lower floors first. A module may import from its own floor and from those below. A name is a folder or a module at the top;
+# a module that stands lower than its folder has an entry of its own.
 FLOORS = [
-    {"section", "doors", "engine_traits", "algorithm_config", "sglang_config", "config", "batch", "shapes", "exits", "ports", "nccl"},
-    {"run_folder", "comparison_config", "hf_config", "layout", "checkpoint_files", "memory_model", "cost_model", "plan", "keys"},
-    {"cuda_environment", "launcher", "distributed", "metrics", "summary", "doctor", "sglang_doctor", "gpu_checks", "needs", "watchdog"},
-    {"report"},
-    {"scaling", "comparison", "comparison_report"},
+    {"models"},
+    {"config", "batch", "shapes", "cluster.exits", "cluster.ports"},
+    {"runs"},
+    {"cluster", "planning"},
+    {"distributed", "comparison"},
     {"algorithm", "tasks", "quantization", "tokenizer"},
     {"prompts"},
     {"policy", "rollout"},
@@ -25,17 +26,25 @@ FLOORS = [
     {"cli"},
     {"__main__"},
 ]
-FENCES = {"megatron": "policy", "transformer_engine": "policy", "sglang": "rollout"}
+FENCES = {"megatron": "policy", "transformer_engine": "policy", "sglang": "rollout.sglang"}
+STRANGERS = [{"policy", "rollout"}, {"rollout.local", "rollout.sglang"}, {"cluster", "planning"}]
+TORCH_FREE = ("models", "config", "planning", "runs", "comparison", "cli", "cluster.launcher", "cluster.layout", "cluster.exits")
+MODULES_AT_THE_TOP = 18
 
 
-def part_of(path: Path) -> str:
-    """``policy`` for policy/model.py, ``trainer`` for trainer.py."""
-    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+def name_of(path: Path) -> str:
+    """``policy.model`` for policy/model.py, ``policy`` for policy/__init__.py."""
+    return ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__")
 
 
-def imports_of(path: Path) -> set[str]:
-    found = set()
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+def is_within(module: str, place: str) -> bool:
+    return module == place or module.startswith(place + ".")
+
+
+def imports_of(path: Path, *, lazy: bool = True) -> set[str]:
+    """Whole names of what a module imports; ``lazy=False``: only when it is itself imported."""
+    tree, found = ast.parse(path.read_text(encoding="utf-8")), set()
+    for node in ast.walk(tree) if lazy else tree.body:
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
@@ -44,27 +53,39 @@ def imports_of(path: Path) -> set[str]:
     return found
 
 
-def modules() -> list[Path]:
-    return [path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py"]
+def modules() -> dict[str, Path]:
+    return {name_of(path): path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py"}
+
+
+def ours(path: Path) -> set[str]:
+    return {name.removeprefix("ais_megatron.") for name in imports_of(path) if name.startswith("ais_megatron.")}
+
+
+def floor_of(module: str) -> int:
+    places = {place: number for number, floor in enumerate(FLOORS) for place in floor if is_within(module, place)}
+    assert places, f"{module} stands on no floor: add it to FLOORS"
+    return places[max(places, key=len)]
 
 
 def test_imports_point_downward() -> None:
-    floor_of = {part: number for number, parts in enumerate(FLOORS) for part in parts}
-    for path in modules():
-        here = part_of(path)
-        for name in imports_of(path):
-            if name.startswith("ais_megatron."):
-                there = name.split(".")[1]
-                assert floor_of[there] <= floor_of[here], f"{path.name} ({here}) imports {name}, which stands above it"
-                assert {here, there} != {"policy", "rollout"}, f"{path.name}: policy and rollout meet in weight_sync only"
+    for here, path in modules().items():
+        for there in ours(path):
+            assert floor_of(there) <= floor_of(here), f"{here} imports {there}, which stands above it"
+
+
+def test_strangers_never_meet() -> None:
+    for here, path in modules().items():
+        for there in ours(path):
+            for first, second in STRANGERS:
+                for a, b in ((first, second), (second, first)):
+                    assert not (is_within(here, a) and is_within(there, b)), f"{here} imports {there}, but {a} and {b} are strangers"
 
 
 def test_no_circles() -> None:
-    known = {".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts).removesuffix(".__init__"): path for path in modules()}
+    known = modules()
     below: dict[str, set[str]] = {}
     for name, path in known.items():
-        targets = imports_of(path)
-        below[name] = {t for t in known if t != name and any(i == t or i.rpartition(".")[0] == t for i in targets)}
+        below[name] = {there if there in known else there.rpartition(".")[0] for there in ours(path)} & known.keys() - {name}
     while below:
         leaves = [name for name, targets in below.items() if not targets & below.keys()]
         assert leaves, f"circular imports among {sorted(below)}"
@@ -73,32 +94,24 @@ def test_no_circles() -> None:
 
 
 def test_fences() -> None:
-    for path in modules():
+    for here, path in modules().items():
         for name in imports_of(path):
-            library = name.split(".")[0]
-            if library in FENCES:
-                assert part_of(path) == FENCES[library], f"{path.name} imports {name}; only {FENCES[library]}/ may"
+            fence = FENCES.get(name.split(".")[0])
+            assert fence is None or is_within(here, fence), f"{here} imports {name}; only {fence} may"
 
 
-def test_configuration_needs_no_torch() -> None:
-    for name in (
-        "config.py",
-        "layout.py",
-        "memory_model.py",
-        "cost_model.py",
-        "plan.py",
-        "keys.py",
-        "doors.py",
-        "algorithm_config.py",
-        "run_folder.py",
-        "cli.py",
-        "launcher.py",
-        "checkpoint_files.py",
-        "exits.py",
-        "comparison_config.py",
-        "comparison.py",
-    ):
-        tree = ast.parse((PACKAGE / name).read_text(encoding="utf-8"))
-        top = [alias.name for node in tree.body if isinstance(node, ast.Import) for alias in node.names]
-        top += [node.module for node in tree.body if isinstance(node, ast.ImportFrom)]
-        assert not any(module and module.split(".")[0] in ("torch", "megatron") for module in top), name
+def test_what_reads_configurations_needs_no_torch() -> None:
+    for here, path in modules().items():
+        if any(is_within(here, place) for place in TORCH_FREE):
+            heavy = {name for name in imports_of(path, lazy=False) if name.split(".")[0] in ("torch", "megatron")}
+            assert not heavy, f"{here} imports {heavy} when it is imported"
+
+
+def test_the_house_has_rooms() -> None:
+    at_the_top = sorted(path.stem for path in PACKAGE.glob("*.py") if not path.stem.startswith("__"))
+    assert len(at_the_top) <= MODULES_AT_THE_TOP, at_the_top
+
+
+def test_sglangs_process_imports_the_plugin_alone() -> None:
+    for folder in ("rollout", "rollout/sglang"):
+        assert not (PACKAGE / folder / "__init__.py").read_text().strip(), f"{folder}/__init__.py is imported by every SGLang server"

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from ais_megatron import checkpoint_files as files
 from ais_megatron.config import CheckpointConfig, build_config
+from ais_megatron.runs import checkpoint_files as files
 from tests.ranks import RankPool
 from tests.test_policy import LAYOUTS, make_batch, make_config, make_policy, my_rows
 from tests.test_training import SMALL, assert_same_rows, rows_of, small

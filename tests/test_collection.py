@@ -35,8 +35,8 @@ class Engine:
 def collected(rank: int, config: Config, tp: int, pp: int, first: int):  # noqa: ANN201
     from ais_megatron.collection import collect
     from ais_megatron.generation import Generator
-    from ais_megatron.metrics import PhaseTimer
     from ais_megatron.policy.policy import initialize_parallel
+    from ais_megatron.runs.metrics import PhaseTimer
     from ais_megatron.session import share_of_this_rank
 
     initialize_parallel(config)

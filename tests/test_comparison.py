@@ -12,12 +12,12 @@ from pathlib import Path
 import pytest
 import yaml
 
-from ais_megatron import comparison as comparison_module
-from ais_megatron.comparison import Result, result_of, run_cells
-from ais_megatron.comparison_config import Comparison, load_comparison, select
-from ais_megatron.comparison_report import difference, has_collapsed, held_out, lines_of, steps_to, write_comparison_report
+from ais_megatron.cluster.exits import EXIT_REQUEUE
+from ais_megatron.comparison import runs as comparison_module
+from ais_megatron.comparison.config import Comparison, load_comparison, select
+from ais_megatron.comparison.report import difference, has_collapsed, held_out, lines_of, steps_to, write_comparison_report
+from ais_megatron.comparison.runs import Result, result_of, run_cells
 from ais_megatron.config import ConfigError, dump_config, load_config
-from ais_megatron.exits import EXIT_REQUEUE
 from tests.test_training import ROOT, small
 
 ARMS = {"bf16": {"rollout.quantization": "none", "correction": "none"}, "ais": {"correction": "ais", "train": {"optimizer": {"lr": 2e-3}}}}

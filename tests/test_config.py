@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from ais_megatron.config import Config, ConfigError, build_config, dump_config, load_config
-from ais_megatron.section import Section
+from ais_megatron.config.section import Section
 
 CONFIGS = sorted(
     path for path in (Path(__file__).parents[1] / "configs").glob("*.yaml") if not path.name.startswith("compare_")

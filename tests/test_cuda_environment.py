@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
+from ais_megatron.cluster.cuda_environment import prepare_cuda
 from ais_megatron.config import load_config
-from ais_megatron.cuda_environment import prepare_cuda
 
 ROOT = Path(__file__).parents[1]
 

@@ -5,8 +5,8 @@ import sys
 
 import pytest
 
-from ais_megatron import doctor
-from ais_megatron.doctor import Finding, inspect_environment, print_doctor
+from ais_megatron.cluster import doctor
+from ais_megatron.cluster.doctor import Finding, inspect_environment, print_doctor
 
 NAMES = [
     "Python",

@@ -10,11 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from ais_megatron import doors
 from ais_megatron.algorithm import objectives
 from ais_megatron.algorithm.objectives import check_objective, surrogate
-from ais_megatron.algorithm_config import ObjectiveConfig, ObjectivePreset
-from ais_megatron.config import Config, ConfigError, TaskConfig, build_config, dump_config, load_config
+from ais_megatron.config import Config, ConfigError, TaskConfig, build_config, doors, dump_config, load_config
+from ais_megatron.config.algorithm import ObjectiveConfig, ObjectivePreset
 from ais_megatron.sft import cached_folder
 from ais_megatron.tasks import make_task
 from tests.ranks import RankPool
@@ -24,7 +23,7 @@ MODULE = """
 import torch
 from somewhere_that_does_not_exist import helper
 from ais_megatron.algorithm.objectives import Surrogate
-from ais_megatron.algorithm_config import ObjectivePreset
+from ais_megatron.config.algorithm import ObjectivePreset
 
 class MyTask: pass
 
@@ -181,7 +180,7 @@ def test_padding_does_not_reach_an_objective_of_ones_own() -> None:
 
 def test_every_objective_is_in_both_tables() -> None:
     from ais_megatron.algorithm.correction import METHODS
-    from ais_megatron.algorithm_config import OBJECTIVE_PRESETS, CorrectionName
+    from ais_megatron.config.algorithm import OBJECTIVE_PRESETS, CorrectionName
 
     assert objectives.OBJECTIVES.keys() == OBJECTIVE_PRESETS.keys()
     assert set(METHODS) == set(CorrectionName.__args__)
@@ -189,7 +188,7 @@ def test_every_objective_is_in_both_tables() -> None:
 
 def test_every_engine_is_in_both_tables() -> None:
     from ais_megatron.config import RolloutConfig
-    from ais_megatron.engine_traits import ENGINES
+    from ais_megatron.config.engines import ENGINES
     from ais_megatron.rollout.build import BUILDERS
 
     assert ENGINES.keys() == BUILDERS.keys() == set(RolloutConfig.model_fields["engine"].annotation.__args__)

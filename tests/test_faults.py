@@ -76,7 +76,7 @@ def test_a_killed_rank_ends_the_others_and_a_torn_row_is_written_again(tmp_path:
 WATCHED = """
 import sys, threading, time
 from pathlib import Path
-from ais_megatron.watchdog import Watchdog
+from ais_megatron.cluster.watchdog import Watchdog
 
 def stuck_in_a_collective():
     threading.Event().wait()

@@ -6,8 +6,8 @@ import torch
 from ais_megatron.config import Architecture, RolloutConfig
 from ais_megatron.quantization.formats import FORMATS, FP4_E2M1, FP8_E5M2
 from ais_megatron.quantization.fp8 import dequantize_block, quantize_block, quantize_bucket, quantize_dequantize_groups
+from ais_megatron.rollout.local.quantized_linear import InputQuantizer, QuantizedLinear
 from ais_megatron.rollout.manifest import Manifest
-from ais_megatron.rollout.quantized_linear import InputQuantizer, QuantizedLinear
 from tests.test_local_engine import BF16, fitted, make_engine, make_prompts, make_weights, reference_logprobs, reference_model
 
 FP4_GRID = torch.tensor([-6.0, -4, -3, -2, -1.5, -1, -0.5, 0, 0.5, 1, 1.5, 2, 3, 4, 6])

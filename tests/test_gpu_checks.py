@@ -5,9 +5,9 @@ import sys
 
 import pytest
 
-from ais_megatron import gpu_checks
+from ais_megatron.cluster import gpu_checks
+from ais_megatron.cluster.gpu_checks import gpu_problems
 from ais_megatron.config import build_config
-from ais_megatron.gpu_checks import gpu_problems
 from tests.sglang.conftest import DENSE
 
 torch = pytest.importorskip("torch")
@@ -86,7 +86,7 @@ def test_transformer_engine(gpus, monkeypatch):
 
 
 def test_the_files_of_transformer_engine_are_looked_for(gpus, monkeypatch, tmp_path):
-    from ais_megatron.doctor import lacking_of_transformer_engine
+    from ais_megatron.cluster.doctor import lacking_of_transformer_engine
 
     # A test before this one may have loaded the CPU policy, which marks this package as absent.
     monkeypatch.delitem(sys.modules, "transformer_engine", raising=False)

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from ais_megatron.config import Config, ConfigError, _known_keys
-from ais_megatron.keys import all_keys, as_markdown, keys_of
+from ais_megatron.config import Config, ConfigError
+from ais_megatron.config.errors import known_keys
+from ais_megatron.config.keys import all_keys, as_markdown, keys_of
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "configuration.md"
@@ -19,7 +20,7 @@ def test_every_key_is_there_and_described() -> None:
     keys = all_keys()
     names = [key.name for key in keys]
     sections = {name.rpartition(".")[0] for name in names} | {"model"}
-    assert set(names) == set(_known_keys(Config)) - sections and len(set(names)) == len(names)
+    assert set(names) == set(known_keys(Config)) - sections and len(set(names)) == len(names)
     assert [key.name for key in keys if not key.description] == []
 
 

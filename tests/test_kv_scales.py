@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from ais_megatron.quantization.kv_scales import KVScales
-from ais_megatron.rollout.kv_cache import KVCache
+from ais_megatron.rollout.local.kv_cache import KVCache
 
 
 def test_scale_is_amax_times_margin_over_448():

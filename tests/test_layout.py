@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from ais_megatron.cluster.layout import plan_from_file, read_layout
 from ais_megatron.config import ConfigError
-from ais_megatron.layout import plan_from_file, read_layout
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 DENSE, MOE, TINY = (CONFIGS / f"{name}.yaml" for name in ("qwen3_8b_ais", "qwen3_30b_a3b_ais", "tiny_countdown"))

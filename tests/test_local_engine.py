@@ -9,11 +9,11 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 from ais_megatron.batch import Prompt
 from ais_megatron.quantization.fp8 import E4M3, dequantize_block, quantize_block, quantize_bucket
 from ais_megatron.quantization.kv_scales import KVScales
-from ais_megatron.rollout import kv_cache
 from ais_megatron.rollout.engine import SamplingParams
-from ais_megatron.rollout.kv_cache import KVCache
-from ais_megatron.rollout.local import LocalEngine
-from ais_megatron.rollout.quantized_linear import InputQuantizer, QuantizedLinear
+from ais_megatron.rollout.local import kv_cache
+from ais_megatron.rollout.local.engine import LocalEngine
+from ais_megatron.rollout.local.kv_cache import KVCache
+from ais_megatron.rollout.local.quantized_linear import InputQuantizer, QuantizedLinear
 from ais_megatron.rollout.sampling import choose_tokens, uniform_draws
 from tests.engines import BF16, DENSE, EOS, FP8, LAYERS, Engines, make_prompts
 

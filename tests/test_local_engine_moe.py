@@ -9,9 +9,9 @@ from ais_megatron.batch import assemble
 from ais_megatron.config import Architecture, ConfigError, RolloutConfig, build_config
 from ais_megatron.quantization.fp8 import E4M3, dequantize_block, quantize_bucket
 from ais_megatron.rollout.engine import SamplingParams
-from ais_megatron.rollout.experts import Experts, QuantizedExperts
-from ais_megatron.rollout.kv_cache import KVCache
-from ais_megatron.rollout.local import LocalEngine
+from ais_megatron.rollout.local.engine import LocalEngine
+from ais_megatron.rollout.local.experts import Experts, QuantizedExperts
+from ais_megatron.rollout.local.kv_cache import KVCache
 from tests.engines import BF16, DENSE, EOS, FP8, LAYERS, Engines, make_prompts
 
 EXPERTS, TOP_K = 6, 2

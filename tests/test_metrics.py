@@ -7,10 +7,10 @@ import types
 
 import pytest
 
-from ais_megatron import metrics
 from ais_megatron.config import Config, ConfigError, build_config
-from ais_megatron.metrics import PhaseTimer, Sinks, read_metrics, step_line
-from ais_megatron.summary import print_table, summarize
+from ais_megatron.runs import metrics
+from ais_megatron.runs.metrics import PhaseTimer, Sinks, read_metrics, step_line
+from ais_megatron.runs.summary import print_table, summarize
 
 ARCHITECTURE = {
     "vocab_size": 64,

@@ -7,7 +7,7 @@ from importlib import metadata
 
 import pytest
 
-from ais_megatron import nccl
+from ais_megatron.cluster import nccl
 from tests.sglang.conftest import sglang_config
 
 REMOTE = dict(device="cuda", servers=["http://node2:30000"])

@@ -6,10 +6,10 @@ import sys
 
 import pytest
 
-from ais_megatron import nccl, needs
+from ais_megatron.cluster import nccl, needs
+from ais_megatron.cluster.needs import check_needs, compare
+from ais_megatron.cluster.ports import free_port
 from ais_megatron.config import dump_config
-from ais_megatron.needs import check_needs, compare
-from ais_megatron.ports import free_port
 from tests.sglang.conftest import sglang_config
 
 TORCH, NEWER = {"torch": "2.13.0", "nccl": "2.29.7"}, {"torch": "2.14.1", "nccl": "2.30.7"}

@@ -13,7 +13,7 @@ from ais_megatron.algorithm.correction import Correction, response_mean
 from ais_megatron.algorithm.loss import policy_loss
 from ais_megatron.algorithm.objectives import kl_penalty, surrogate
 from ais_megatron.algorithm.scaler import AISLossScaler
-from ais_megatron.algorithm_config import OBJECTIVE_PRESETS, ObjectiveConfig
+from ais_megatron.config.algorithm import OBJECTIVE_PRESETS, ObjectiveConfig
 from tests.test_algorithm import config_with
 
 

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from ais_megatron.config import Config, ConfigError, ParallelConfig, build_config, load_config
-from ais_megatron.cost_model import GIB, Assumptions, forward_flops, servers_of, step_time, sync_bytes
-from ais_megatron.memory_model import (
+from ais_megatron.planning.cost import GIB, Assumptions, forward_flops, servers_of, step_time, sync_bytes
+from ais_megatron.planning.memory import (
     Microbatching,
     engine_bytes,
     gathered_memory,
@@ -25,7 +25,7 @@ from ais_megatron.memory_model import (
     route_bytes,
     total_parameters,
 )
-from ais_megatron.plan import make_plan, suggest, with_gpus
+from ais_megatron.planning.plan import make_plan, suggest, with_gpus
 from tests.ranks import RankPool
 
 ROOT = Path(__file__).parents[1]
@@ -383,7 +383,8 @@ def test_command(memory: str, status: int) -> None:
 
 def test_needs_no_torch() -> None:
     code = (
-        "import sys; from ais_megatron import plan as p, cost_model as c, config; x = p.with_gpus(config.load_config(sys.argv[1]), None);"
+        "import sys; from ais_megatron import config; from ais_megatron.planning import plan as p, cost as c;"
+        "x = p.with_gpus(config.load_config(sys.argv[1]), None);"
         "p.print_plan(p.make_plan(x, c.Assumptions()), p.suggest(x, c.Assumptions(), 8, 1)); assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code, str(DENSE)], check=True, stdout=subprocess.DEVNULL, timeout=240)

@@ -11,8 +11,8 @@ from ais_megatron.algorithm.correction import Correction, mixed_weights, truncat
 from ais_megatron.algorithm.diagnostics import diagnose
 from ais_megatron.algorithm.loss import policy_loss
 from ais_megatron.algorithm.scaler import AISLossScaler
-from ais_megatron.algorithm_config import OBJECTIVE_PRESETS, ObjectiveConfig
 from ais_megatron.config import AISConfig
+from ais_megatron.config.algorithm import OBJECTIVE_PRESETS, ObjectiveConfig
 from tests.test_objectives import random_rows
 
 PI = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64)

@@ -5,7 +5,8 @@ import re
 
 import pytest
 
-from ais_megatron.report import _bins, _held_out_points, _Run, moving_average, write_report
+from ais_megatron.runs.plotting import Curves, bins_of, held_out_points, moving_average
+from ais_megatron.runs.report import write_report
 
 PLOTS = ["ais.png", "held_out_accuracy.png", "phase_times.png", "response_length.png", "reward.png"]
 ROW = {
@@ -100,9 +101,9 @@ def test_a_damaged_summary_is_an_error_that_names_the_file(tmp_path):
 
 def test_held_out_points_come_from_the_rows_first_and_then_the_summary():
     rows = [{"step": 1}, {"step": 2, "held_out_accuracy": 0.5}, {"step": 3}]
-    assert _held_out_points(_Run(rows, None)) == ([2], [0.5])
-    assert _held_out_points(_Run(rows, {"start_accuracy": 0.25, "final_accuracy": 0.75})) == ([0, 2, 3], [0.25, 0.5, 0.75])
-    assert _held_out_points(_Run(rows[:2], {"start_accuracy": None, "final_accuracy": 0.75})) == ([2], [0.5])
+    assert held_out_points(Curves(rows, None)) == ([2], [0.5])
+    assert held_out_points(Curves(rows, {"start_accuracy": 0.25, "final_accuracy": 0.75})) == ([0, 2, 3], [0.25, 0.5, 0.75])
+    assert held_out_points(Curves(rows[:2], {"start_accuracy": None, "final_accuracy": 0.75})) == ([2], [0.5])
 
 
 def test_moving_average_by_hand():
@@ -110,6 +111,6 @@ def test_moving_average_by_hand():
 
 
 def test_long_runs_are_binned_without_losing_a_step():
-    bins, edges = _bins(_Run([{"step": step} for step in range(1, 252)], None))
+    bins, edges = bins_of(Curves([{"step": step} for step in range(1, 252)], None))
     assert [len(rows) for rows in bins] == [3] * 83 + [2]
     assert (edges[0], edges[1], edges[-1]) == (0.5, 3.5, 251.5) and len(edges) == len(bins) + 1

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from ais_megatron import run_folder
 from ais_megatron.config import Config, ConfigError, build_config, dump_config, load_config
-from ais_megatron.run_folder import (
+from ais_megatron.runs import folder as run_folder
+from ais_megatron.runs.folder import (
     check_export_folder,
     check_run_folder,
     encode_json,

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from ais_megatron.scaling import efficiencies, measure, read_grid, write_scaling_report
+from ais_megatron.comparison.scaling import efficiencies, measure, read_grid, write_scaling_report
 
 GRID = "# comment\nstrong\tone\t1\t0\t\nstrong\ttwo\t1\t1\tparallel.tp=2\nweak\tgone\t1\t0\ta=1\nweak\tdead\t1\t0\ta=2\n"
 

@@ -40,7 +40,7 @@ def mismatch(batch: Batch) -> torch.Tensor:
 def updated(rank: int, path: Path, case: str, reverse: bool = False, **layout):  # noqa: ANN201
     """Two updates: every row of metrics and diagnostics, and all weights afterwards."""
     from ais_megatron.algorithm.ais import AISState
-    from ais_megatron.metrics import PhaseTimer
+    from ais_megatron.runs.metrics import PhaseTimer
     from ais_megatron.update import lagged_update, update
 
     config = make_config(path, **CASES[case], **layout)

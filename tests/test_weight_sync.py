@@ -24,7 +24,7 @@ PROMPTS = [Prompt(i, "", tuple(range(3 + i, 3 + i + length)), {}) for i, length 
 
 
 def make_engine(config, dtype: torch.dtype):  # noqa: ANN001, ANN201
-    from ais_megatron.rollout.local import LocalEngine
+    from ais_megatron.rollout.local.engine import LocalEngine
 
     return LocalEngine(config.architecture, config.rollout, eos_id=1, pad_id=0, device="cpu", dtype=dtype)
 

@@ -24,8 +24,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ais_megatron.algorithm_config import CorrectionName, Level
 from ais_megatron.config import Config
+from ais_megatron.config.algorithm import CorrectionName, Level
 
 MAX_LOG_RATIO = 20.0
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ais_megatron.algorithm.objectives import kl_penalty, surrogate
 from ais_megatron.algorithm.scaler import TokenFactors
-from ais_megatron.algorithm_config import ObjectiveConfig
+from ais_megatron.config.algorithm import ObjectiveConfig
 
 POLICY_METRICS = ("loss", "entropy", "policy_ratio_mean", "clip_fraction", "reference_kl")
 

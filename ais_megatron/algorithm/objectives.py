@@ -23,9 +23,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ais_megatron import doors
 from ais_megatron.algorithm.correction import MAX_LOG_RATIO, response_mean
-from ais_megatron.algorithm_config import ObjectiveConfig
+from ais_megatron.config import doors
+from ais_megatron.config.algorithm import ObjectiveConfig
 
 
 class Surrogate(NamedTuple):

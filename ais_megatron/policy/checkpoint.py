@@ -29,11 +29,11 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
-from ais_megatron.checkpoint_files import Entries, entries
 from ais_megatron.distributed import all_reduce_sum, device, rank_consistent
 from ais_megatron.policy import cpu_backend
 from ais_megatron.policy.policy import Policy
 from ais_megatron.policy.training_state import STATE_FILE, TrainingState
+from ais_megatron.runs.checkpoint_files import Entries, entries
 
 _OPTIMIZER_FORMAT = {"distrib_optim_sharding_type": "fully_reshardable"}
 

@@ -10,8 +10,8 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 
 from ais_megatron.config import Architecture
+from ais_megatron.config.hf_config import hf_config
 from ais_megatron.distributed import rank_consistent
-from ais_megatron.hf_config import hf_config
 from ais_megatron.policy.hf_weights import Bucket
 
 

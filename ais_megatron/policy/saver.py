@@ -16,13 +16,13 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from ais_megatron import checkpoint_files as files
 from ais_megatron.config import CheckpointConfig
 from ais_megatron.distributed import rank, rank_consistent
 from ais_megatron.policy.checkpoint import PendingSave
 from ais_megatron.policy.policy import Policy
 from ais_megatron.policy.training_state import STATE_FILE, TrainingState
-from ais_megatron.run_folder import write_text_atomic
+from ais_megatron.runs import checkpoint_files as files
+from ais_megatron.runs.folder import write_text_atomic
 
 
 class Saver:

@@ -16,7 +16,7 @@ from ais_megatron.quantization.fp8 import E4M3_MAX
 
 
 def kv_scale_name(layer: int, kind: str) -> str:
-    """Where the scale lives in SGLang's model, and its name on the way there (see sglang_client); `kind` is "k" or "v"."""
+    """Where the scale lives in SGLang's model, and its name on the way there (see rollout/sglang/client.py); `kind` is "k" or "v"."""
     return f"model.layers.{layer}.self_attn.attn.{kind}_scale"
 
 

@@ -10,7 +10,7 @@ import torch
 from ais_megatron.config import Config
 from ais_megatron.distributed import broadcast_text, device, rank, rank_consistent
 from ais_megatron.rollout.engine import RolloutEngine
-from ais_megatron.rollout.local import LocalEngine
+from ais_megatron.rollout.local.engine import LocalEngine
 from ais_megatron.rollout.recording import RecordingEngine
 from ais_megatron.rollout.replay import ReplayEngine
 
@@ -44,11 +44,11 @@ def _replay_engine(config: Config, eos_id: int, pad_id: int) -> RolloutEngine:
 
 
 def _sglang_engine(config: Config, eos_id: int, pad_id: int) -> RolloutEngine:
-    from ais_megatron.rollout.access_key import read_or_create_key
-    from ais_megatron.rollout.sglang_client import SGLangEngine
-    from ais_megatron.rollout.sglang_pool import ServerPool
-    from ais_megatron.rollout.sglang_server import server_url
-    from ais_megatron.rollout.sglang_sync import make_transport
+    from ais_megatron.rollout.sglang.access_key import read_or_create_key
+    from ais_megatron.rollout.sglang.client import SGLangEngine
+    from ais_megatron.rollout.sglang.pool import ServerPool
+    from ais_megatron.rollout.sglang.server import server_url
+    from ais_megatron.rollout.sglang.transport import make_transport
 
     sglang = config.rollout.sglang
     run_id = broadcast_text(secrets.token_hex(4))
@@ -80,5 +80,5 @@ def _dtype(config: Config) -> torch.dtype:
     return torch.bfloat16 if config.model.dtype == "bf16" else torch.float32
 
 
-# (config, eos_id, pad_id) -> engine. What others need to know of an engine beforehand is in `engine_traits.ENGINES`.
+# (config, eos_id, pad_id) -> engine. What others need to know of an engine beforehand is in `config.engines.ENGINES`.
 BUILDERS = {"local": _local_engine, "sglang": _sglang_engine, "replay": _replay_engine}

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from importlib import import_module
 
-from ais_megatron import doors
-from ais_megatron.config import BUILTIN_TASKS, TaskConfig
+from ais_megatron.config import BUILTIN_TASKS, TaskConfig, doors
 from ais_megatron.tasks.own_reward import RewardedTask
 from ais_megatron.tasks.streams import StreamTask
 from ais_megatron.tasks.task import Problem, Reward, Task

@@ -18,7 +18,7 @@ from ais_megatron.algorithm import ais
 from ais_megatron.algorithm.ais import AISState
 from ais_megatron.algorithm.correction import Correction
 from ais_megatron.algorithm.diagnostics import diagnose
-from ais_megatron.metrics import PhaseTimer
+from ais_megatron.runs.metrics import PhaseTimer
 from ais_megatron.update import update
 
 

@@ -24,9 +24,9 @@ from model import QWEN3_0_6B, layers_of, make_config
 
 from ais_megatron.config import Config, load_config
 from ais_megatron.distributed import init_process_group
-from ais_megatron.metrics import PhaseTimer, read_metrics
 from ais_megatron.policy.policy import Policy, initialize_parallel
 from ais_megatron.policy.training_state import TrainingState
+from ais_megatron.runs.metrics import PhaseTimer, read_metrics
 from ais_megatron.session import Session, with_engine
 from ais_megatron.tasks.task import Problem, Reward
 from ais_megatron.trainer import begin, train, train_step

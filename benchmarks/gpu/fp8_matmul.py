@@ -15,7 +15,7 @@ from bench import Bench, ms, number, ratio, share
 from torch import Tensor
 
 from ais_megatron.quantization.fp8 import BLOCK, E4M3, E4M3_MAX, dequantize_block, quantize_block, quantize_dequantize_groups
-from ais_megatron.rollout.quantized_linear import InputQuantizer, QuantizedLinear
+from ais_megatron.rollout.local.quantized_linear import InputQuantizer, QuantizedLinear
 
 
 def quantize_groups(x: Tensor) -> tuple[Tensor, Tensor]:

@@ -67,7 +67,7 @@ def save_random_model(config: Config, folder: Path):  # noqa: ANN201
     """transformers' model with random BF16 weights, on the device, after its Hugging Face folder is written."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from ais_megatron.hf_config import hf_config
+    from ais_megatron.config.hf_config import hf_config
 
     content = hf_config(config.architecture, "bf16")
     with torch.device("cuda" if config.run.backend == "cuda" else "cpu"):

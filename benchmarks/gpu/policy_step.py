@@ -18,7 +18,7 @@ from bench import Bench, mib, ms, number, ratio, share
 from model import batch_of, make_config, make_policy, save_random_model
 
 from ais_megatron.batch import Batch
-from ais_megatron.cost_model import forward_flops
+from ais_megatron.planning.cost import forward_flops
 
 
 def main() -> None:

@@ -22,8 +22,8 @@ import torch
 from bench import Bench, number, ratio
 from model import make_config
 
-from ais_megatron.ports import free_port
-from ais_megatron.rollout.sglang_server import SGLangServer
+from ais_megatron.cluster.ports import free_port
+from ais_megatron.rollout.sglang.server import SGLangServer
 
 VARIANTS = {"BF16": ("none", "bf16"), "FP8 weights": ("fp8_e4m3", "bf16"), "FP8 weights, FP8 KV": ("fp8_e4m3", "fp8_e4m3")}
 

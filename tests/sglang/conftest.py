@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
+from ais_megatron.cluster.ports import free_port
 from ais_megatron.config import Architecture, Config, build_config
-from ais_megatron.ports import free_port
-from ais_megatron.rollout.sglang_server import SGLangServer
+from ais_megatron.rollout.sglang.server import SGLangServer
 
 REPOSITORY = Path(__file__).parents[2]
 SGLANG_PYTHON = REPOSITORY / ".venv-sglang" / "bin" / "python"

@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from ais_megatron.rollout.access_key import authorization, read_or_create_key
+from ais_megatron.rollout.sglang.access_key import authorization, read_or_create_key
 
 
 def test_made_once_and_private(tmp_path):

@@ -17,9 +17,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from ais_megatron.ports import free_port
+from ais_megatron.cluster.ports import free_port
 from ais_megatron.quantization.kv_scales import kv_scale_name
-from ais_megatron.rollout.access_key import authorization
+from ais_megatron.rollout.sglang.access_key import authorization
 from tests.sglang.conftest import RunningServer, sglang_config
 from tests.sglang.test_sglang_server import is_running, wait_for
 
@@ -106,7 +106,7 @@ def test_kill_9_of_the_parent_while_it_starts(tmp_path):
     """The hardest moment: SGLang's children have not yet asked the kernel to follow their parent."""
     (tmp_path / "config.json").write_text(sglang_config(port=free_port()).model_dump_json())
     script = (
-        "import sys, time, pathlib; from ais_megatron.config import Config; from ais_megatron.rollout.sglang_server import SGLangServer\n"
+        "import sys, time, pathlib; from ais_megatron.config import Config; from ais_megatron.rollout.sglang.server import SGLangServer\n"
         "config = Config.model_validate_json(pathlib.Path(sys.argv[1], 'config.json').read_text())\n"
         "server = SGLangServer(config, pathlib.Path(sys.argv[1], 's'), config.rollout.sglang.port)\n"
         "server.start(); print(server._process.pid, flush=True); time.sleep(600)"

@@ -19,17 +19,17 @@ import torch
 from torch import Tensor
 
 from ais_megatron.batch import Prompt
+from ais_megatron.cluster.ports import free_port
 from ais_megatron.config import Architecture, Config, build_config
-from ais_megatron.ports import free_port
 from ais_megatron.quantization.fp8 import quantize_bucket
 from ais_megatron.quantization.kv_scales import KVScales
 from ais_megatron.rollout.engine import Bucket, SamplingParams, WeightsLost
-from ais_megatron.rollout.local import LocalEngine
+from ais_megatron.rollout.local.engine import LocalEngine
 from ais_megatron.rollout.manifest import Manifest
-from ais_megatron.rollout.sglang_api import Refused
-from ais_megatron.rollout.sglang_client import SGLangEngine
-from ais_megatron.rollout.sglang_server import SGLangServer
-from ais_megatron.rollout.sglang_sync import make_transport
+from ais_megatron.rollout.sglang.api import Refused
+from ais_megatron.rollout.sglang.client import SGLangEngine
+from ais_megatron.rollout.sglang.server import SGLangServer
+from ais_megatron.rollout.sglang.transport import make_transport
 from tests.sglang.conftest import RunningServer, sglang_config
 
 pytestmark = pytest.mark.sglang

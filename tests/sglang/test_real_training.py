@@ -15,7 +15,7 @@ from typing import Any
 import psutil
 import pytest
 
-from ais_megatron.ports import free_port
+from ais_megatron.cluster.ports import free_port
 from tests.sglang.conftest import REPOSITORY, SGLANG_PYTHON
 
 pytestmark = pytest.mark.sglang

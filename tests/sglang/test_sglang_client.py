@@ -14,9 +14,9 @@ import torch
 
 from ais_megatron.batch import DROPPED, Prompt
 from ais_megatron.distributed import Unavailable
-from ais_megatron.rollout import patience, sglang_dispatch
 from ais_megatron.rollout.engine import SamplingParams, WeightsLost
-from ais_megatron.rollout.sglang_client import SGLangEngine
+from ais_megatron.rollout.sglang import dispatch, patience
+from ais_megatron.rollout.sglang.client import SGLangEngine
 from tests.sglang.conftest import sglang_config
 from tests.sglang.fake_server import FakeServer, response
 
@@ -147,8 +147,8 @@ def test_when_the_only_server_restarts_the_call_can_be_continued(servers, engine
 
 
 def test_a_hung_server_is_noticed_and_its_work_done_elsewhere(servers, engine_of, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sglang_dispatch, "HEALTH_SECONDS", 0.1)
-    monkeypatch.setattr(sglang_dispatch, "HEALTH_TIMEOUT", 0.2)
+    monkeypatch.setattr(dispatch, "HEALTH_SECONDS", 0.1)
+    monkeypatch.setattr(dispatch, "HEALTH_TIMEOUT", 0.2)
     one, two = servers(2)
     one.delay_s = two.delay_s = 0.2
     engine = engine_of([one, two], request_timeout_s=60.0)
@@ -174,7 +174,7 @@ def test_all_servers_gone(servers, engine_of) -> None:
     [(400, "prompt 0: .*answered 400"), (500, "prompt .: 5 attempts failed, the last one: .*answered 500"), (401, "key_file")],
 )
 def test_refusals(servers, engine_of, status: int, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sglang_dispatch, "BACKOFF", 0.001)
+    monkeypatch.setattr(dispatch, "BACKOFF", 0.001)
     (server,) = servers(1)
     server.status = status
     with pytest.raises(RuntimeError, match=message):
@@ -183,7 +183,7 @@ def test_refusals(servers, engine_of, status: int, message: str, monkeypatch: py
 
 
 def test_a_passing_refusal_costs_nothing(servers, engine_of, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sglang_dispatch, "BACKOFF", 0.01)
+    monkeypatch.setattr(dispatch, "BACKOFF", 0.01)
     (server,) = servers(1)
     server.status = 503
     threading.Timer(0.02, lambda: setattr(server, "status", 200)).start()

@@ -3,7 +3,7 @@
 import pytest
 
 from ais_megatron.config import ConfigError, build_config
-from ais_megatron.sglang_config import SGLangConfig
+from ais_megatron.config.sglang import SGLangConfig
 from tests.sglang.conftest import DENSE, MOE, sglang_config
 
 

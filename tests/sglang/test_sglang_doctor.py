@@ -8,9 +8,9 @@ import threading
 
 import pytest
 
+from ais_megatron.cluster.ports import free_port
+from ais_megatron.cluster.sglang_doctor import Check, check_sglang
 from ais_megatron.config import dump_config
-from ais_megatron.ports import free_port
-from ais_megatron.sglang_doctor import Check, check_sglang
 from tests.sglang.conftest import SGLANG_PYTHON, sglang_config
 
 

@@ -9,8 +9,8 @@ import sys
 import pytest
 
 from ais_megatron.config import ConfigError, dump_config, load_config
-from ais_megatron.rollout.sglang_pool import ServerPool, compile_kernels, serve
-from ais_megatron.rollout.sglang_server import server_command
+from ais_megatron.rollout.sglang.pool import ServerPool, compile_kernels, serve
+from ais_megatron.rollout.sglang.server import server_command
 from tests.sglang.conftest import sglang_config
 from tests.sglang.test_sglang_server import is_running, wait_for
 

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from ais_megatron.rollout import patience
-from ais_megatron.rollout.sglang_server import SGLangServer, check_port, http_status, server_command, server_environment, server_url
-from ais_megatron.rollout.sglang_server import write_model_folder as write
+from ais_megatron.rollout.sglang import patience
+from ais_megatron.rollout.sglang.server import SGLangServer, check_port, http_status, server_command, server_environment, server_url
+from ais_megatron.rollout.sglang.server import write_model_folder as write
 from tests.sglang.conftest import sglang_config
 
 
@@ -177,7 +177,7 @@ def test_kill_9_leaves_nothing_behind(fake_sglang, tmp_path, victim):
     fake = fake_sglang("healthy")
     (tmp_path / "config.json").write_text(fake.config.model_dump_json())
     script = (
-        "import sys, time, pathlib; from ais_megatron.config import Config; from ais_megatron.rollout.sglang_server import SGLangServer\n"
+        "import sys, time, pathlib; from ais_megatron.config import Config; from ais_megatron.rollout.sglang.server import SGLangServer\n"
         "config = Config.model_validate_json(pathlib.Path(sys.argv[1], 'config.json').read_text())\n"
         "server = SGLangServer(config, pathlib.Path(sys.argv[1], 's'), config.rollout.sglang.port)\n"
         "server.start(); server.wait_until_healthy(20); print(server._process.pid, flush=True); time.sleep(600)"

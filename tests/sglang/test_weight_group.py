@@ -12,9 +12,9 @@ import pytest
 import torch
 from torch.distributed import distributed_c10d as c10d
 
-from ais_megatron.ports import free_port
-from ais_megatron.rollout import weight_group
-from ais_megatron.rollout.weight_group import WeightGroup, in_thread
+from ais_megatron.cluster.ports import free_port
+from ais_megatron.rollout.sglang import weight_group
+from ais_megatron.rollout.sglang.weight_group import WeightGroup, in_thread
 
 # What SGLang's init_custom_process_group does in a server, then one broadcast after another.
 # "die" ends it in the middle; with "wait" its status is 5 if the second broadcast fails.
@@ -95,7 +95,7 @@ def test_members_are_not_waited_for_for_ever(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_a_thread_that_never_returns_holds_up_neither_loop_nor_exit() -> None:
     script = (
-        "import asyncio, time; from ais_megatron.rollout.weight_group import in_thread\n"
+        "import asyncio, time; from ais_megatron.rollout.sglang.weight_group import in_thread\n"
         "async def main():\n"
         "    print((await asyncio.wait([in_thread(lambda: time.sleep(600))], timeout=0.1))[0])\n"
         "asyncio.run(main())"

@@ -121,7 +121,7 @@ def off_policy(policy, rows: Batch) -> Batch:  # noqa: ANN001
 def training(rank: int, layout: str, weights: Path) -> dict[str, Any]:
     """Every kind of pass and update; returns numbers that do not depend on the device."""
     from ais_megatron.algorithm.ais import AISState
-    from ais_megatron.metrics import PhaseTimer
+    from ais_megatron.runs.metrics import PhaseTimer
     from ais_megatron.update import lagged_update, update
 
     replay = layout.startswith("moe")
@@ -146,7 +146,7 @@ def training(rank: int, layout: str, weights: Path) -> dict[str, Any]:
 def objectives(rank: int, layout: str, weights: Path, names: list[tuple[str, str]]) -> dict[str, float]:
     """An update with each pair of objective and correction; returns its gradient's norm."""
     from ais_megatron.algorithm.ais import AISState
-    from ais_megatron.metrics import PhaseTimer
+    from ais_megatron.runs.metrics import PhaseTimer
     from ais_megatron.update import update
 
     policy = policy_of(config_of(layout), weights)
@@ -192,9 +192,9 @@ def engine_and_files(rank: int, layout: str, weights: Path, folder: Path) -> dic
     from ais_megatron.distributed import device
     from ais_megatron.policy.hf_export import save_hf
     from ais_megatron.rollout.engine import SamplingParams
-    from ais_megatron.rollout.local import LocalEngine
+    from ais_megatron.rollout.local.engine import LocalEngine
     from ais_megatron.rollout.manifest import Manifest
-    from ais_megatron.rollout.sglang_sync import FlatBucket
+    from ais_megatron.rollout.sglang.transport import FlatBucket
     from ais_megatron.weight_sync import weight_stream
 
     config = config_of(layout)
@@ -231,7 +231,7 @@ def engine_and_files(rank: int, layout: str, weights: Path, folder: Path) -> dic
 
 def whole_run(rank: int, layout: str, folder: Path, ahead: int) -> list[dict[str, Any]]:
     """`train` for two steps, with warm start, checkpoint and evaluation; returns its rows on the first rank."""
-    from ais_megatron.metrics import read_metrics
+    from ais_megatron.runs.metrics import read_metrics
     from ais_megatron.trainer import train
 
     kind, (_, parallel, recompute) = layout.split(",")[0], LAYOUTS[layout]

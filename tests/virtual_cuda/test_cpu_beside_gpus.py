@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from ais_megatron.cluster.launcher import ranks_here
 from ais_megatron.distributed import init_process_group, uses_cuda
-from ais_megatron.launcher import ranks_here
 from tests.ranks import RankPool
 from tests.virtual_cuda import machine
 from tests.virtual_cuda.comparing import assert_same_training

@@ -1,0 +1,122 @@
+"""What a configuration needs of this machine, as `ais-megatron doctor CONFIG` prints it.
+
+A job's trainer and its servers may live on different nodes, in different environments. Each side can then be checked where it
+will run: the trainer's side writes what the servers must agree with into a folder that both see, the servers' side compares.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from ais_megatron.cluster import nccl
+from ais_megatron.cluster.gpu_checks import gpu_problems
+from ais_megatron.cluster.sglang_doctor import PROBE_TIMEOUT_S, Check, check_sglang
+from ais_megatron.config import Config
+from ais_megatron.config.sglang import SGLangConfig
+from ais_megatron.runs.folder import write_json_atomic
+
+Part = Literal["all", "trainer", "servers"]
+
+
+def check_needs(config: Config, part: Part = "all", folder: Path | None = None, local_ranks: int | None = None) -> list[Check]:
+    """Everything that can be known before a process is started. Never raises for what it finds.
+
+    Args:
+        part: of the job that will run on this machine.
+        folder: shared by the nodes of a job. The trainer's side leaves HOST.json there, and the servers' side compares itself
+            with every such file.
+        local_ranks: of the trainer on this node; see `gpu_problems`.
+    """
+    checks = []
+    if part != "servers":
+        checks += _gpus(config, local_ranks)
+    if not config.rollout.engine_traits.has_servers:
+        return checks
+    sglang = config.rollout.sglang
+    if part != "trainer":
+        checks += check_sglang(sglang)
+    return checks + (_nccl(sglang, part, folder) if sglang.weights_travel_over_nccl else [])
+
+
+def _gpus(config: Config, local_ranks: int | None) -> list[Check]:
+    if config.run.backend != "cuda":
+        return []
+    return [Check("GPUs", False, problem) for problem in gpu_problems(config, local_ranks)] or [Check("GPUs", True, "one for each rank")]
+
+
+def _nccl(sglang: SGLangConfig, part: Part, folder: Path | None) -> list[Check]:
+    """Where both sides are known: whether they agree. The servers' side is known where `rollout.sglang.python` is."""
+    if part == "trainer":
+        mine = trainer_facts(sglang, os.environ)
+        if folder is not None:
+            folder.mkdir(parents=True, exist_ok=True)
+            write_json_atomic(folder / f"{socket.gethostname()}.json", mine)
+        return [_trainer_nccl(mine)]
+    if part == "all" and sglang.servers:
+        mine = trainer_facts(sglang, os.environ)
+        note = "the servers run elsewhere: run `doctor CONFIG --part servers` there, it prints theirs"
+        return [_trainer_nccl(mine), Check("NCCL of the servers", True, note)]
+    theirs = _server_facts(sglang, os.environ)
+    if part == "all":
+        return compare(trainer_facts(sglang, os.environ), theirs, sglang.python)
+    if folder is None:
+        return [Check("NCCL of the servers", theirs["nccl"] is not None, f"{_described(theirs)}; the trainer's must be the same")]
+    files = sorted(folder.glob("*.json"))
+    if not files:
+        return [
+            Check("NCCL", False, f"{folder}: nothing there to compare with; run `doctor CONFIG --part trainer` first, with that folder")
+        ]
+    return [check for file in files for check in compare(json.loads(file.read_text()), theirs, sglang.python, f" ({file.stem})")]
+
+
+def trainer_facts(sglang: SGLangConfig, environment: Mapping[str, str]) -> dict[str, Any]:
+    """Versions of torch and NCCL of this interpreter, and the switches that its ranks will have."""
+    own = dict(environment)
+    nccl.match_sglang_nccl_environment(sglang, own)
+    return {**nccl.installed(), "switches": {name: own.get(name, "unset") for name in (nccl.CUMEM, nccl.NVLS)}}
+
+
+def _server_facts(sglang: SGLangConfig, environment: Mapping[str, str]) -> dict[str, Any]:
+    """The same of SGLang's interpreter, which runs nccl.py itself."""
+    facts: dict[str, Any] = {"torch": None, "nccl": None}
+    try:
+        done = subprocess.run([sglang.python, "-P", nccl.__file__], capture_output=True, text=True, timeout=PROBE_TIMEOUT_S, check=False)
+        facts |= json.loads(done.stdout)
+    except (OSError, ValueError, subprocess.TimeoutExpired):
+        pass  # that the interpreter is no good is said by check_sglang
+    return {**facts, "switches": nccl.server_switches(sglang, environment)}
+
+
+def compare(trainer: dict[str, Any], servers: dict[str, Any], python: str, where: str = "") -> list[Check]:
+    """Two checks: versions, switches. python: of the servers; where: the trainer is, if not here."""
+    versions = f"trainer{where} {_described(trainer)}, servers {_described(servers)}"
+    same = trainer["nccl"] is not None and trainer["nccl"] == servers["nccl"]
+    if not same:
+        torch = f"torch=={servers['torch']}" if servers["torch"] else "SGLang's torch"
+        versions += (
+            f": one communicator must have one NCCL. Install one torch on both sides. SGLang pins its own, so put {torch} into the "
+            f"trainer's environment (`pip install '.[cuda]'` asks for that of SGLang 0.5.23). The servers' interpreter is {python}"
+        )
+    different = [name for name, value in servers["switches"].items() if trainer["switches"].get(name) != value]
+    switches = ", ".join(f"{name}={value}" for name, value in servers["switches"].items())
+    if different:
+        switches = "; ".join(
+            f"{name} is {trainer['switches'].get(name)} at the trainer, {servers['switches'][name]} here" for name in different
+        )
+        switches += ": set them alike (in the job's environment, rollout.sglang.env and rollout.sglang.extra_args)"
+    return [Check("NCCL version", same, versions), Check("NCCL switches", not different, switches)]
+
+
+def _trainer_nccl(facts: dict[str, Any]) -> Check:
+    switches = ", ".join(f"{name}={value}" for name, value in facts["switches"].items())
+    return Check("NCCL of the trainer", facts["nccl"] is not None, f"{_described(facts)}, {switches}")
+
+
+def _described(facts: dict[str, Any]) -> str:
+    return f"NCCL {facts['nccl'] or '(none)'} (torch {facts['torch'] or 'unknown'})"

@@ -1,0 +1,90 @@
+"""Whether SGLang is there, in the environment that it has to itself: asked of that environment's own interpreter."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import os
+import subprocess
+from dataclasses import dataclass
+from urllib.parse import urlsplit
+
+from ais_megatron.cluster.ports import try_bind
+from ais_megatron.config.sglang import SGLangConfig
+
+PLUGIN_GROUP, PLUGIN = "sglang.srt.plugins", "ais_megatron"
+PROBE_TIMEOUT_S, CONNECT_TIMEOUT_S = 120.0, 10.0  # a first import from a network disk takes its time
+
+_PROBE = f"""
+import importlib, importlib.metadata as metadata, json
+importlib.import_module("sglang")
+plugins = [entry for entry in metadata.entry_points(group="{PLUGIN_GROUP}") if entry.name == "{PLUGIN}"]
+for entry in plugins:
+    entry.load()
+print(json.dumps(dict(version=metadata.version("sglang"), plugin=bool(plugins))))
+"""
+
+
+@dataclass(frozen=True)
+class Check:
+    """One thing that a run with rollout.engine=sglang needs; `note` says what was found, or what to do."""
+
+    name: str
+    ok: bool
+    note: str
+
+
+def check_sglang(sglang: SGLangConfig) -> list[Check]:
+    """Everything that can be known before a server is started or spoken to; never raises.
+
+    Named servers are only asked whether their port is open: whether they are the right ones a client sees.
+    """
+    if sglang.servers:
+        return [_reachable(url) for url in [*sglang.servers, *([sglang.router] if sglang.router else [])]]
+    return [*_environment(sglang.python), *(_free(sglang.host, sglang.port + index) for index in range(sglang.num_servers))]
+
+
+def _environment(python: str) -> list[Check]:
+    name = f"rollout.sglang.python={python}"
+    # Only what is installed counts: -P and no PYTHONPATH keep out the folder we happen to be in.
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    command = [python, "-P", "-c", _PROBE]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=PROBE_TIMEOUT_S, check=False, env=environment)
+    except OSError as error:
+        return [Check(name, False, f"cannot be run ({error.strerror}); name an interpreter that has SGLang (`make sglang-cpu` makes one)")]
+    except subprocess.TimeoutExpired:
+        return [Check(name, False, f"did not import sglang within {PROBE_TIMEOUT_S:g} s")]
+    if done.returncode:
+        last = (done.stderr.strip().splitlines() or ["no output"])[-1]
+        return [Check(name, False, f"cannot import sglang or our plugin: {last}")]
+    found = json.loads(done.stdout.strip().splitlines()[-1])
+    install = f"not installed beside SGLang: no key, and KV scales stay 1.0; run {python} -m pip install --no-deps ais_megatron"
+    return [
+        Check(name, True, f"SGLang {found['version']}"),
+        Check(f"plugin {PLUGIN}", found["plugin"], "KV scales and access key" if found["plugin"] else install),
+    ]
+
+
+def _free(host: str, port: int) -> Check:
+    try:
+        try_bind(host, port)
+    except OSError as error:
+        note = f"cannot be bound ({error.strerror}); stop what holds it, or change rollout.sglang.port"
+        return Check(f"{host}:{port}", False, note)
+    return Check(f"{host}:{port}", True, "free")
+
+
+def _reachable(url: str) -> Check:
+    """An HTTP answer of any status to GET /health counts."""
+    parts = urlsplit(url)
+    kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
+    connection = kind(parts.hostname or "", parts.port, timeout=CONNECT_TIMEOUT_S)
+    try:
+        connection.request("GET", "/health")
+        status = connection.getresponse().status
+    except (OSError, http.client.HTTPException) as error:
+        return Check(url, False, f"does not answer ({error}); start it with `ais-megatron serve`, or correct rollout.sglang.servers")
+    finally:
+        connection.close()
+    return Check(url, status == 200, "healthy" if status == 200 else f"/health answers {status}: it is starting, or not well")

@@ -1,0 +1,168 @@
+"""The runs of a comparison, one after the other, each an `ais-megatron train` of its own: one that fails ends none of the others.
+
+What a run folder holds says what is left to do. ``summary.json``: trained (then only the final evaluation may be missing);
+``metrics.jsonl`` without it: unfinished, and continued from its newest checkpoint, or from the start where there is none.
+``exit_status`` is how it ended last time; ``train.log`` is what it said.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from ais_megatron.cluster.exits import EXIT_REQUEUE, INTERRUPTED
+from ais_megatron.cluster.launcher import run_ranks
+from ais_megatron.comparison.config import Cell, Comparison, as_dotlist
+from ais_megatron.config import ConfigError, load_config
+from ais_megatron.runs.folder import CONFIG_FILE, METRICS_FILE, SUMMARY_FILE, write_text_atomic
+from ais_megatron.runs.metrics import Row, read_metrics
+from ais_megatron.runs.summary import format_duration
+
+LOG_FILE, STATUS_FILE, FINAL_EVAL_FILE = "train.log", "exit_status", "final_eval.json"
+# Where a run is made, not what it is: a cluster's jobs set these, and a later report need not.
+_NOT_COMPARED = (
+    "run.dir run.resume run.backend run.timeout_minutes run.watchdog_minutes parallel. model.path model.architecture. "
+    "tokenizer.path rollout.sglang. checkpoint. metrics. sft.cache_dir"
+).split()
+
+
+@dataclass(frozen=True)
+class Result:
+    """What is known of one run.
+
+    trained: it has a summary. status: how its process ended, empty where nobody has written that down. rows: of metrics.
+    final_accuracy: pass@1 on the held-out problems in the end, in [0, 1]; of the final evaluation where there is one.
+    """
+
+    cell: Cell
+    trained: bool
+    finished: bool
+    status: str
+    rows: list[Row]
+    summary: dict[str, Any]
+    final_accuracy: float | None
+
+    @property
+    def state(self) -> str:
+        """``finished``, ``crashed (status N)``, ``unfinished (N steps)`` or ``missing``."""
+        if self.finished:
+            return "finished"
+        if self.status not in ("", "0", str(EXIT_REQUEUE), str(INTERRUPTED)):
+            return f"crashed (status {self.status} after {len(self.rows)} steps)"
+        if self.trained:
+            return "without its final evaluation"
+        return f"unfinished ({len(self.rows)} of {self.cell.config.train.steps} steps)" if self.rows else "missing"
+
+
+def result_of(cell: Cell, comparison: Comparison) -> Result:
+    """What the run's folder says.
+
+    Raises:
+        ConfigError: the folder holds a run of another configuration.
+        ValueError: a damaged file.
+    """
+    _check_same_run(cell)
+    summary = _json(cell.folder / SUMMARY_FILE)
+    final = _json(cell.folder / FINAL_EVAL_FILE) if comparison.final_eval is not None else summary
+    accuracy = final.get("accuracy", final.get("final_accuracy"))
+    status = cell.folder / STATUS_FILE
+    return Result(
+        cell,
+        trained=bool(summary),
+        finished=bool(summary) and bool(final),
+        status=status.read_text(encoding="utf-8").strip() if status.exists() else "",
+        rows=read_metrics(cell.folder),
+        summary=summary,
+        final_accuracy=accuracy if summary else None,
+    )
+
+
+def _check_same_run(cell: Cell) -> None:
+    recorded = cell.folder / CONFIG_FILE
+    if not recorded.exists():
+        return
+    try:
+        then = _leaves(load_config(recorded).model_dump(mode="json"))
+    except ConfigError as error:
+        raise ConfigError(f"{recorded}: was written for another version ({error}); delete {cell.folder}, or choose another dir") from error
+    now = _leaves(cell.config.model_dump(mode="json"))
+    changed = [key for key in now if then.get(key) != now[key] and not any(f"{key}.".startswith(prefix) for prefix in _NOT_COMPARED)]
+    if changed:
+        key = changed[0]
+        raise ConfigError(
+            f"{cell.folder}: holds a run with {key}={then.get(key)}, the comparison now says {key}={now[key]}; delete the folder, or "
+            "choose another dir"
+        )
+
+
+def _leaves(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    leaves: dict[str, Any] = {}
+    for key, value in data.items():
+        leaves |= _leaves(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return leaves
+
+
+def _json(path: Path) -> dict[str, Any]:
+    if not path.exists():
+        return {}
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: not valid JSON ({error}); delete it") from error
+
+
+def run_cells(comparison: Comparison, path: Path, cells: Sequence[Cell], may_train: bool = True) -> int:
+    """Do what is left to do of `cells`, a line about each; returns 0, or `EXIT_REQUEUE` or `INTERRUPTED` if a signal ended one.
+
+    may_train: False: only the final evaluations of trained runs, such as those of a Slurm array.
+    """
+    for number, cell in enumerate(cells, start=1):
+        result, began = result_of(cell, comparison), time.monotonic()
+        todo = not result.finished and (result.trained or may_train)
+        if todo:
+            print(f"[{number}/{len(cells)}] {cell.name}: {'evaluating' if result.trained else 'training'}", flush=True)
+            status = _run(cell, comparison, path, result)
+            if status in (EXIT_REQUEUE, INTERRUPTED):
+                print(f"stopped in {cell.name}; the same command continues there", flush=True)
+                return status
+            result = result_of(cell, comparison)
+        took = f" in {format_duration(time.monotonic() - began)}" if todo else ", not run again" if result.finished else ""
+        accuracy = f", held-out pass@1 {result.final_accuracy:.1%}" if result.final_accuracy is not None else ""
+        print(f"[{number}/{len(cells)}] {cell.name}: {result.state}{took}{accuracy}", flush=True)
+        if todo and not result.finished:
+            print(f"    see {cell.folder / LOG_FILE}; it ends with: {last_line(cell)}", flush=True)
+    return 0
+
+
+def _run(cell: Cell, comparison: Comparison, path: Path, result: Result) -> int:
+    cell.folder.mkdir(parents=True, exist_ok=True)
+    (cell.folder / STATUS_FILE).unlink(missing_ok=True)
+    ranks, status = cell.config.parallel.local_world_size, 0
+    with (cell.folder / LOG_FILE).open("ab") as log:
+        if not result.trained:
+            resume = ["run.resume=true"] if (cell.folder / METRICS_FILE).exists() else []
+            status = _process(ranks, ["train", str(cell.base), *cell.overrides, *resume, "metrics.progress_bar=false"], log)
+        if status == 0 and comparison.final_eval is not None:
+            changes = as_dotlist(comparison.final_eval, path, "final_eval")
+            status = _process(ranks, ["eval", str(cell.folder), *changes, "--out", str(cell.folder / FINAL_EVAL_FILE)], log)
+    write_text_atomic(cell.folder / STATUS_FILE, f"{status}\n")
+    return status
+
+
+def _process(num_ranks: int, arguments: list[str], log: IO[bytes]) -> int:
+    log.write(f"\n$ ais-megatron {' '.join(arguments)}\n".encode())
+    log.flush()
+    return run_ranks(num_ranks, arguments, log)
+
+
+def last_line(cell: Cell) -> str:
+    """Of what the run said: for one that failed, usually why."""
+    logs = [log for log in (cell.folder / LOG_FILE, cell.folder / "logs" / "trainer-0.log") if log.exists()]  # the second: Slurm's
+    lines = [line for log in logs for line in log.read_text(encoding="utf-8", errors="replace").split("\n")]
+    lines = [line.strip() for line in lines if line.strip()]
+    errors = [line for line in lines if line.startswith("error:")]
+    return (errors or lines or ["(nothing)"])[-1]

@@ -1,0 +1,216 @@
+"""A scaling experiment as one table and one plot: what `slurm/scaling.sbatch` left below one folder.
+
+Every line of the experiment's ``grid.tsv`` is a task with its own run folder ``NN-SERIES-NAME``. Efficiency is the throughput per
+worker (GPU; on CPUs process) as a share of that of the series' smallest finished task:
+
+    efficiency = (tokens / second / worker) / (the same of the task with the fewest workers)
+
+With constant work (strong scaling) that is t_0 g_0 / (t g); with work that grows with the workers (weak) it is t_0 / t. Tokens,
+not steps, because responses differ in length from one run to the other. A task that failed or never ran has a row that says so.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from ais_megatron.cluster.layout import LAYOUT_FILE, read_layout
+from ais_megatron.runs.folder import SUMMARY_FILE, write_text_atomic
+from ais_megatron.runs.metrics import PHASES, read_metrics
+from ais_megatron.runs.plotting import BLUE, GREEN, ORANGE, PHASE_COLOURS, PURPLE, STYLE
+from ais_megatron.runs.summary import is_number
+
+GRID_FILE, TABLE_FILE, PLOT_FILE = "grid.tsv", "scaling.md", "scaling.png"
+COLUMNS = ("series", "name", "trainer_nodes", "rollout_nodes", "overrides")
+STATUS_FILE = "exit_status"  # written by the sbatch file when it ends
+SERIES_COLOURS = (BLUE, ORANGE, GREEN, PURPLE)
+
+
+@dataclass(frozen=True)
+class Task:
+    """One line of the grid and what came of it.
+
+    problem: why there is nothing to measure; None when the run finished.
+    workers: GPUs of ranks and servers (processes on CPUs). seconds: median of a step; tokens_per_second: all steps together.
+    phases: mean seconds per step. All without the first step, which warms up.
+    """
+
+    number: int
+    series: str
+    name: str
+    nodes: int
+    overrides: str
+    problem: str | None = None
+    workers: int = 0
+    seconds: float = 0.0
+    tokens_per_second: float = 0.0
+    phases: tuple[tuple[str, float], ...] = ()
+
+    @property
+    def folder(self) -> str:
+        return f"{self.number:02d}-{self.series}-{self.name}"
+
+
+def read_grid(path: Path) -> list[Task]:
+    """The tasks that a grid asks for, none of them measured.
+
+    Raises:
+        ValueError: the file is missing, or a line has not the columns it should have.
+    """
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file; give the folder that slurm/scaling.sbatch wrote (AIS_RUN_ROOT/scaling-ARRAYID)")
+    tasks = []
+    for number, line in enumerate((line for line in path.read_text(encoding="utf-8").splitlines() if not line.startswith("#")), start=1):
+        fields = [field.strip() for field in line.split("\t")]
+        if len(fields) < len(COLUMNS) - 1 or not (fields[2].isdigit() and fields[3].isdigit()):
+            raise ValueError(f"{path}: task {number}: expected {', '.join(COLUMNS)}, separated by tabs; got {line!r}")
+        series, name, trainer_nodes, rollout_nodes, *overrides = fields
+        tasks.append(Task(number, series, name, int(trainer_nodes) + int(rollout_nodes), " ".join(overrides)))
+    return tasks
+
+
+def measure(task: Task, parent: Path) -> Task:
+    """`task` with the figures of its run folder below `parent`, or with the reason why there are none."""
+    folder = parent / task.folder
+    if not folder.is_dir():
+        return _without(task, "missing: never started")
+    rows = read_metrics(folder)
+    status = _text(folder / STATUS_FILE)
+    if not (folder / SUMMARY_FILE).exists():
+        ended = f"ended with status {status}" if status else "has not ended"
+        return _without(task, f"failed: {ended} after {len(rows)} steps; see {folder / 'logs'}")
+    timed = [row for row in rows if is_number(row.get("time/step")) and is_number(row.get("num_response_tokens"))]
+    timed = timed[1:] or timed
+    if not timed or not (folder / LAYOUT_FILE).exists():
+        return _without(task, f"failed: no timed step in {folder}")
+    seconds = [row["time/step"] for row in timed]
+    return Task(
+        **{key: getattr(task, key) for key in ("number", "series", "name", "nodes", "overrides")},
+        workers=read_layout(folder / LAYOUT_FILE).num_workers,
+        seconds=statistics.median(seconds),
+        tokens_per_second=sum(row["num_response_tokens"] for row in timed) / sum(seconds),
+        phases=tuple((name, statistics.fmean(row.get(f"time/{name}") or 0.0 for row in timed)) for name in PHASES),
+    )
+
+
+def _without(task: Task, problem: str) -> Task:
+    return Task(task.number, task.series, task.name, task.nodes, task.overrides, problem)
+
+
+def _text(path: Path) -> str:
+    return path.read_text(encoding="utf-8").strip() if path.exists() else ""
+
+
+def efficiencies(tasks: Sequence[Task]) -> dict[int, float]:
+    """By task number, for tasks with figures: throughput per worker against the smallest such task of the same series."""
+    smallest: dict[str, Task] = {}
+    done = [task for task in tasks if task.problem is None]
+    for task in done:
+        if task.series not in smallest or task.workers < smallest[task.series].workers:
+            smallest[task.series] = task
+
+    def per_worker(task: Task) -> float:
+        return task.tokens_per_second / task.workers
+
+    return {task.number: per_worker(task) / per_worker(smallest[task.series]) for task in done}
+
+
+def write_scaling_report(parent: Path) -> str:
+    """Write ``scaling.md`` and ``scaling.png`` into `parent`; returns the table, and below it where they are.
+
+    Raises:
+        ValueError: `parent` is not the folder of a scaling experiment.
+    """
+    parent = Path(parent)
+    tasks = [measure(task, parent) for task in read_grid(parent / GRID_FILE)]
+    table = markdown_table(tasks)
+    missing = [task for task in tasks if task.problem is not None]
+    closing = [f"{len(tasks) - len(missing)} of {len(tasks)} tasks finished"]
+    closing += [f"{task.folder}: {task.problem}" for task in missing]
+    text = table + "\n\n" + "\n".join(f"- {line}" for line in closing) + "\n"
+    if len(missing) < len(tasks):
+        _save_plot(tasks, parent / PLOT_FILE)
+        text += f"\n![scaling]({PLOT_FILE})\n"
+    else:
+        (parent / PLOT_FILE).unlink(missing_ok=True)
+    write_text_atomic(parent / TABLE_FILE, "# Scaling\n\n" + text)
+    plot = f" and {parent / PLOT_FILE}" if len(missing) < len(tasks) else ""
+    return "\n".join([table, "", *closing, "", f"report: {parent / TABLE_FILE}{plot}"])
+
+
+def markdown_table(tasks: Sequence[Task]) -> str:
+    """One row per task, aligned so that it also reads in a terminal."""
+    efficiency = efficiencies(tasks)
+    header = ["task", "series", "name", "nodes", "workers", "s/step", "tokens/s", "tokens/s/worker", "efficiency", "largest phases"]
+    rows = []
+    for task in tasks:
+        start = [str(task.number), task.series, task.name, str(task.nodes)]
+        if task.problem is not None:
+            rows.append([*start, "-", "-", "-", "-", "-", task.problem.split(":")[0]])
+            continue
+        largest = sorted(task.phases, key=lambda phase: -phase[1])[:3]
+        rows.append(
+            [
+                *start,
+                str(task.workers),
+                f"{task.seconds:.3g}",
+                f"{task.tokens_per_second:,.0f}",
+                f"{task.tokens_per_second / task.workers:,.0f}",
+                f"{efficiency[task.number]:.0%}",
+                ", ".join(f"{name} {seconds / max(task.seconds, 1e-9):.0%}" for name, seconds in largest),
+            ]
+        )
+    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
+    lines = [header, ["-" * width for width in widths], *rows]
+    return "\n".join("| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) + " |" for line in lines)
+
+
+def _save_plot(tasks: Sequence[Task], path: Path) -> None:
+    import matplotlib
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    done = [task for task in tasks if task.problem is None]
+    efficiency = efficiencies(tasks)
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(13.0, 5.0 + 0.35 * max(0, len(done) - 8)), layout="constrained")
+        FigureCanvasAgg(figure)
+        throughput, share, bars = figure.subplots(1, 3, width_ratios=[1.0, 1.0, 1.5])
+        for series, colour in zip(dict.fromkeys(task.series for task in done), SERIES_COLOURS * len(done), strict=False):
+            points = sorted((t for t in done if t.series == series), key=lambda task: task.workers)
+            workers = [task.workers for task in points]
+            # Several layouts may share a size: points, and a line through the best of each.
+            best = {task.workers: max(t.tokens_per_second for t in points if t.workers == task.workers) for task in points}
+            throughput.plot(workers, [t.tokens_per_second for t in points], "o", color=colour)
+            throughput.plot(list(best), list(best.values()), color=colour, label=series)
+            share.plot(workers, [100.0 * efficiency[t.number] for t in points], "o", color=colour, label=series)
+            ideal = points[0].tokens_per_second / workers[0]
+            throughput.plot(workers, [ideal * n for n in workers], linestyle="--", linewidth=1.0, color=colour)
+        for axes, title, label in (
+            (throughput, "Throughput (dashed: ideal)", "response tokens per second"),
+            (share, "Efficiency", "tokens/s per worker against the smallest [%]"),
+        ):
+            axes.set_title(title)
+            axes.set_ylabel(label)
+            axes.set_xlabel("workers (GPUs; on CPUs processes)")
+            axes.set_xscale("log", base=2)
+            axes.set_xticks(sorted({t.workers for t in done}), [str(n) for n in sorted({t.workers for t in done})], minor=False)
+            axes.set_ylim(bottom=0.0)
+            axes.legend(loc="best")
+        _draw_phases(bars, done)
+        figure.savefig(path)
+
+
+def _draw_phases(axes, done: Sequence[Task]) -> None:  # noqa: ANN001 matplotlib's Axes
+    left = [0.0] * len(done)
+    for index, (name, colour) in enumerate(zip(PHASES, PHASE_COLOURS, strict=True)):
+        seconds = [task.phases[index][1] for task in done]
+        if any(seconds):
+            axes.barh([task.folder for task in done], seconds, left=left, color=colour, label=name)
+            left = [before + more for before, more in zip(left, seconds, strict=True)]
+    axes.invert_yaxis()
+    axes.set_title("Where the time goes")
+    axes.set_xlabel("wall time [s per step]")
+    axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5))

@@ -1,0 +1,194 @@
+"""Combinations of settings that contradict each other, each found before a process is started.
+
+Every function looks at the sections it names and returns lines. A line names the keys, their values and what to change.
+"""
+
+from __future__ import annotations
+
+from ais_megatron.config.architecture import Architecture
+from ais_megatron.config.rollout import RolloutConfig
+from ais_megatron.config.settings import (
+    CalibrationConfig,
+    ModelConfig,
+    MoEConfig,
+    ParallelConfig,
+    RunConfig,
+    SFTConfig,
+    TokenizerConfig,
+    TrainConfig,
+)
+from ais_megatron.config.sglang import FP8_BLOCK, graph_problems, ragged_shards
+from ais_megatron.config.task import BUILTIN_TASKS, TaskConfig
+
+SGLANG_QUANTIZATIONS = ("none", "fp8_e4m3")
+
+
+def layout_problems(parallel: ParallelConfig, model: ModelConfig) -> list[str]:
+    """Ways to spread the model over ranks that Megatron cannot take, or would take and compute wrong numbers."""
+    arch, problems = model.architecture, []
+    if parallel.sequence_parallel and parallel.tp == 1:
+        problems.append(
+            "parallel.sequence_parallel=true: there is nothing to shard with parallel.tp=1; set it to false or raise parallel.tp"
+        )
+    if parallel.cp > 1:  # Megatron would run, and every rank would attend to whole rows as if they were its slice: wrong numbers
+        problems.append(
+            f"parallel.cp={parallel.cp}: context parallelism does not work yet, because rows are not cut into slices; set parallel.cp=1 "
+            "(for long rows raise parallel.tp with parallel.sequence_parallel=true, or parallel.pp)"
+        )
+    if arch is None:
+        return problems
+    problems += _expert_problems(parallel, arch, model.recompute)
+    for key, heads in (("num_attention_heads", arch.num_attention_heads), ("num_key_value_heads", arch.num_key_value_heads)):
+        if heads % parallel.tp:
+            allowed = [n for n in range(1, heads + 1) if arch.num_attention_heads % n == 0 and arch.num_key_value_heads % n == 0]
+            problems.append(f"parallel.tp={parallel.tp}: does not divide model.architecture.{key}={heads}; use one of {allowed}")
+    if arch.num_hidden_layers % parallel.pp:
+        allowed = [n for n in range(1, arch.num_hidden_layers + 1) if arch.num_hidden_layers % n == 0]
+        layers = f"model.architecture.num_hidden_layers={arch.num_hidden_layers}"
+        problems.append(f"parallel.pp={parallel.pp}: does not divide {layers}; use one of {allowed}")
+    for key, size in (("hidden_size", arch.hidden_size), ("intermediate_size", 0 if arch.is_moe else arch.intermediate_size)):
+        if size % parallel.tp:
+            problems.append(f"parallel.tp={parallel.tp}: does not divide model.architecture.{key}={size}")
+    return problems
+
+
+def replay_problems(moe: MoEConfig, rollout: RolloutConfig, arch: Architecture | None) -> list[str]:
+    """Routing replay without routes."""
+    if not moe.routing_replay:
+        return []
+    if arch is not None and not arch.is_moe:
+        return [f"moe.routing_replay=true: there is no routing with model.architecture.model_type={arch.model_type}"]
+    if not rollout.return_routed_experts:
+        return ["moe.routing_replay=true: the engine must tell its routing; set rollout.return_routed_experts=true too"]
+    return []
+
+
+def recording_problems(rollout: RolloutConfig) -> list[str]:
+    """Recordings that are replayed without a folder, or written over themselves."""
+    problems = []
+    if rollout.engine_traits.replays and rollout.replay_dir is None:
+        problems.append("rollout.engine=replay: set rollout.replay_dir to the rollout.save_dir of the run to replay")
+    if not rollout.engine_traits.replays and rollout.replay_dir is not None:
+        problems.append(
+            f"rollout.replay_dir={rollout.replay_dir}: without effect on rollout.engine={rollout.engine}; set rollout.engine=replay"
+        )
+    if rollout.replay_dir is not None and rollout.replay_dir == rollout.save_dir:
+        problems.append(f"rollout.save_dir={rollout.save_dir}: is what is being replayed (rollout.replay_dir); choose another folder")
+    return problems
+
+
+def engine_problems(rollout: RolloutConfig, run: RunConfig, calibration: CalibrationConfig, arch: Architecture | None) -> list[str]:
+    """What an SGLang server could not load."""
+    if not rollout.engine_traits.has_servers:
+        return []
+    if rollout.quantization not in SGLANG_QUANTIZATIONS:
+        return [
+            f"rollout.quantization={rollout.quantization}: only the embedded engine emulates it; with rollout.engine=sglang use one of "
+            f"{', '.join(SGLANG_QUANTIZATIONS)}, or set rollout.engine=local"
+        ]
+    if arch is None:
+        return []
+    sglang, problems = rollout.sglang, graph_problems(rollout.sglang, rollout.kv_cache_is_fp8)
+    if sglang.startup_timeout_s >= run.timeout_minutes * 60:
+        problems.append(
+            f"rollout.sglang.startup_timeout_s={sglang.startup_timeout_s:g}: the other ranks wait for the first one, which waits for the "
+            f"servers, only run.timeout_minutes={run.timeout_minutes:g}; lower the one or raise the other"
+        )
+    if arch.num_attention_heads % sglang.tp:
+        problems.append(f"rollout.sglang.tp={sglang.tp}: does not divide model.architecture.num_attention_heads={arch.num_attention_heads}")
+    if arch.is_moe and arch.num_experts % sglang.ep:
+        problems.append(f"rollout.sglang.ep={sglang.ep}: does not divide model.architecture.num_experts={arch.num_experts}")
+    if not arch.is_moe and sglang.ep > 1:
+        problems.append(f"rollout.sglang.ep={sglang.ep}: a dense model has no experts to spread; set rollout.sglang.ep=1")
+    if rollout.quantization != "none" and (ragged := _ragged_shards(arch, sglang.tp, sglang.ep)):
+        works = [n for n in range(1, arch.num_attention_heads + 1) if arch.num_attention_heads % n == 0]
+        works = [n for n in works if n >= sglang.ep and not _ragged_shards(arch, n, sglang.ep)]
+        remedy = f"use one of {works}" if works else "no value works for this architecture: make its sizes multiples of 128"
+        problems.append(
+            f"rollout.sglang.tp={sglang.tp}: block-FP8 weights are cut at multiples of {FP8_BLOCK}, but {ragged[0]}; {remedy}, "
+            "or set rollout.quantization=none"
+        )
+    if sglang.pause == "in_place" and rollout.kv_cache_is_fp8 and calibration.mode != "off":
+        problems.append(
+            "rollout.sglang.pause=in_place: would keep a KV cache that was quantised with the previous step's scales; use retract, "
+            "or rollout.kv_cache=bf16"
+        )
+    return problems
+
+
+def _ragged_shards(arch: Architecture, tp: int, ep: int) -> list[str]:
+    mlp, expert_mlp = (0, arch.moe_intermediate_size) if arch.is_moe else (arch.intermediate_size, 0)
+    return ragged_shards(tp, max(tp // ep, 1), arch.num_attention_heads, arch.num_key_value_heads, arch.head_dim, mlp, expert_mlp)
+
+
+def _expert_problems(parallel: ParallelConfig, arch: Architecture, recompute: str) -> list[str]:
+    """What expert parallelism asks for; Megatron would fail on each of these later and less clearly."""
+    if not arch.is_moe:
+        return [
+            f"parallel.{key}={size}: a dense model has no experts to spread; set parallel.{key}=1"
+            for key, size in (("ep", parallel.ep), ("etp", parallel.etp))
+            if size > 1
+        ]
+    problems = []
+    if recompute == "full" and parallel.pp > 1:
+        problems.append(f"model.recompute=full with parallel.pp={parallel.pp}: not supported for MoE models; set one of them to none or 1")
+    if parallel.tp > 1 and not parallel.sequence_parallel:
+        problems.append(f"parallel.tp={parallel.tp}: a MoE model needs parallel.sequence_parallel=true with it")
+    if arch.num_experts % parallel.ep:
+        problems.append(f"parallel.ep={parallel.ep}: does not divide model.architecture.num_experts={arch.num_experts}")
+    if arch.moe_intermediate_size % parallel.etp:
+        problems.append(
+            f"parallel.etp={parallel.etp}: does not divide model.architecture.moe_intermediate_size={arch.moe_intermediate_size}"
+        )
+    replicas = parallel.tp * parallel.cp * (parallel.dp or 1)
+    if parallel.dp and replicas % (parallel.ep * parallel.etp):
+        problems.append(
+            f"parallel.ep={parallel.ep} * parallel.etp={parallel.etp}: does not divide parallel.tp * parallel.cp * parallel.dp={replicas}, "
+            "the ranks of one pipeline stage over which experts are spread"
+        )
+    return problems
+
+
+def batch_problems(rollout: RolloutConfig, train: TrainConfig, sft: SFTConfig, dp: int, arch: Architecture | None) -> list[str]:
+    """Batches that cannot be divided, and rows that do not fit into the context."""
+    problems = []
+    if rollout.prompts_per_step % dp:
+        problems.append(f"rollout.prompts_per_step={rollout.prompts_per_step}: must be a multiple of parallel.dp={dp}")
+    if sft.steps and sft.batch_size % dp:
+        problems.append(f"sft.batch_size={sft.batch_size}: must be a multiple of parallel.dp={dp}")
+    responses = rollout.prompts_per_step * rollout.group_size // dp
+    if responses % train.updates_per_batch:
+        problems.append(
+            f"train.updates_per_batch={train.updates_per_batch}: does not divide the {responses} responses of one data-parallel rank "
+            f"(rollout.prompts_per_step * rollout.group_size / parallel.dp)"
+        )
+    for key, optimizer, steps in (
+        ("train", train.optimizer, train.steps * train.updates_per_batch),
+        ("sft", sft.optimizer, sft.steps),
+    ):
+        if steps and optimizer.warmup_steps > steps:
+            problems.append(f"{key}.optimizer.warmup_steps={optimizer.warmup_steps}: longer than the {steps} updates of {key}.steps")
+    if arch is not None and rollout.max_response_tokens >= arch.max_position_embeddings:
+        problems.append(
+            f"rollout.max_response_tokens={rollout.max_response_tokens}: leaves no room for a prompt within "
+            f"model.architecture.max_position_embeddings={arch.max_position_embeddings}"
+        )
+    if rollout.return_routed_experts and arch is not None and not arch.is_moe:
+        problems.append(
+            f"rollout.return_routed_experts=true: model.architecture.model_type={arch.model_type} has no experts; "
+            "set rollout.return_routed_experts=false"
+        )
+    return problems
+
+
+def source_problems(model: ModelConfig, tokenizer: TokenizerConfig, task: TaskConfig) -> list[str]:
+    """A model, a tokenizer or a task whose files are not named."""
+    problems = []
+    if model.architecture is None:
+        problems.append("model: set model.path to a Hugging Face checkpoint folder, or describe model.architecture")
+    if tokenizer.kind == "hf" and tokenizer.path is None and model.path is None:
+        problems.append("tokenizer.kind=hf: set tokenizer.path (or model.path, whose tokenizer is then used)")
+    builtin = BUILTIN_TASKS.get(task.name)
+    if builtin is not None and builtin.needs_file and task.test_path is None:
+        problems.append(f"task.name={task.name}: its questions are not generated; set task.test_path (and task.train_path) to its files")
+    return problems

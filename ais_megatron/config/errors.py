@@ -1,0 +1,62 @@
+"""How a wrong configuration is reported: one line for each key, with the value received, what is allowed and what to change."""
+
+from __future__ import annotations
+
+import difflib
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+
+from ais_megatron.config.section import Section
+
+
+class ConfigError(ValueError):
+    """The configuration cannot be used; the message says which keys, and what to write instead."""
+
+
+def known_keys(section: type[BaseModel], prefix: str = "") -> list[str]:
+    keys = []
+    for name, field in section.model_fields.items():
+        nested = next((t for t in _types_in(field.annotation) if isinstance(t, type) and issubclass(t, Section)), None)
+        keys += [prefix + name] + (known_keys(nested, prefix + name + ".") if nested else [])
+    return keys
+
+
+def _types_in(annotation: Any) -> list[Any]:
+    return [annotation, *getattr(annotation, "__args__", ())]
+
+
+def explain(error: ValidationError, schema: type[BaseModel]) -> str:
+    """pydantic's findings about a `schema` as lines of `key: what is wrong, what is allowed`."""
+    lines = []
+    for item in error.errors():
+        key = ".".join(str(part) for part in item["loc"] if not _is_union_member(part))
+        if item["type"] == "extra_forbidden":
+            nearest = _nearest_key(key, schema)
+            lines.append(f"{key}: unknown key" + (f"; did you mean {nearest}?" if nearest else ""))
+        elif item["type"] == "value_error":
+            message = str(item["ctx"]["error"])
+            names_itself = not key or message.startswith((f"{key}=", f"{key}."))
+            lines.append(message if names_itself else f"{key}: {message}")
+        elif item["type"] == "missing":
+            lines.append(f"{key}: missing; set it")
+        else:
+            lines.append(f"{key}={item['input']!r}: {item['msg'][0].lower()}{item['msg'][1:]}")
+    return "\n".join(lines)
+
+
+def _is_union_member(part: str | int) -> bool:
+    """Whether pydantic put this into a location to say which type of ``float | Literal["auto"]`` did not match; it is no key."""
+    return part == "float" or str(part).startswith("literal[")
+
+
+def _nearest_key(key: str, schema: type[BaseModel]) -> str | None:
+    known = known_keys(schema)
+    section, _, name = key.rpartition(".")
+    siblings = {k.rpartition(".")[2]: k for k in known if k.rpartition(".")[0] == section}
+    close = difflib.get_close_matches(name, siblings, n=1, cutoff=0.5)
+    if close:
+        return siblings[close[0]]
+    same_name = [k for k in known if k.rpartition(".")[2] == name]
+    close = same_name or difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+    return close[0] if close else None

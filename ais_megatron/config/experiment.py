@@ -1,0 +1,83 @@
+"""The whole configuration: one frozen `Config` of sections, whose combinations are checked when it is made."""
+
+from __future__ import annotations
+
+from pydantic import Field, model_validator
+
+from ais_megatron.config import checks
+from ais_megatron.config.algorithm import (
+    AISConfig,
+    CorrectionName,
+    CorrectionOptions,
+    Level,
+    ObjectiveConfig,
+    algorithm_problems,
+    weight_level,
+)
+from ais_megatron.config.architecture import Architecture
+from ais_megatron.config.rollout import RolloutConfig
+from ais_megatron.config.section import Section
+from ais_megatron.config.settings import (
+    CalibrationConfig,
+    CheckpointConfig,
+    EvalConfig,
+    MetricsConfig,
+    ModelConfig,
+    MoEConfig,
+    ParallelConfig,
+    RunConfig,
+    SFTConfig,
+    TokenizerConfig,
+    TrainConfig,
+)
+from ais_megatron.config.task import TaskConfig
+
+
+class Config(Section):
+    run: RunConfig = RunConfig()
+    parallel: ParallelConfig = ParallelConfig()
+    model: ModelConfig = ModelConfig()
+    tokenizer: TokenizerConfig = TokenizerConfig()
+    task: TaskConfig = TaskConfig()
+    rollout: RolloutConfig = RolloutConfig()
+    correction: CorrectionName = Field(
+        "ais", description="what is done about the mismatch of rollouts and trainer; none: nothing; ais: as much as each batch needs"
+    )
+    correction_options: CorrectionOptions = CorrectionOptions()
+    ais: AISConfig = AISConfig()
+    objective: ObjectiveConfig = ObjectiveConfig()
+    moe: MoEConfig = MoEConfig()
+    train: TrainConfig = TrainConfig()
+    sft: SFTConfig = SFTConfig()
+    calibration: CalibrationConfig = CalibrationConfig()
+    eval: EvalConfig = EvalConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    metrics: MetricsConfig = MetricsConfig()
+
+    @model_validator(mode="after")
+    def _combinations(self) -> Config:
+        arch = self.model.architecture
+        problems = [
+            *checks.layout_problems(self.parallel, self.model),
+            *checks.batch_problems(self.rollout, self.train, self.sft, self.parallel.dp or 1, arch),
+            *algorithm_problems(
+                self.correction, self.ais, self.correction_options, self.objective, self.train.updates_per_batch, self.rollout.group_size
+            ),
+            *checks.source_problems(self.model, self.tokenizer, self.task),
+            *checks.replay_problems(self.moe, self.rollout, arch),
+            *checks.engine_problems(self.rollout, self.run, self.calibration, arch),
+            *checks.recording_problems(self.rollout),
+        ]
+        if problems:
+            raise ValueError("\n".join(problems))
+        return self
+
+    @property
+    def weight_level(self) -> Level:
+        """What one importance weight stands for: a token, or a response by its product or its geometric mean."""
+        return weight_level(self.correction, self.ais, self.correction_options, self.objective)
+
+    @property
+    def architecture(self) -> Architecture:
+        assert self.model.architecture is not None  # source_problems refuses a config without one
+        return self.model.architecture

@@ -1,0 +1,72 @@
+"""From files to a `Config` and back: one YAML file plus ``key=value`` overrides.
+
+OmegaConf merges the file and the overrides. pydantic checks names, types and every combination that can be judged without
+starting a process. Whatever is wrong is reported in one `ConfigError`. Nothing here imports torch, so a typo costs
+milliseconds, not a cluster.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import ValidationError
+
+from ais_megatron.config.errors import ConfigError, explain
+from ais_megatron.config.experiment import Config
+from ais_megatron.config.hf_config import read_architecture
+
+
+def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Config:
+    """Read a YAML file, apply ``key=value`` overrides in order, and check everything.
+
+    Raises:
+        ConfigError: unreadable file, unknown key (with the nearest known one), wrong type, impossible combination.
+    """
+    return build_config(read_yaml(path, overrides))
+
+
+def read_yaml(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> dict[str, Any]:
+    """A YAML file with ``key=value`` overrides applied in order, unchecked.
+
+    Raises:
+        ConfigError: a file that cannot be read or is not a mapping, or an override that is not ``key=value``.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ConfigError(f"config file {path} does not exist")
+    bad = [item for item in overrides if "=" not in item or item.startswith("=")]
+    if bad:
+        raise ConfigError(f"override {bad[0]!r}: write key=value, for example train.steps=10")
+    try:
+        loaded = OmegaConf.load(path)
+        if not isinstance(loaded, DictConfig):
+            raise ConfigError(f"{path}: expected a mapping of sections, got {type(loaded).__name__}")
+        merged = OmegaConf.merge(loaded, OmegaConf.from_dotlist(list(overrides)))
+        return OmegaConf.to_container(merged, resolve=True)
+    except ConfigError:
+        raise
+    except (OmegaConfBaseException, OSError, ValueError, AttributeError, TypeError) as error:
+        raise ConfigError(f"{path}: {error}") from error
+    except Exception as error:  # PyYAML's errors share no public base class with OmegaConf's
+        if type(error).__module__.startswith("yaml"):
+            raise ConfigError(f"{path}: not valid YAML: {error}") from error
+        raise
+
+
+def build_config(data: dict[str, Any]) -> Config:
+    """Check a nested mapping and freeze it; see `load_config`. A given ``model.path`` supplies ``model.architecture``."""
+    model = data.get("model")
+    if isinstance(model, dict) and model.get("path"):
+        data = {**data, "model": {**model, "architecture": read_architecture(model["path"]).model_dump()}}
+    try:
+        return Config(**data)
+    except ValidationError as error:
+        raise ConfigError(explain(error, Config)) from error
+
+
+def dump_config(config: Config) -> str:
+    """The resolved configuration as YAML; `load_config` of it gives an equal `Config`."""
+    return OmegaConf.to_yaml(OmegaConf.create(config.model_dump(mode="json")))

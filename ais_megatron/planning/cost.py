@@ -1,0 +1,305 @@
+"""What a GRPO step costs, in seconds and bytes, from the configuration and stated assumptions: the rest of `ais-megatron plan`.
+
+    decode step  max(bytes of weights and KV cache read / (bandwidth x efficiency), FLOPs / peak) + latency of each layer
+    passes       FLOPs / (GPUs x peak x MFU) x (1 + pipeline bubble) + what tensor and expert parallelism send, not overlapped
+    gradients    reduce-scatter in FP32 and all-gather of the weights over DP, not overlapped (DDP here overlaps nothing)
+    sync         gathered inside the trainer, quantised, sent to the servers; one after the other
+
+FLOPs per token: 2 per active parameter forward, 4 backward, 2 more where layers are recomputed, and causal attention. These are
+estimates to choose a layout by; every constant is an option of the command. Memory is `planning.memory`'s. No torch here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import ceil, inf, isfinite
+
+from ais_megatron.config import Architecture, Config, ConfigError
+from ais_megatron.planning.memory import (
+    dtype_bytes,
+    engine_bytes,
+    kv_bytes_per_token,
+    layer_counts,
+    microbatching,
+    pushed_bytes,
+    quantized_counts,
+    rank_counts,
+    total_parameters,
+)
+
+GIB = 2**30
+SERVER_MEM_FRACTION = 0.88  # where rollout.sglang.mem_fraction is empty; SGLang's own choice depends on the card
+PCIE_GB_S, DISK_GB_S = 25.0, 2.0  # what rollout.sglang.transport = tensor and disk move
+
+
+@dataclass(frozen=True)
+class Card:
+    """Dense BF16 and FP8 peaks in TFLOP/s, memory in GiB, its bandwidth in GB/s; from the vendor's data sheets."""
+
+    name: str
+    memory_gib: float
+    bf16_tflops: float
+    fp8_tflops: float
+    memory_gb_s: float
+
+
+CARDS = {
+    "h100": Card("H100 SXM 80 GB", 80.0, 989.0, 1979.0, 3350.0),
+    "h200": Card("H200 SXM 141 GB", 139.0, 989.0, 1979.0, 4800.0),
+}
+
+
+# What each assumption may be, (least, most). Those in POSITIVE must exceed their 0. Nothing may be nan or inf.
+LIMITS = {
+    "gpu_memory_gib": (0.0, inf),
+    "peak_tflops": (0.0, inf),
+    "memory_gb_s": (0.0, inf),
+    "nvlink_gb_s": (0.0, inf),
+    "network_gb_s": (0.0, inf),
+    "gpus_per_node": (1, inf),
+    "mfu": (0.0, 1.0),
+    "decode_efficiency": (0.0, 1.0),
+    "latency_us": (0.0, inf),
+    "prompt_tokens": (1, inf),
+    "response_tokens": (1, inf),
+    "rollout_gpus": (1, inf),
+    "reserve_gib": (0.0, inf),
+    "workspace_gib": (0.0, inf),
+    "fragmentation": (0.0, 1.0),
+    "margin": (0.0, 1.0),
+    "expert_load": (1.0, inf),
+}
+POSITIVE = {"gpu_memory_gib", "peak_tflops", "memory_gb_s", "nvlink_gb_s", "network_gb_s", "mfu", "decode_efficiency"}
+
+
+@dataclass(frozen=True)
+class Assumptions:
+    """What the configuration does not say.
+
+    gpu_memory_gib, peak_tflops, memory_gb_s: None for the card's. response_tokens: None for `rollout.max_response_tokens`.
+    rollout_gpus: None for the servers that the configuration names. latency_us: of a layer of a decode step, kernels and TP.
+    reserve_gib: outside of torch's allocator, CUDA's context, kernels and NCCL's buffers. workspace_gib: of cuBLAS, cuDNN and
+    Transformer Engine. fragmentation: share of what tensors take that the allocator loses between blocks. margin: a layout fits
+    only if its peak and this share of it do. expert_load: tokens of the busiest rank's experts over the mean.
+
+    Raises:
+        ConfigError: a number outside of its `LIMITS`, named as the option of `ais-megatron plan`; all of them in one message.
+    """
+
+    card: Card = CARDS["h100"]
+    gpu_memory_gib: float | None = None
+    peak_tflops: float | None = None
+    memory_gb_s: float | None = None
+    nvlink_gb_s: float = 400.0
+    network_gb_s: float = 45.0
+    gpus_per_node: int = 8
+    mfu: float = 0.4
+    decode_efficiency: float = 0.6
+    latency_us: float = 20.0
+    prompt_tokens: int = 256
+    response_tokens: int | None = None
+    rollout_gpus: int | None = None
+    reserve_gib: float = 3.0
+    workspace_gib: float = 1.0
+    fragmentation: float = 0.05
+    margin: float = 0.15
+    expert_load: float = 1.25
+
+    def __post_init__(self) -> None:
+        problems = [problem for name in LIMITS if (problem := _limit_problem(name, getattr(self, name)))]
+        if not problems and self.reserve_gib >= self.memory:
+            problems = [
+                f"--reserve-gib {self.reserve_gib:g}: leaves nothing of --gpu-memory-gib {self.memory:g}; allowed: less than that. Lower "
+                "the reserve, or raise the memory"
+            ]
+        if problems:
+            raise ConfigError("\n".join(problems))
+
+    @property
+    def memory(self) -> float:
+        """GiB of one GPU."""
+        return self.card.memory_gib if self.gpu_memory_gib is None else self.gpu_memory_gib
+
+    @property
+    def flops(self) -> float:
+        return (self.peak_tflops or self.card.bf16_tflops) * 1e12
+
+    @property
+    def bandwidth(self) -> float:
+        return (self.memory_gb_s or self.card.memory_gb_s) * 1e9
+
+    def link(self, ranks: int) -> float:
+        """Bytes per second of one GPU inside a group of so many neighbouring ranks."""
+        return (self.nvlink_gb_s if ranks <= self.gpus_per_node else self.network_gb_s) * 1e9
+
+
+def _limit_problem(name: str, value: float | None) -> str | None:
+    """What is wrong with an assumption, None if nothing is. (None as a value is an option left out.)"""
+    least, most = LIMITS[name]
+    if value is None or (isfinite(value) and least <= value <= most and not (name in POSITIVE and value == 0.0)):
+        return None
+    allowed = f"more than {least:g}" if name in POSITIVE else f"{least:g} or more"
+    if most < inf:
+        allowed += f", at most {most:g} (a share of 1, not percent)"
+    return f"--{name.replace('_', '-')} {value:g}: not possible; allowed: {allowed}. Give such a number, or leave the option out"
+
+
+@dataclass(frozen=True)
+class Servers:
+    """The rollout engine: `gpus` GPUs in engines of `tp`. weights: bytes on one GPU; kv_tokens: tokens of KV cache on one engine."""
+
+    gpus: int
+    tp: int
+    weights: int
+    kv_per_token: int
+    kv_tokens: int
+    concurrency: int
+
+    @property
+    def engines(self) -> int:
+        return self.gpus // self.tp
+
+
+@dataclass(frozen=True)
+class SyncBytes:
+    """Of one weight sync. gathered: received by each trainer rank over TP and EP; broadcast: over PP, from other stages; pushed: once, by
+    every GPU that serves; buckets: about how many."""
+
+    gathered: int
+    broadcast: int
+    pushed: int
+    buckets: int
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """Seconds. trainer: all phases between the responses and the sync. total: with `rollout.ahead=1` generation and the trainer's
+    phases overlap, and the slower of them counts; without, they add up."""
+
+    generate: float
+    logprobs: float
+    train: float
+    gradients: float
+    optimizer: float
+    sync: float
+    trainer: float
+    total: float
+    tokens_per_second: float
+
+
+def row_tokens(config: Config, assumed: Assumptions) -> tuple[int, int]:
+    """(prompt, response) tokens of a typical row."""
+    return assumed.prompt_tokens, assumed.response_tokens or config.rollout.max_response_tokens
+
+
+def active_parameters(a: Architecture) -> int:
+    """Parameters that multiply one token: of the experts the chosen ones, and the head but not the embedding."""
+    dense, expert = layer_counts(a)
+    if a.is_moe:
+        expert = expert // a.num_experts * a.num_experts_per_tok
+    return a.num_hidden_layers * (dense + expert) + a.vocab_size * a.hidden_size
+
+
+def forward_flops(a: Architecture, rows: int, length: int) -> float:
+    """Of `rows` sequences of `length` tokens; attention sees half of the square."""
+    attention = 2 * a.num_hidden_layers * a.num_attention_heads * a.head_dim * length
+    return rows * length * (2.0 * active_parameters(a) + attention)
+
+
+def servers_of(config: Config, assumed: Assumptions) -> Servers:
+    """Where responses come from. With the local engine: the trainer's own ranks, each with all weights."""
+    rollout, parallel = config.rollout, config.parallel
+    row = sum(row_tokens(config, assumed))
+    if rollout.engine_traits.is_embedded:
+        gpus, tp, pool = parallel.model_parallel_size * (parallel.dp or 1), 1, rollout.max_batch * row
+        kv, limit = kv_bytes_per_token(config), rollout.max_batch
+    else:
+        sglang = rollout.sglang
+        gpus, tp = assumed.rollout_gpus or sglang.tp * (len(sglang.servers) or sglang.num_servers), sglang.tp
+        kv, limit = kv_bytes_per_token(config), sglang.max_running or sglang.max_concurrency
+        fraction = SERVER_MEM_FRACTION if sglang.mem_fraction is None else sglang.mem_fraction
+        pool = int(max(0.0, assumed.memory * GIB * fraction - engine_bytes(config, tp)) // kv)
+    rows = rollout.prompts_per_step * rollout.group_size
+    concurrency = max(1, min(limit, pool // row, ceil(rows / max(1, gpus // tp))))
+    return Servers(gpus, tp, engine_bytes(config, tp), kv, pool, concurrency)
+
+
+def generate_seconds(config: Config, assumed: Assumptions, servers: Servers) -> float:
+    """Prefill of every prompt once per group, then waves of decode steps, all responses as long as the typical one."""
+    a, rollout = config.architecture, config.rollout
+    prompt, response = row_tokens(config, assumed)
+    prefill = forward_flops(a, rollout.prompts_per_step, prompt) / (servers.gpus * assumed.flops * assumed.mfu)
+    quantized, _ = quantized_counts(a)
+    is_local, fp8 = rollout.engine_traits.is_embedded, rollout.quantization != "none"
+    width = (4 if is_local else 1) if fp8 else dtype_bytes(config)  # the local engine multiplies dequantised FP32 copies
+    touched = 1.0
+    if a.is_moe:
+        touched = 1.0 - (1.0 - a.num_experts_per_tok / a.num_experts) ** servers.concurrency
+    experts = layer_counts(a)[1] * a.num_hidden_layers
+    weights = width * (quantized - experts * (1.0 - touched)) + dtype_bytes(config) * (total_parameters(a) - quantized)
+    cache = servers.concurrency * (prompt + response / 2) * servers.kv_per_token
+    speed = assumed.bandwidth * assumed.decode_efficiency
+    flops = servers.concurrency * 2.0 * active_parameters(a) / servers.tp
+    step = max(weights / servers.tp / speed + cache / speed, flops / (assumed.flops * assumed.mfu))
+    step += a.num_hidden_layers * assumed.latency_us * 1e-6
+    waves = ceil(rollout.prompts_per_step * rollout.group_size / (servers.engines * servers.concurrency))
+    return prefill + waves * response * step
+
+
+def pass_seconds(config: Config, assumed: Assumptions, flops_share: float, sends: int) -> float:
+    """One pass over the whole batch. flops_share: of a forward pass's FLOPs; sends: collectives of a layer, in forward passes."""
+    a, parallel = config.architecture, config.parallel
+    split = microbatching(config, sum(row_tokens(config, assumed)), config.run.backend != "cpu")
+    bubble = 1.0 + (parallel.pp - 1) / split.count
+    rows = split.computed * config.train.updates_per_batch  # of one data-parallel rank, idle ones included
+    compute = flops_share * forward_flops(a, rows, split.width) / (parallel.model_parallel_size * assumed.flops * assumed.mfu)
+    layer_bytes = rows * split.width / parallel.cp * a.hidden_size * dtype_bytes(config) * a.num_hidden_layers / parallel.pp
+    sent = 0.0
+    if parallel.tp > 1:
+        sent += 2 * 2 * (parallel.tp - 1) / parallel.tp * layer_bytes / assumed.link(parallel.tp)  # two all-reduces
+    spread = parallel.ep * parallel.etp
+    if spread > 1:
+        routed = layer_bytes / parallel.tp * a.num_experts_per_tok * (spread - 1) / spread
+        sent += 2 * routed / assumed.link(spread)  # there and back
+    return (compute + sends * sent) * bubble
+
+
+def sync_bytes(config: Config) -> SyncBytes:
+    a, parallel, e = config.architecture, config.parallel, dtype_bytes(config)
+    experts = layer_counts(a)[1] * a.num_hidden_layers
+    dense, shards = total_parameters(a) - experts, parallel.ep * parallel.etp
+    gathered = e * (dense * (parallel.tp - 1) // parallel.tp + experts * (shards - 1) // shards) // parallel.pp
+    whole = e * total_parameters(a)
+    buckets = ceil(whole / (config.rollout.sync_bucket_mb * 2**20))
+    return SyncBytes(gathered, whole * (parallel.pp - 1) // parallel.pp, pushed_bytes(config), buckets)
+
+
+def sync_seconds(config: Config, assumed: Assumptions, moved: SyncBytes) -> float:
+    parallel, rollout = config.parallel, config.rollout
+    inside = max(parallel.tp, parallel.ep * parallel.etp)
+    export = moved.gathered / assumed.link(inside) + moved.broadcast / assumed.link(parallel.model_parallel_size)
+    quantize = 0.0 if rollout.quantization == "none" else 3 * dtype_bytes(config) * total_parameters(config.architecture)
+    if rollout.engine_traits.is_embedded:
+        return export + (quantize + moved.pushed) / assumed.bandwidth
+    ways = {"tensor": PCIE_GB_S * 1e9, "disk": DISK_GB_S * 1e9 / 2}  # disk: written, then read
+    return export + quantize / assumed.bandwidth + moved.pushed / ways.get(rollout.sglang.transport, assumed.network_gb_s * 1e9)
+
+
+def step_time(config: Config, assumed: Assumptions) -> StepTime:
+    """Seconds of each phase of a step. `parallel.dp` must be set."""
+    a, parallel, rollout = config.architecture, config.parallel, config.rollout
+    dp, recompute = parallel.dp or 1, config.model.recompute == "full"
+    generate = generate_seconds(config, assumed, servers_of(config, assumed))
+    logprobs = 0.0 if config.ais.lag else pass_seconds(config, assumed, 1.0, 1)
+    logprobs += pass_seconds(config, assumed, 1.0, 1) if config.objective.kl_coefficient else 0.0
+    train = pass_seconds(config, assumed, 4.0 if recompute else 3.0, 3 if recompute else 2)
+    counts = max((rank_counts(a, parallel, stage) for stage in (0, parallel.pp - 1)), key=lambda c: c.all)
+    replicas, updates = dp * parallel.cp, config.train.updates_per_batch
+    ring = (4 + dtype_bytes(config)) * counts.all * (replicas - 1) / replicas
+    gradients = updates * ring / assumed.link(parallel.model_parallel_size * dp)
+    optimizer = updates * 40.0 * counts.all / replicas / assumed.bandwidth  # read and write master, moments; gradient, norm, weight
+    sync = sync_seconds(config, assumed, sync_bytes(config))
+    trainer = logprobs + train + gradients + optimizer
+    total = max(generate, trainer) + sync if rollout.ahead else generate + trainer + sync
+    tokens = rollout.prompts_per_step * rollout.group_size * row_tokens(config, assumed)[1]
+    return StepTime(generate, logprobs, train, gradients, optimizer, sync, trainer, total, tokens / total)

@@ -1,0 +1,270 @@
+"""`ais-megatron plan`: memory, bytes and seconds of a run before any GPU is asked for, and layouts that fit.
+
+    memory of a rank = (weights + gradients + optimizer + (embedded engine) + the worst of its phases) (1 + fragmentation) + workspaces
+    it fits if         memory (1 + margin) <= the card's memory - reserve
+
+`make_plan` judges one configuration, `suggest` every layout of the same GPUs that the configuration's own checks admit.
+Memory is computed tensor by tensor (`planning.memory`); seconds follow from the assumptions that the output names (`planning.cost`).
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+
+from pydantic import ValidationError
+
+from ais_megatron.config import Config, ConfigError
+from ais_megatron.planning.cost import GIB, Assumptions, Servers, StepTime, SyncBytes, row_tokens, servers_of, step_time, sync_bytes
+from ais_megatron.planning.memory import RankMemory, rank_memory, smallest_dp, total_parameters
+
+POWERS = (1, 2, 4, 8, 16, 32, 64)
+COMPONENTS = (
+    ("weights", "weights"),
+    ("gradients", "gradients, FP32"),
+    ("optimizer", "optimizer, its share of DP"),
+    ("engine_weights", "engine weights"),
+    ("gathered", "collect: responses on their way"),
+    ("batch", "microbatches on the device"),
+    ("activations", "train: activations"),
+    ("logits", "train: logits, their gradient, FP32 chunks"),
+    ("optimizer_step", "train: temporaries of the optimizer step"),
+    ("logprobs", "logprobs: forward pass"),
+    ("kv_cache", "generate: KV cache"),
+    ("sync", "sync: buckets"),
+    ("workspaces", "cuBLAS, cuDNN workspaces (assumed)"),
+    ("lost", "lost between blocks (assumed)"),
+)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """config: with `parallel.dp` filled in. ranks: one of each pipeline stage. problems: why it cannot run, empty if it can."""
+
+    config: Config
+    assumed: Assumptions
+    ranks: list[RankMemory]
+    servers: Servers
+    sync: SyncBytes
+    time: StepTime
+    problems: list[str]
+
+    @property
+    def gpus(self) -> int:
+        return self.config.parallel.model_parallel_size * (self.config.parallel.dp or 1)
+
+    @property
+    def peak(self) -> int:
+        return max(rank.peak for rank in self.ranks)
+
+
+def with_gpus(config: Config, gpus: int | None) -> Config:
+    """The configuration with `parallel.dp` set: for so many trainer GPUs, or by `smallest_dp`.
+
+    Raises:
+        ConfigError: the GPUs do not divide into copies of the model, or the rest of the configuration does not allow that dp.
+    """
+    parallel = config.parallel
+    dp = smallest_dp(parallel) if gpus is None else gpus // parallel.model_parallel_size
+    if gpus is not None and (dp < 1 or gpus % parallel.model_parallel_size or parallel.dp not in (None, dp)):
+        raise ConfigError(
+            f"--gpus {gpus}: parallel.tp={parallel.tp} * pp={parallel.pp} * cp={parallel.cp} * dp={parallel.dp or 'any'} needs "
+            f"{'' if parallel.dp else 'a multiple of '}{parallel.local_world_size}"
+        )
+    planned = _revised(config, parallel={"dp": dp})
+    if isinstance(planned, str):
+        raise ConfigError(planned)
+    return planned
+
+
+def _revised(config: Config, **sections: dict[str, object]) -> Config | str:
+    """The configuration with some keys changed, checked as a whole; or what is wrong with it."""
+    data = config.model_dump()
+    for name, changes in sections.items():
+        data[name] |= changes
+    try:
+        return Config(**data)
+    except ValidationError as error:
+        return "\n".join(str(item.get("ctx", {}).get("error", item["msg"])) for item in error.errors())
+
+
+def make_plan(config: Config, assumed: Assumptions) -> Plan:
+    """`config.parallel.dp` must be set (`with_gpus`)."""
+    prompt, response = row_tokens(config, assumed)
+    cuda = config.run.backend != "cpu"
+    ranks = [
+        rank_memory(
+            config,
+            stage,
+            prompt_tokens=prompt,
+            response_tokens=response,
+            cuda=cuda,
+            expert_load=assumed.expert_load,
+            workspaces=int(assumed.workspace_gib * GIB) if cuda else 0,
+            fragmentation=assumed.fragmentation if cuda else 0.0,
+        )
+        for stage in range(config.parallel.pp)
+    ]
+    servers = servers_of(config, assumed)
+    problems = [*_rank_problems(config, assumed, ranks), *_server_problems(config, assumed, servers)]
+    return Plan(config, assumed, ranks, servers, sync_bytes(config), step_time(config, assumed), problems)
+
+
+def _rank_problems(config: Config, assumed: Assumptions, ranks: list[RankMemory]) -> list[str]:
+    worst = max(ranks, key=lambda rank: rank.peak)
+    limit = assumed.memory - assumed.reserve_gib
+    if worst.peak * (1.0 + assumed.margin) <= limit * GIB:
+        return []
+    phase = max(worst.phases, key=lambda name: worst.phases[name])
+    parallel = config.parallel
+    return [
+        f"parallel.tp={parallel.tp} pp={parallel.pp} cp={parallel.cp} dp={parallel.dp} ep={parallel.ep} etp={parallel.etp}: a rank of "
+        f"stage {worst.stage} needs {worst.peak / GIB:.1f} GiB in phase {phase} ({worst.lasting / GIB:.1f} GiB of them lasting), with "
+        f"--margin {assumed.margin:g} {worst.peak / GIB * (1.0 + assumed.margin):.1f}; --gpu-memory-gib {assumed.memory:g} less "
+        f"--reserve-gib {assumed.reserve_gib:g} is {limit:g}. {_remedy(config, phase)}"
+    ]
+
+
+def _remedy(config: Config, phase: str) -> str:
+    if phase == "sync":
+        return "Lower rollout.sync_bucket_mb, or raise parallel.tp, pp or dp"
+    if phase == "generate":
+        return "Lower rollout.max_batch or rollout.max_response_tokens, or set rollout.engine=sglang"
+    recompute = "set model.recompute=full, " if config.model.recompute == "none" else ""
+    keys = "parallel.tp, pp, ep or dp (--gpus)" if config.architecture.is_moe else "parallel.tp, pp or dp (--gpus)"
+    return f"Raise {keys}, {recompute}or lower train.tokens_per_microbatch"
+
+
+def _server_problems(config: Config, assumed: Assumptions, servers: Servers) -> list[str]:
+    if not config.rollout.engine_traits.has_servers:
+        return []
+    sglang, row, problems = config.rollout.sglang, sum(row_tokens(config, assumed)), []
+    if servers.gpus % servers.tp:
+        problems.append(f"--rollout-gpus {servers.gpus}: not a multiple of rollout.sglang.tp={servers.tp}")
+    if servers.kv_tokens < row:
+        problems.append(
+            f"rollout.sglang.tp={sglang.tp} mem_fraction={sglang.mem_fraction or 'empty'}: {servers.weights / GIB:.1f} GiB of weights on a "
+            f"server's GPU leave a KV cache of {servers.kv_tokens} tokens, fewer than the {row} of one response and its prompt; "
+            f"--gpu-memory-gib is {assumed.memory:g}. Raise rollout.sglang.tp or mem_fraction, or use FP8"
+        )
+    return problems
+
+
+def suggest(config: Config, assumed: Assumptions, gpus: int, count: int = 5) -> list[Plan]:
+    """The `count` fastest layouts of `gpus` trainer GPUs that fit and that the configuration's own checks allow.
+
+    TP stays inside a node; sequence parallelism goes with it; there is no context parallelism.
+
+    Raises:
+        ConfigError: `count` is negative.
+    """
+    if count < 0:
+        raise ConfigError(f"--suggestions {count}: must be 0 or more; 0 lists none")
+    a, fitting = config.architecture, []
+    experts = [n for n in POWERS if a.is_moe and a.num_experts % n == 0] or [1]
+    for tp in (n for n in POWERS if n <= min(gpus, assumed.gpus_per_node)):
+        for pp in (n for n in range(1, gpus // tp + 1) if a.num_hidden_layers % n == 0 and gpus % (tp * n) == 0):
+            dp = gpus // (tp * pp)
+            for ep, etp in ((ep, etp) for ep in experts for etp in ({1, tp} if a.is_moe else {1})):
+                if tp * dp % (ep * etp):
+                    continue
+                layout = dict(tp=tp, pp=pp, dp=dp, ep=ep, etp=etp, sequence_parallel=tp > 1)
+                for recompute in ("none", "full"):
+                    revised = _revised(config, parallel=layout, model={"recompute": recompute})
+                    if isinstance(revised, Config) and not (plan := make_plan(revised, assumed)).problems:
+                        fitting.append(plan)
+                        break  # where it fits without recomputing, recomputing only costs time
+    # Where generation decides (rollout.ahead=1), steps take the same time up to the sync: then the trainer with the most slack.
+    return sorted(fitting, key=lambda plan: (float(f"{plan.time.total:.3g}"), plan.time.trainer, plan.peak))[:count]
+
+
+def print_plan(plan: Plan, suggestions: list[Plan]) -> None:
+    """Tables on stdout; problems are the caller's to raise."""
+    from rich.console import Console
+
+    console = Console(force_terminal=sys.stdout.isatty())
+    config, assumed, parallel = plan.config, plan.assumed, plan.config.parallel
+    prompt, response = row_tokens(config, assumed)
+    layout = ", ".join(f"{key.upper()} {getattr(parallel, key)}" for key in ("tp", "pp", "cp", "dp", "ep", "etp"))
+    console.print(
+        f"{total_parameters(config.architecture) / 1e9:.3g} B parameters on {plan.gpus} trainer GPUs ({layout}), {_engine_text(plan)}.\n"
+        f"Assumed: {assumed.card.name}, {assumed.memory:g} GiB of which {assumed.reserve_gib:g} in reserve; a layout fits if its peak "
+        f"and a margin of {assumed.margin:.0%} do; workspaces of {assumed.workspace_gib:g} GiB, {assumed.fragmentation:.0%} lost between "
+        f"blocks; {assumed.flops / 1e12:g} "
+        f"TFLOP/s BF16 at MFU {assumed.mfu:g}, {assumed.bandwidth / 1e9:g} GB/s at {assumed.decode_efficiency:g} in decoding, NVLink "
+        f"{assumed.nvlink_gb_s:g} and network {assumed.network_gb_s:g} GB/s; prompts of {prompt} and responses of {response} tokens; "
+        f"busiest experts {assumed.expert_load:g} times the mean.",
+        highlight=False,
+    )
+    for table in (_memory_table(plan), _time_table(plan)):
+        console.print(table, highlight=False)
+    if suggestions:
+        console.print(_suggestion_table(suggestions))
+    elif plan.problems:
+        console.print(f"No layout of {plan.gpus} GPUs fits; more GPUs (--gpus), fewer tokens per microbatch, or a larger card.")
+
+
+def _engine_text(plan: Plan) -> str:
+    servers = plan.servers
+    if not plan.config.rollout.engine_traits.can_evaluate:
+        return "no rollout engine"
+    if plan.config.rollout.engine_traits.is_embedded:
+        return f"each with an embedded engine that decodes {servers.concurrency} rows"
+    return f"{servers.engines} SGLang servers of {servers.tp} GPUs of their own, {servers.concurrency} requests side by side in each"
+
+
+def _memory_table(plan: Plan):  # noqa: ANN202
+    from rich.table import Table
+
+    unit, name = (GIB, "GiB") if plan.peak >= GIB else (2**20, "MiB")
+    table = Table(title=f"Memory of a rank, {name}", title_justify="left")
+    shown = plan.ranks if len(plan.ranks) <= 2 else [plan.ranks[0], plan.ranks[-1]]
+    table.add_column("")
+    for rank in shown:
+        table.add_column(f"stage {rank.stage}", justify="right")
+    for field, text in COMPONENTS:
+        if any(getattr(rank, field) for rank in shown):
+            table.add_row(text, *(f"{getattr(rank, field) / unit:.2f}" for rank in shown))
+    table.add_section()
+    for phase in plan.ranks[0].phases:
+        table.add_row(f"peak of {phase}", *(f"{rank.phases[phase] / unit:.2f}" for rank in shown))
+    if plan.config.rollout.engine_traits.has_servers:
+        servers = plan.servers
+        table.add_section()
+        table.add_row("a server's GPU: weights", f"{servers.weights / unit:.2f}")
+        table.add_row(f"its KV cache ({servers.kv_tokens:,} tokens)", f"{servers.kv_tokens * servers.kv_per_token / unit:.2f}")
+    return table
+
+
+def _time_table(plan: Plan):  # noqa: ANN202
+    from rich.table import Table
+
+    time, sync = plan.time, plan.sync
+    ahead = plan.config.rollout.ahead
+    how = "generation beside the trainer (rollout.ahead=1)" if ahead else "one phase after the other (rollout.ahead=0)"
+    table = Table(title=f"A step, estimated: {how}", title_justify="left")
+    for column in ("phase", "seconds", "share"):
+        table.add_column(column, justify="left" if column == "phase" else "right")
+    for name in ("generate", "logprobs", "train", "gradients", "optimizer", "trainer", "sync"):
+        seconds = getattr(time, name)
+        table.add_row("trainer, all its phases" if name == "trainer" else name, f"{seconds:.3g}", f"{seconds / time.total:.0%}")
+    table.add_row("step", f"{time.total:.3g}", f"{time.tokens_per_second:,.0f} response tokens/s")
+    table.add_section()
+    table.add_row("one sync, GiB: gathered over TP and EP", f"{sync.gathered / GIB:.2f}", "by each rank")
+    table.add_row("broadcast over PP", f"{sync.broadcast / GIB:.2f}", "by each rank")
+    table.add_row("pushed", f"{sync.pushed / GIB:.2f}", f"about {sync.buckets} buckets")
+    return table
+
+
+def _suggestion_table(plans: list[Plan]):  # noqa: ANN202
+    from rich.table import Table
+
+    table = Table(title=f"Layouts of {plans[0].gpus} GPUs that fit, fastest first", title_justify="left")
+    for column in ("parallel", "recompute", "peak GiB", "train s", "step s"):
+        table.add_column(column, justify="left" if column in ("parallel", "recompute") else "right", no_wrap=column == "parallel")
+    for plan in plans:
+        p = plan.config.parallel
+        names = [f"{key}={value}" for key in ("tp", "pp", "cp", "dp", "ep", "etp") if (value := getattr(p, key)) != 1]
+        times = (f"{plan.time.train:.3g}", f"{plan.time.total:.3g}")
+        table.add_row(" ".join(names) or "one GPU", plan.config.model.recompute, f"{plan.peak / GIB:.1f}", *times)
+    return table

@@ -1,0 +1,200 @@
+"""The embedded rollout engine: transformers' Qwen3 or Qwen3-MoE in this process, in float32, BF16 or emulated FP8 or FP4.
+
+It takes the same tensors under the same names as an SGLang server and computes what its FP8 kernels compute (block-128
+weights, 1x128 activations, an E4M3 KV cache with per-layer scales), so that rollout and training policy differ for the same
+reasons, on any machine; it also emulates formats that no server here has (`formats`). It is no substitute for a server's
+speed on a GPU; there it has not been run.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor, nn
+from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+from ais_megatron.batch import Prompt, Rollout
+from ais_megatron.config import Architecture, RolloutConfig
+from ais_megatron.quantization.formats import FORMATS
+from ais_megatron.quantization.kv_scales import kv_scale_name
+from ais_megatron.rollout.engine import Bucket, SamplingParams
+from ais_megatron.rollout.local.decoding import Model, Responses, Row, decode_wave, plan_waves
+from ais_megatron.rollout.local.experts import QuantizedExperts, RoutingRecord, named_expert_tensors, replace_experts
+from ais_megatron.rollout.local.kv_cache import ATTENTION, set_kv_scales
+from ais_megatron.rollout.local.quantized_linear import InputQuantizer, QuantizedLinear, replace_linears
+from ais_megatron.rollout.manifest import TIED_HEAD, Manifest
+from ais_megatron.rollout.sampling import check_prompt, check_sampling
+
+logger = logging.getLogger(__name__)
+
+
+class LocalEngine:
+    """A `RolloutEngine`; see there for what its methods promise.
+
+    Args:
+        architecture: the model's; no weights are loaded, they all come through `update_weights`.
+        rollout: quantization, kv_cache, max_batch and return_routed_experts are read.
+        eos_id: the token that ends a response.
+        pad_id: any valid token, put where a prompt is shorter than its neighbours; nothing attends to it.
+        dtype: bfloat16 or float32, of activations and of the weights that are not quantised.
+    Raises:
+        ValueError: routed experts wanted of a dense model.
+    """
+
+    takes_updates_while_generating = False
+
+    def __init__(
+        self,
+        architecture: Architecture,
+        rollout: RolloutConfig,
+        *,
+        eos_id: int,
+        pad_id: int,
+        device: torch.device | str,
+        dtype: torch.dtype = torch.bfloat16,
+    ) -> None:
+        if rollout.return_routed_experts and not architecture.is_moe:
+            raise ValueError(f"rollout.return_routed_experts=true: model_type={architecture.model_type} has no experts to return")
+        device = torch.device(device)
+        self._architecture = architecture
+        self._max_batch = rollout.max_batch
+        self._version = -1
+        self._closed = False
+        self._warned_about_scales = False
+        self._kv_scales = torch.ones(architecture.num_hidden_layers, 2, device=device)  # of k and v; 1.0 is exact and free
+        self._kv_is_fp8 = rollout.kv_cache_is_fp8
+        causal_lm, self._quantizer, routing = _build(architecture, rollout, device, dtype)
+        scales = self._kv_scales if self._kv_is_fp8 else None
+        self._model = Model(causal_lm, architecture, scales, dtype, device, eos_id, pad_id, routing)
+        weights, optional = self._tensors()
+        self._destinations = weights | optional
+        self._manifest = Manifest(*({name: (tuple(t.shape), t.dtype) for name, t in part.items()} for part in (weights, optional)))
+
+    @property
+    def version(self) -> int:
+        """Version of the weights in force; -1 before the first update, during one, and after one that failed."""
+        return self._version
+
+    def probe(self, prompts: Sequence[Prompt], sampling: SamplingParams) -> list[list[Rollout]]:
+        return []
+
+    def health(self) -> bool:
+        return self._version >= 0 and not self._closed
+
+    def close(self) -> None:
+        if not self._closed:
+            self._closed, self._version = True, -1
+            del self._model, self._destinations, self._quantizer
+
+    @torch.inference_mode()
+    def generate(self, prompts: Sequence[Prompt], sampling: SamplingParams) -> list[Rollout]:
+        if self._closed or self._version < 0:
+            state = "is closed" if self._closed else "has no complete weights: none were pushed, or the last update failed"
+            raise RuntimeError(f"the local rollout engine {state}; generate after a successful update_weights")
+        check_sampling(sampling)
+        for prompt in prompts:
+            check_prompt(prompt, sampling, self._architecture)
+        rollouts: dict[Row, Rollout] = {}
+        for wave in plan_waves(prompts, sampling.num_samples, self._max_batch):
+            rollouts.update(self._collect(prompts, wave, decode_wave(self._model, prompts, wave, sampling)))
+        if self._quantizer is not None:
+            self._quantizer.forget()
+        return [rollouts[i, sample] for i in range(len(prompts)) for sample in range(sampling.num_samples)]
+
+    def _collect(self, prompts: Sequence[Prompt], wave: Sequence[Row], responses: Responses) -> dict[Row, Rollout]:
+        """Cut each row behind its first end-of-sequence token, and its routing also in front of its prompt."""
+        tokens, logprobs, routed = responses.tokens, responses.logprobs, responses.routed_experts
+        is_end = tokens == self._model.eos_id
+        stopped = is_end.any(-1)
+        lengths = torch.where(stopped, is_end.int().argmax(-1) + 1, tokens.shape[1])
+        bad = ~torch.isfinite(logprobs) & (torch.arange(tokens.shape[1]) < lengths[:, None])
+        if bad.any():
+            row, position = bad.nonzero()[0].tolist()
+            raise RuntimeError(
+                f"prompt {prompts[wave[row][0]].index}: the logits at response token {position} are not finite (weight version "
+                f"{self._version}); the weights or KV scales are corrupt, so push them again before generating"
+            )
+        rollouts = {}
+        columns = (lengths.tolist(), stopped.tolist(), tokens.tolist(), logprobs.tolist())
+        for number, (row, count, stop, ids, values) in enumerate(zip(wave, *columns, strict=True)):
+            prompt, reason, experts = prompts[row[0]], "stop" if stop else "length", None
+            if routed is not None:
+                start = routed.shape[1] + 1 - tokens.shape[1]  # the first response token's column
+                # A copy: a view would keep the whole wave's routing alive.
+                experts = routed[number, start - len(prompt.token_ids) : start + count - 1].clone()
+            rollouts[row] = Rollout(prompt, tuple(ids[:count]), tuple(values[:count]), reason, self._version, experts)
+        return rollouts
+
+    @torch.no_grad()
+    def update_weights(self, buckets: Iterable[Bucket], version: int) -> None:
+        """See `RolloutEngine.update_weights`. All copies are in place; on failure the engine refuses to generate until refitted.
+
+        KV scales come all or none; without them an FP8 cache has scale 1.0, which is warned about once.
+        """
+        if self._closed:
+            raise RuntimeError("the local rollout engine is closed")
+        if version < 0:
+            raise ValueError(f"version={version}: must be 0 or more; -1 means that there are no weights")
+        self._version = -1
+        self._kv_scales.fill_(1.0)
+        self._manifest.begin()
+        for bucket in buckets:
+            for name, tensor in bucket:
+                self._manifest.take(name, tensor)
+                self._destinations[name].copy_(tensor)
+        self._manifest.check_complete()
+        if self._kv_is_fp8 and not self._manifest.has_scales and not self._warned_about_scales:
+            self._warned_about_scales = True
+            logger.warning(
+                "FP8 KV cache without pushed scales: k_scale and v_scale are 1.0 in every layer (calibration.mode=off does that)"
+            )
+        for module in self._model.causal_lm.modules():
+            if isinstance(module, QuantizedLinear | QuantizedExperts):
+                module.refresh()
+        set_kv_scales(self._model.causal_lm, self._kv_scales)
+        self._version = version
+
+    def state_tensors(self) -> dict[str, Tensor]:
+        """What was pushed, as it is kept: views of the engine's own memory, under the names it was pushed with.
+
+        With an FP8 KV cache the scales in force are among them, pushed or not.
+        """
+        return {
+            name: tensor for name, tensor in self._destinations.items() if name != TIED_HEAD or not self._architecture.tie_word_embeddings
+        }
+
+    def _tensors(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Where each tensor goes by name: those that must arrive, and those that may."""
+        weights = dict(self._model.causal_lm.state_dict()) | dict(named_expert_tensors(self._model.causal_lm))
+        optional = {}
+        if self._architecture.tie_word_embeddings:
+            optional[TIED_HEAD] = weights.pop(TIED_HEAD)  # the embedding's own memory; both names carry the same values
+        if self._kv_is_fp8:
+            for layer, kinds in enumerate(self._kv_scales):
+                optional |= {kv_scale_name(layer, kind): scale for kind, scale in zip("kv", kinds, strict=True)}
+        return weights, optional
+
+
+def _build(
+    architecture: Architecture, rollout: RolloutConfig, device: torch.device, dtype: torch.dtype
+) -> tuple[nn.Module, InputQuantizer | None, RoutingRecord | None]:
+    """The model with uninitialised weights, the quantised layers' shared quantiser, and where the chosen experts are kept."""
+    config_class, model_class = (Qwen3MoeConfig, Qwen3MoeForCausalLM) if architecture.is_moe else (Qwen3Config, Qwen3ForCausalLM)
+    fmt = FORMATS.get(rollout.quantization)
+    config = config_class(
+        **architecture.model_dump(exclude={"model_type", "rope_theta", "initializer_range"}),
+        rope_parameters={"rope_type": "default", "rope_theta": architecture.rope_theta},
+        attn_implementation=ATTENTION,
+    )
+    with torch.device("meta"):
+        causal_lm = model_class(config).to(dtype)
+        quantizer = replace_linears(causal_lm, fmt) if fmt else None
+        routing = replace_experts(causal_lm, architecture, dtype, fmt, rollout.return_routed_experts) if architecture.is_moe else None
+    causal_lm = causal_lm.to_empty(device=device).eval().requires_grad_(False)
+    # RoPE's frequencies are computed, not pushed: made anew where the model is, and in float32.
+    causal_lm.model.rotary_emb = type(causal_lm.model.rotary_emb)(config).to(device)
+    causal_lm.tie_weights()
+    set_kv_scales(causal_lm, torch.ones(architecture.num_hidden_layers, 2))
+    return causal_lm, quantizer, routing

@@ -1,0 +1,286 @@
+"""The rollout engine that consists of SGLang servers: every rank is a client, the first one also brings the weights.
+
+    generate         one request per response (responses.py), spread over the servers (dispatch.py)
+    update_weights   rank 0: validate, then push as one session (transport.py); at a server's first update check that it takes
+                     every tensor and obeys its KV scales (checks.py)
+
+Versions are "RUN-N", RUN being random: a server that was restarted, or that another run fitted, says something else and gets
+no traffic until it has been refitted. HTTP runs on one event loop in one thread of its own, so `generate` may be called from
+a thread while an update passes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Sequence
+from concurrent.futures import Future
+from itertools import count
+from typing import Any
+
+import aiohttp
+import torch
+
+from ais_megatron.batch import Prompt, Rollout
+from ais_megatron.config import Architecture, RolloutConfig
+from ais_megatron.distributed import Unavailable
+from ais_megatron.rollout.engine import Bucket, SamplingParams, WeightsLost
+from ais_megatron.rollout.manifest import TIED_HEAD, Manifest
+from ais_megatron.rollout.sampling import check_prompt, check_sampling
+from ais_megatron.rollout.sglang.access_key import authorization
+from ais_megatron.rollout.sglang.api import ServerAPI
+from ais_megatron.rollout.sglang.checks import check_coverage, check_scales, randomize
+from ais_megatron.rollout.sglang.dispatch import Dispatcher, Generation, Server, versions_of
+from ais_megatron.rollout.sglang.patience import Patience
+from ais_megatron.rollout.sglang.responses import ResponseFormat
+from ais_megatron.rollout.sglang.transport import Transport, WeightUpdate
+
+KEEP_ALIVE_S = 2.0  # of an idle connection: well below the 5 s after which SGLang closes it, perhaps under a request just being sent
+SCALES = (".attn.k_scale", ".attn.v_scale")
+EMBEDDING = "model.embed_tokens.weight"
+
+
+class SGLangEngine:
+    """A `RolloutEngine` over running SGLang servers; see there for what its methods promise.
+
+    Args:
+        eos_id: ends a response.
+        dtype: of weights that are not quantised.
+        run_id: makes this run's versions its own; the same on every rank.
+        key: that the servers ask for, if they do.
+        transport: how weights travel; only the first rank has one, and only it updates.
+        number: this rank, so that ranks do not all begin with the first server.
+        on_close: called at the end of `close`, to stop servers that were started for this engine.
+    """
+
+    takes_updates_while_generating = True
+
+    def __init__(
+        self,
+        architecture: Architecture,
+        rollout: RolloutConfig,
+        urls: Sequence[str],
+        *,
+        eos_id: int,
+        dtype: torch.dtype,
+        run_id: str,
+        key: str | None = None,
+        transport: Transport | None = None,
+        number: int = 0,
+        on_close: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._on_close = on_close
+        self._architecture, self._rollout, self._config = architecture, rollout, rollout.sglang
+        self._format = ResponseFormat(architecture, eos_id, rollout.return_routed_experts, run_id)
+        self._transport = transport
+        self._manifest = Manifest.of(architecture, rollout, dtype)
+        self._version = -1
+        self._acceptable: set[int] = set()  # versions that a server may have; from an update to the next `generate` old and new
+        self._closed = False
+        self._known: set[str] = set()  # servers that passed the checks of a first update
+        self._unfinished: dict[Any, Generation] = {}  # of calls that ended in WeightsLost
+        self._request_prefix, self._request_numbers = f"{run_id}-{number}-", count()
+        self._loop = asyncio.new_event_loop()
+        threading.Thread(target=self._loop.run_forever, name="sglang-client", daemon=True).start()
+        self._session = self._run(_open_session(key))
+        self._servers = [self._server(url) for url in urls]
+        self._updated: list[Server] = []  # those that took part in the last update
+        doors = [self._server(self._config.router)] if self._config.router else self._servers
+        self._dispatcher = Dispatcher(doors, self._config, self._ask, self._is_current, lambda: len(self._acceptable) > 1, number)
+
+    def _server(self, url: str) -> Server:
+        return Server(ServerAPI(url, self._session, self._config.request_timeout_s))
+
+    @property
+    def version(self) -> int:
+        """See `RolloutEngine.version`; -1 also after an update that failed."""
+        return self._version
+
+    def health(self) -> bool:
+        """Whether at least one server answers and has this run's weights."""
+        if self._closed or self._version < 0:
+            return False
+        self._run(self._dispatcher.look())
+        return any(server.usable for server in self._dispatcher.servers)
+
+    def close(self) -> None:
+        if self._closed:
+            return
+        self._closed, self._version = True, -1
+        try:
+            self._run(self._shut_down())
+        finally:
+            self._loop.call_soon_threadsafe(self._loop.stop)
+            self._on_close()
+
+    async def _shut_down(self) -> None:
+        """End whatever is under way, so that no thread is left waiting for a loop that has stopped."""
+        busy = [server.api for server in self._dispatcher.servers if server.requests]
+        tasks = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await asyncio.gather(*(server.abort(self._request_prefix) for server in busy), return_exceptions=True)
+        if self._transport is not None:
+            await self._transport.shut_down()
+        await self._session.close()
+
+    def _run(self, coroutine: Coroutine[Any, Any, Any]) -> Any:
+        """Run on the client's loop; an interrupt here ends the work there."""
+        future = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+        try:
+            return future.result()
+        except BaseException:
+            future.cancel()
+            raise
+
+    def generate(self, prompts: Sequence[Prompt], sampling: SamplingParams) -> list[Rollout]:
+        """See `RolloutEngine.generate`.
+
+        A response whose log-probabilities are missing or not finite comes back with finish_reason `DROPPED`.
+
+        Raises:
+            WeightsLost: no server is left that has this run's weights, though one answers. Push, then call again with the
+                same arguments: finished responses are kept.
+            Unavailable: no server answered for `rollout.sglang.recovery_timeout_s`.
+        """
+        if self._closed or self._version < 0:
+            state = "is closed" if self._closed else "has no complete weights: none were pushed, or the last update failed"
+            raise RuntimeError(f"the SGLang rollout engine {state}; generate after a successful update_weights")
+        check_sampling(sampling)
+        for prompt in prompts:
+            check_prompt(prompt, sampling, self._architecture)
+        self._acceptable = {self._version}
+        call = (tuple(prompt.index for prompt in prompts), sampling)
+        generation = self._unfinished.pop(call, None) or Generation(prompts, sampling)
+        try:
+            self._run(self._dispatcher.complete(generation))
+        except WeightsLost:
+            self._unfinished[call] = generation
+            raise
+        return generation.rollouts()
+
+    async def _ask(self, server: Server, prompt: Prompt, sampling: SamplingParams, sample: int) -> Rollout | None:
+        body = self._format.request(prompt, sampling, sample)
+        return self._format.rollout(prompt, await server.api.generate(rid=f"{self._request_prefix}{next(self._request_numbers)}", **body))
+
+    def _is_current(self, name: str) -> bool:
+        return self._format.version(name) in self._acceptable
+
+    def update_weights(self, buckets: Iterable[Bucket], version: int) -> None:
+        """See `RolloutEngine.update_weights`. Ranks without a transport only take part in producing `buckets`.
+
+        Raises:
+            ValueError: a tensor that does not belong; nothing of its bucket has been sent.
+            Unavailable: no server answered for `rollout.sglang.recovery_timeout_s` (at first: startup_timeout_s).
+            RuntimeError: a server refused or was lost in the middle, or does not obey its weights or scales. Servers keep
+                out of use until an update succeeds.
+        """
+        if self._closed:
+            raise RuntimeError("the SGLang rollout engine is closed")
+        if version < 0:
+            raise ValueError(f"version={version}: must be 0 or more; -1 means that there are no weights")
+        is_first, after_failure, self._version = not self._known and self._version < 0, self._version < 0, -1
+        self._acceptable.add(version)
+        if self._transport is None:
+            for _ in buckets:
+                pass
+            self._version = version
+            return
+        self._updated, fresh = self._run(self._servers_to_update(is_first, after_failure))
+        servers = [server.api for server in self._updated]
+        self._known -= {server.url for server in fresh}
+        self._run(self._transport.lost([*fresh, *(server.api for server in self._servers if server not in self._updated)]))
+        noise = self._run(randomize(fresh))
+        scales = self._push(buckets, servers, version)
+        self._run(check_coverage(fresh, noise, scales))
+        if scales and fresh:
+            self._run(check_scales(fresh, self._transport, scales, self._format.name(version), self._architecture.vocab_size))
+        self._known |= {server.url for server in servers}
+        self._version = version
+
+    def _push(self, buckets: Iterable[Bucket], servers: Sequence[ServerAPI], version: int) -> Bucket:
+        """The session itself; returns the KV scales that were in it."""
+        update = WeightUpdate(self._transport, servers, self._config.pause, self._format.name(version))
+        self._manifest.begin()
+        scales: Bucket = []
+        underway: Future[None] | None = None
+        try:
+            self._run(update.begin())
+            last: Bucket | None = None
+            for bucket in self._checked(buckets, scales):
+                if underway is not None:
+                    underway.result()
+                if last is not None:
+                    underway = asyncio.run_coroutine_threadsafe(update.send(last), self._loop)
+                last = bucket
+            if underway is not None:
+                underway.result()
+            self._manifest.check_complete()
+            self._run(update.end(last))
+        except BaseException:
+            self._run(update.abandon())
+            raise
+        return scales
+
+    def _checked(self, buckets: Iterable[Bucket], scales: Bucket) -> Iterator[Bucket]:
+        """Each bucket once all its tensors have been found in order; scales are noted on the way."""
+        for bucket in buckets:
+            for name, tensor in bucket:
+                self._manifest.take(name, tensor)
+            scales += [(name, tensor) for name, tensor in bucket if name.endswith(SCALES)]
+            if self._architecture.tie_word_embeddings:
+                bucket = self._with_tied_head(bucket)
+            if bucket:
+                yield bucket
+
+    def _with_tied_head(self, bucket: Bucket) -> Bucket:
+        """SGLang's dense Qwen3 shares the embedding's memory with the head; its MoE has a head of its own, tied or not."""
+        tied = [(TIED_HEAD, tensor) for name, tensor in bucket if name == EMBEDDING and self._architecture.is_moe]
+        return [(name, tensor) for name, tensor in bucket if name != TIED_HEAD] + tied
+
+    async def _servers_to_update(self, is_first: bool, after_failure: bool) -> tuple[list[Server], list[ServerAPI]]:
+        """Those that answer, and which of them have never had, or no longer have, weights of this run. At the start of a run
+        all servers are waited for.
+
+        after_failure: a server may still hang in the broadcast that failed, and then answers everything but requests for tokens.
+        """
+        limit, key = (self._config.startup_timeout_s, "startup") if is_first else (self._config.recovery_timeout_s, "recovery")
+        key = f"rollout.sglang.{key}_timeout_s"
+        patience = Patience(limit, key, on_gpus=self._config.device == "cuda")
+        while True:
+            names = dict(zip(self._servers, await versions_of(self._servers), strict=True))
+            absent = {server: str(name) for server, name in names.items() if isinstance(name, Exception)}
+            fresh = {s for s in names if s not in absent and (self._format.version(names[s]) is None or s.api.url not in self._known)}
+            doubtful = [server for server in names if server not in absent and (after_failure or server in fresh)]
+            for server, healthy in zip(doubtful, await asyncio.gather(*(s.api.is_healthy() for s in doubtful)), strict=True):
+                if not healthy:
+                    absent[server] = f"{server.api.url} is not healthy"
+            ready = [server for server in names if server not in absent]
+            if not absent or (ready and not is_first):
+                return ready, [server.api for server in ready if server in fresh]
+            silent = "; ".join(sorted(absent.values()))
+            if patience.is_over:
+                raise Unavailable(f"{silent}: waited {limit:g} s; see the servers' logs, or raise {key}")
+            patience.tell(", ".join(server.api.url for server in absent), silent)
+            await asyncio.sleep(1.0)
+
+    def probe(self, prompts: Sequence[Prompt], sampling: SamplingParams) -> list[list[Rollout]]:
+        """The responses of each server that was just updated, asked directly; of all ranks only the updating one asks."""
+        if self._transport is None:
+            return []
+
+        async def ask(server: Server) -> list[Rollout]:
+            answers = await asyncio.gather(*(self._ask(server, p, sampling, i) for p in prompts for i in range(sampling.num_samples)))
+            if any(answer is None for answer in answers):
+                raise RuntimeError(f"{server.api.url}: answers with other weights than version {self._version}, right after a sync")
+            return list(answers)
+
+        async def ask_all() -> list[list[Rollout]]:
+            return list(await asyncio.gather(*(ask(server) for server in self._updated)))
+
+        return self._run(ask_all())
+
+
+async def _open_session(key: str | None) -> aiohttp.ClientSession:
+    return aiohttp.ClientSession(headers=authorization(key), connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEP_ALIVE_S))

@@ -1,0 +1,223 @@
+"""Which server answers which request, and what happens when one does not.
+
+Every request is for one response. It goes to the least loaded server, where possible to the one that has the prompt's other
+samples and hence its prefix. A response counts once: it is stored under (prompt, sample), and a request is repeated only
+after its connection is closed, whereupon the server drops it.
+
+    refused, 5xx               again, after a pause that doubles; MAX_ATTEMPTS times
+    refused, 4xx               the request is wrong: an error
+    lost connection, time-out  the server is not used until it answers again; its requests are done elsewhere
+    hung                       two health checks in a row fail: the same
+    other weights than ours    (a restart) the server is not used until it has been refitted
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections import deque
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from ais_megatron.batch import Prompt, Rollout
+from ais_megatron.config.sglang import SGLangConfig
+from ais_megatron.distributed import Unavailable
+from ais_megatron.rollout.engine import SamplingParams, WeightsLost
+from ais_megatron.rollout.sglang.api import Refused, ServerAPI, Unreachable
+
+logger = logging.getLogger(__name__)
+
+MAX_ATTEMPTS = 5  # of one response: beyond this the request itself is what breaks servers
+BACKOFF = 0.1  # seconds, doubled with every attempt
+HEALTH_SECONDS, HEALTH_TIMEOUT = 10.0, 30.0  # between looks at servers that are working, and for each
+OTHER_WEIGHTS = 200  # the "status" of a refusal of ours: the answer was fine, but not from this run's weights
+Key = tuple[int, int]  # (position in the prompts, sample number)
+
+
+@dataclass(eq=False)
+class Server:
+    """api: its endpoints. usable: reachable, and its weights are ours. requests: in flight here, from this rank."""
+
+    api: ServerAPI
+    usable: bool = False
+    requests: set[asyncio.Task[Any]] = field(default_factory=set)
+
+    def lose(self, why: str) -> None:
+        """Stop using it; what it was working on is done elsewhere."""
+        if self.usable:
+            logger.warning("rollout server %s is not used for now: %s", self.api.url, why)
+        self.usable = False
+        for request in list(self.requests):
+            request.cancel()
+
+
+@dataclass(eq=False)
+class Generation:
+    """The responses of one call of `generate`, and which of them are still missing."""
+
+    prompts: Sequence[Prompt]
+    sampling: SamplingParams
+    done: dict[Key, Rollout] = field(default_factory=dict)
+    attempts: dict[Key, int] = field(default_factory=dict)
+    home: dict[int, Server] = field(default_factory=dict)
+
+    def missing(self) -> list[Key]:
+        keys = ((i, sample) for i in range(len(self.prompts)) for sample in range(self.sampling.num_samples))
+        return [key for key in keys if key not in self.done]
+
+    def rollouts(self) -> list[Rollout]:
+        return [self.done[i, sample] for i in range(len(self.prompts)) for sample in range(self.sampling.num_samples)]
+
+
+class Dispatcher:
+    """Sends requests to `servers`. All coroutines run on one event loop.
+
+    Args:
+        request: asks one server for one response; None if it was sampled with other weights than this run's.
+        is_current: whether a server with weights of that name may be used now.
+        is_updating: whether an update is under way, during which servers are paused and do not answer health checks.
+        number: of this rank, so that ranks do not all begin with the first server.
+    """
+
+    def __init__(
+        self,
+        servers: Sequence[Server],
+        config: SGLangConfig,
+        request: Callable[[Server, Prompt, SamplingParams, int], Awaitable[Rollout | None]],
+        is_current: Callable[[str], bool],
+        is_updating: Callable[[], bool],
+        number: int,
+    ) -> None:
+        self.servers, self._config, self._request, self._number = servers, config, request, number
+        self._is_current, self._is_updating = is_current, is_updating
+
+    async def complete(self, generation: Generation) -> None:
+        """Fetch all responses that are missing.
+
+        Raises:
+            WeightsLost, Unavailable: see `SGLangEngine.generate`. RuntimeError: a request that no server accepts.
+        """
+        await self.look()
+        while missing := generation.missing():
+            if not any(server.usable for server in self.servers):
+                await self._wait_for_a_server()
+            queue = deque(missing)
+            workers = min(len(queue), self._config.max_concurrency * max(len(self._config.servers), len(self.servers)))
+            watch = asyncio.ensure_future(self._watch())
+            work = [asyncio.ensure_future(self._work(generation, queue)) for _ in range(workers)]
+            try:
+                await asyncio.gather(*work)
+            finally:
+                for task in (watch, *work):
+                    task.cancel()
+                await asyncio.gather(watch, *work, return_exceptions=True)
+
+    async def _work(self, generation: Generation, queue: deque[Key]) -> None:
+        """Take one missing response after the other, until none is left or no server is."""
+        while queue:
+            server = self._choose(generation, queue[0])
+            if server is None:
+                return
+            key = queue.popleft()
+            request = asyncio.ensure_future(self._request(server, generation.prompts[key[0]], generation.sampling, key[1]))
+            server.requests.add(request)
+            try:
+                rollout = await request
+            except (Unreachable, Refused, asyncio.CancelledError) as error:
+                if asyncio.current_task().cancelling():  # the work as a whole ends, not only this request
+                    raise
+                queue.appendleft(key)
+                await self._failed(server, generation, key, error)
+            else:
+                if rollout is None:
+                    queue.appendleft(key)
+                    await self._failed(server, generation, key, Refused(OTHER_WEIGHTS, "answered with other weights than this run's"))
+                else:
+                    generation.done[key] = rollout
+            finally:
+                server.requests.discard(request)
+
+    def _choose(self, generation: Generation, key: Key) -> Server | None:
+        """The server of the prompt's other samples if it has room, since it has the prefix; else the least loaded one."""
+        home = generation.home.get(key[0])
+        if home is not None and home.usable and len(home.requests) < self._config.max_concurrency:
+            return home
+        usable = [(len(s.requests), (i - self._number) % len(self.servers), s) for i, s in enumerate(self.servers) if s.usable]
+        if not usable:
+            return None
+        generation.home[key[0]] = chosen = min(usable, key=lambda entry: entry[:2])[2]
+        return chosen
+
+    async def _failed(self, server: Server, generation: Generation, key: Key, error: BaseException) -> None:
+        """Decide what a failed request says about the server; it is back in the queue already."""
+        if isinstance(error, asyncio.CancelledError):
+            return  # the server was lost while it worked on this: no fault of the request
+        status = error.status if isinstance(error, Refused) else None
+        if status in (401, 403):
+            raise RuntimeError(f"{error}; rollout.sglang.key_file must name the file that the servers were started with") from error
+        if status is not None and 400 <= status < 500 and status not in (408, 429):
+            raise RuntimeError(f"prompt {generation.prompts[key[0]].index}: {error}") from error
+        if status == OTHER_WEIGHTS and server.api.url == self._config.router:
+            raise WeightsLost(f"a server behind {server.api.url} {error}")
+        attempt = generation.attempts[key] = generation.attempts.get(key, 0) + 1
+        if attempt >= MAX_ATTEMPTS:
+            raise RuntimeError(f"prompt {generation.prompts[key[0]].index}: {attempt} attempts failed, the last one: {error}") from error
+        if status in (None, OTHER_WEIGHTS):
+            server.lose(str(error))
+        await asyncio.sleep(min(BACKOFF * 2**attempt, 5.0))
+
+    async def look(self) -> None:
+        """Find out of every server whether it answers, and with weights that this run may use now."""
+        for server, answer in zip(self.servers, await versions_of(self.servers), strict=True):
+            if isinstance(answer, Exception):
+                server.lose(str(answer))
+            elif self._is_current(answer) or server.api.url == self._config.router:
+                server.usable = True
+            else:
+                server.lose("its weights are not this run's present ones; it is refitted at the next sync")
+
+    async def _watch(self) -> None:
+        """While requests are out: notice servers that hang, and take back those that were only out of reach for a while."""
+        strikes: dict[Server, int] = {}
+        while True:
+            await asyncio.sleep(HEALTH_SECONDS)
+            if self._is_updating():
+                continue
+            if any(not server.usable for server in self.servers):
+                await self.look()
+            for server in [server for server in self.servers if server.usable and server.requests]:
+                strikes[server] = 0 if await server.api.is_healthy(HEALTH_TIMEOUT) else strikes.get(server, 0) + 1
+                if strikes[server] >= 2:
+                    server.lose("it hangs: two health checks in a row failed")
+
+    async def _wait_for_a_server(self) -> None:
+        """Return once a server can be used; see `generate` for what is raised otherwise."""
+        deadline = time.monotonic() + self._config.recovery_timeout_s
+        while True:
+            await self.look()
+            if any(server.usable for server in self.servers):
+                return
+            for server in self.servers:
+                if await server.api.is_healthy():
+                    raise WeightsLost(f"{server.api.url} answers, but no longer has this run's weights")
+            if time.monotonic() > deadline:
+                raise Unavailable(
+                    f"no rollout server has answered for {self._config.recovery_timeout_s:g} s "
+                    f"({', '.join(server.api.url for server in self.servers)}); see the servers' logs, or raise "
+                    "rollout.sglang.recovery_timeout_s"
+                )
+            await asyncio.sleep(1.0)
+
+
+async def versions_of(servers: Sequence[Server]) -> list[str | Exception]:
+    """What each server calls its weights, or why it does not answer."""
+
+    async def ask(server: Server) -> str | Exception:
+        try:
+            return await server.api.weight_version()
+        except (Unreachable, Refused) as error:
+            return error
+
+    return list(await asyncio.gather(*(ask(server) for server in servers)))

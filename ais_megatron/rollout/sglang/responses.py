@@ -1,0 +1,96 @@
+"""What is asked of a server for one response, and what its answer becomes.
+
+Source: SGLang 0.5.23's GenerateReqInput, and `meta_info` as `tokenizer_manager` fills it.
+"""
+
+from __future__ import annotations
+
+import base64
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ais_megatron.batch import DROPPED, Prompt, Rollout, routes_dtype
+from ais_megatron.config import Architecture
+from ais_megatron.rollout.engine import SamplingParams
+from ais_megatron.rollout.sampling import response_seed
+from ais_megatron.rollout.sglang.api import Refused
+
+
+class ResponseFormat:
+    """Requests and answers of one run.
+
+    Args:
+        eos_id: ends a response.
+        with_routing: ask for the experts that every token was given to (MoE).
+        run_id: whose weights count.
+    """
+
+    def __init__(self, architecture: Architecture, eos_id: int, with_routing: bool, run_id: str) -> None:
+        self._architecture, self._eos_id, self._with_routing, self._run_id = architecture, eos_id, with_routing, run_id
+
+    def request(self, prompt: Prompt, sampling: SamplingParams, sample: int) -> dict[str, Any]:
+        """The body of /generate, except for the request's id."""
+        return {
+            "input_ids": list(prompt.token_ids),
+            "sampling_params": {
+                "max_new_tokens": sampling.max_tokens,
+                "temperature": sampling.temperature,
+                "top_p": sampling.top_p,
+                "top_k": sampling.top_k or -1,
+                "stop_token_ids": [self._eos_id],
+                "sampling_seed": response_seed(sampling, prompt.index, sample),  # heeded under --enable-deterministic-inference
+            },
+            "return_logprob": True,
+            "logprob_start_len": -1,
+            "return_routed_experts": self._with_routing,
+        }
+
+    def name(self, version: int) -> str:
+        """What a server calls the weights of `version`."""
+        return f"{self._run_id}-{version}"
+
+    def version(self, name: str) -> int | None:
+        """The version, if the weights of that name are this run's."""
+        run, _, number = name.rpartition("-")
+        return int(number) if run == self._run_id else None
+
+    def rollout(self, prompt: Prompt, answer: dict[str, Any]) -> Rollout | None:
+        """The response; None if it was sampled, in part, with other weights than this run's.
+
+        Without a finite log-probability for every token it is `DROPPED`.
+
+        Raises:
+            Refused: the server gave it up in the middle.
+        """
+        meta = answer["meta_info"]
+        reason = (meta.get("finish_reason") or {}).get("type")
+        if reason == "abort":
+            raise Refused(503, f"aborted by the server: {meta['finish_reason'].get('message')}")
+        spans = [(self.version(span["version"]), span["end"] - span["start"]) for span in meta.get("weight_versions") or []]
+        spans = spans or [(self.version(meta["weight_version"]), len(answer["output_ids"]))]
+        if any(version is None for version, _ in spans):
+            return None
+        tokens = tuple(answer["output_ids"])
+        logprobs = tuple(entry[0] for entry in meta.get("output_token_logprobs") or ())
+        versions = tuple(span for span in spans if span[1])
+        # (One value that is not finite makes the sum so; no finite log-probabilities add up to infinity.)
+        if not tokens or len(logprobs) != len(tokens) or None in logprobs or not math.isfinite(sum(logprobs)):
+            stand_in, version = prompt.token_ids[-1:], min(version for version, _ in spans)
+            return Rollout(prompt, stand_in, (0.0,), DROPPED, version, self._routing(None, len(prompt.token_ids)))
+        routed = self._routing(meta.get("routed_experts"), len(prompt.token_ids) + len(tokens) - 1)
+        # The engine reports the end-of-sequence token as a stop, whether or not it was also the last one allowed.
+        finish = "stop" if tokens[-1] == self._eos_id else "length"
+        return Rollout(prompt, tokens, logprobs, finish, min(version for version, _ in versions), routed, versions)
+
+    def _routing(self, text: str | None, rows: int) -> Tensor | None:
+        """SGLang's base64 int32 ``[rows, num_layers, experts_per_token]``, narrowed; -1 throughout where there is none to tell."""
+        if not self._with_routing:
+            return None
+        shape = (rows, self._architecture.num_hidden_layers, self._architecture.num_experts_per_tok)
+        dtype = routes_dtype(self._architecture.num_experts)
+        if text is None:
+            return torch.full(shape, -1, dtype=dtype)
+        return torch.frombuffer(bytearray(base64.b64decode(text)), dtype=torch.int32).view(shape).to(dtype)

@@ -1,0 +1,317 @@
+"""What a run tells about itself: seconds per phase, one JSON row per step, and figures for the eye.
+
+``metrics.jsonl`` is always written and is the only sink anything reads back (`read_metrics`, `report`, resuming);
+TensorBoard and Weights & Biases are copies for those who ask (``metrics.tensorboard``, ``metrics.wandb``). A row is one
+``os.write`` to a descriptor opened with O_APPEND, so a killed process leaves whole lines; only a crashed machine or a full
+disk can tear the last one, and the readers here ignore it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import sys
+import time
+import uuid
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from ais_megatron.cluster.exits import Preempted
+from ais_megatron.config import Config, ConfigError
+from ais_megatron.runs.folder import METRICS_FILE, encode_json, write_text_atomic
+
+PHASES = ("generate", "reward", "logprobs", "diagnose", "train", "calibrate", "sync", "evaluate", "checkpoint")
+WANDB_ID_FILE = "wandb_id"
+
+# (metric, how the step line shows it): the few figures that tell a healthy run from a sick one.
+_LINE_FIGURES = (
+    ("reward_mean", "reward {:.3f}"),
+    ("held_out_accuracy", "held-out {:.1%}"),
+    ("alpha", "alpha {:.3f}"),
+    ("weight_reliability", "rho {:.3f}"),
+    ("divergence_severity", "D {:.1e}"),
+    ("tokens_per_second", "{:,.0f} tokens/s"),
+    ("time/step", "{:.1f} s"),
+)
+_SECRET_KEY = re.compile(r"(^|_)(secret|password|passwd|credentials?|api_?key|(access|auth|hf|api)_token)($|_)", re.IGNORECASE)
+
+Row = dict[str, Any]
+
+
+class PhaseTimer:
+    """Wall seconds spent in each phase of one step.
+
+    Args:
+        synchronize: called when a phase ends well, before its clock stops. On CUDA pass ``torch.cuda.synchronize``:
+            kernels run behind Python, and their time would be booked to whichever later phase waits for them.
+    """
+
+    def __init__(self, synchronize: Callable[[], None] | None = None) -> None:
+        self._synchronize = synchronize
+        self._seconds: dict[str, float] = {}
+        self._open: str | None = None
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Add the block's wall seconds to phase `name`, also when the block raises. Phases do not nest: their sum is the step."""
+        assert name in PHASES, f"unknown phase {name!r}; known: {', '.join(PHASES)}"
+        assert self._open is None, f"phase {name!r} begins inside phase {self._open!r}"
+        self._open = name
+        start = time.perf_counter()
+        try:
+            yield
+            if self._synchronize is not None:
+                self._synchronize()
+        finally:
+            self._seconds[name] = self._seconds.get(name, 0.0) + time.perf_counter() - start
+            self._open = None
+
+    def take(self) -> dict[str, float]:
+        """``{"time/generate": seconds, ...}`` of the phases entered since the last call, and start again from zero."""
+        assert self._open is None, f"phase {self._open!r} is still running"
+        taken = {f"time/{name}": seconds for name, seconds in self._seconds.items()}
+        self._seconds = {}
+        return taken
+
+
+class Sinks:
+    """Where a step's figures go: metrics.jsonl, the terminal and, when asked, TensorBoard and Weights & Biases.
+
+    Every rank constructs one, so that a missing package is an error on all of them; only the main rank writes, and
+    on the others every method does nothing. Use it as a context manager.
+
+    Raises:
+        ConfigError: ``metrics.tensorboard`` or ``metrics.wandb`` asks for a package that is not installed, or Weights &
+            Biases refuses to start (main rank only).
+    """
+
+    def __init__(self, config: Config, run_dir: Path, is_main: bool) -> None:
+        wandb_mode = config.metrics.wandb
+        if config.metrics.tensorboard:
+            _require("tensorboard", "metrics.tensorboard=true", "metrics.tensorboard=false")
+        if wandb_mode != "off":
+            _require("wandb", f"metrics.wandb={wandb_mode}", "metrics.wandb=off")
+        self._config = config
+        self._run_dir = Path(run_dir)
+        self._is_main = is_main
+        self._rows = _RowFile(self._run_dir / METRICS_FILE)
+        self._console = _Terminal(total=config.train.steps, wants_bar=config.metrics.progress_bar)
+        self._tensorboard: Any = None
+        self._purge_step: int | None = None
+        self._wandb = _start_wandb(config, self._run_dir) if is_main and wandb_mode != "off" else None
+
+    def log(self, step: int, row: Mapping[str, float | int | str | None]) -> None:
+        """Record one step. `row` holds plain numbers and strings; ``step`` may be among them and must then agree.
+
+        Raises:
+            RuntimeError: the row could not be written whole (a full disk).
+        """
+        if not self._is_main:
+            return
+        assert row.get("step", step) == step, f"row of step {row['step']} logged as step {step}"
+        figures = {key: row[key] for key in sorted(row) if key != "step"}
+        self._rows.append({"step": step, **figures})
+        self._log_tensorboard(step, figures)
+        if self._wandb is not None:
+            self._wandb.log({"step": step, **figures})
+        self._console.show(step, figures)
+
+    def truncate_after(self, step: int) -> None:
+        """Forget the rows after `step`, which a resumed run is about to repeat, and a torn last line."""
+        if not self._is_main:
+            return
+        self._console.completed = self._rows.truncate_after(step)
+        self._close_tensorboard()
+        self._purge_step = step + 1  # TensorBoard hides earlier events from this step on
+
+    def close(self, failed: bool = False) -> None:
+        """Flush and release everything; calling it again does nothing. `failed` marks the Weights & Biases run as such."""
+        self._console.close()
+        self._rows.close()
+        self._close_tensorboard()
+        if self._wandb is not None:
+            run, self._wandb = self._wandb, None
+            run.finish(exit_code=int(failed))
+
+    def __enter__(self) -> Sinks:
+        if self._is_main:
+            self._console.open()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self.close(failed=kind is not None and kind is not Preempted)
+
+    def _log_tensorboard(self, step: int, figures: Mapping[str, Any]) -> None:
+        if not self._config.metrics.tensorboard:
+            return
+        if self._tensorboard is None:  # made with the first row: only then is it known whether rows were truncated
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._tensorboard = SummaryWriter(str(self._run_dir / "tensorboard"), purge_step=self._purge_step)
+        for key, value in figures.items():
+            if isinstance(value, int | float):
+                self._tensorboard.add_scalar(key, value, step)
+
+    def _close_tensorboard(self) -> None:
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+            self._tensorboard = None
+
+
+class _RowFile:
+    """metrics.jsonl, opened at the first row: a run that dies before it leaves nothing that refuses a second start."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._descriptor: int | None = None
+
+    def append(self, row: Row) -> None:
+        if self._descriptor is None:
+            self.truncate_after(sys.maxsize)  # a torn last line must not swallow the row that follows it
+            self._descriptor = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+        line = (encode_json(row) + "\n").encode()
+        # No fsync: what a process has written survives its death, and a step lost with the machine is repeated anyway.
+        written = os.write(self._descriptor, line)
+        if written != len(line):
+            raise RuntimeError(f"{self._path}: {written} of {len(line)} bytes of step {row['step']} written; is the disk full?")
+
+    def truncate_after(self, step: int) -> int:
+        """Keep the rows up to `step`, byte for byte; return how many they are."""
+        self.close()  # the rename below leaves an open descriptor pointing at the old file
+        if not self._path.exists():
+            return 0
+        kept = [line for line, row in _parse_rows(self._path) if row["step"] <= step]
+        text = "".join(line + "\n" for line in kept)
+        if text.encode() != self._path.read_bytes():
+            write_text_atomic(self._path, text)
+        return len(kept)
+
+    def close(self) -> None:
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None
+
+
+class _Terminal:
+    """One line per step, and below them a progress bar where stdout is a terminal and the bar is wanted."""
+
+    def __init__(self, total: int, wants_bar: bool) -> None:
+        self._total = total
+        # isatty rather than rich's own guess, which environment variables can turn into control characters in a log file.
+        self._wants_bar = wants_bar and sys.stdout.isatty()
+        self._bar: Any = None
+        self._task: Any = None
+        self.completed = 0
+
+    def open(self) -> None:
+        if self._bar is not None or not self._wants_bar:
+            return
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+        columns = (
+            TextColumn("training"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+        )
+        # The default estimates speed from the last 30 s; a step of a large model takes longer than that.
+        self._bar = Progress(*columns, speed_estimate_period=86_400.0)
+        self._task = self._bar.add_task("training", total=self._total, completed=self.completed)
+        self._bar.start()
+
+    def show(self, step: int, figures: Mapping[str, Any]) -> None:
+        self.completed += 1
+        line = step_line(step, self._total, figures)
+        self.open()
+        if self._bar is None:
+            print(line, flush=True)
+            return
+        self._bar.console.print(line, markup=False, highlight=False, soft_wrap=True)
+        self._bar.update(self._task, completed=self.completed)
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+
+
+def step_line(step: int, total: int, figures: Mapping[str, Any]) -> str:
+    """One step in one line of plain characters; figures that the step did not measure are left out."""
+    shown = [form.format(figures[key]) for key, form in _LINE_FIGURES if figures.get(key) is not None]
+    return "  ".join([f"step {step:>{len(str(total))}}/{total}", *shown])
+
+
+def _require(package: str, wish: str, instead: str) -> None:
+    if find_spec(package) is None:
+        raise ConfigError(f"{wish}: the package {package} is not installed; install ais_megatron[tracking], or set {instead}")
+
+
+def _start_wandb(config: Config, run_dir: Path) -> Any:
+    """Begin, or on a second start continue, the Weights & Biases run whose id is in ``run_dir/wandb_id``."""
+    import wandb
+
+    id_file = run_dir / WANDB_ID_FILE
+    if not id_file.exists():
+        write_text_atomic(id_file, uuid.uuid4().hex[:8] + "\n")
+    mode = config.metrics.wandb
+    try:
+        run = wandb.init(
+            project=config.metrics.wandb_project,
+            name=run_dir.resolve().name,
+            id=id_file.read_text(encoding="utf-8").strip(),
+            resume="allow" if mode == "online" else None,  # offline runs are joined by their id when they are uploaded
+            mode=mode,
+            dir=str(run_dir),
+            config=_without_secrets(config.model_dump(mode="json")),
+            # Command line, host, environment and source stay here; config.yaml already records what made the run.
+            settings=wandb.Settings(silent=True, console="off", disable_git=True, disable_code=True, x_disable_meta=True),
+        )
+    except wandb.Error as error:
+        raise ConfigError(f"metrics.wandb={mode}: {error}; log in with `wandb login`, or set metrics.wandb=offline or off") from error
+    # A resumed run logs steps that wandb's own counter has passed, which it would drop: plot against ours instead.
+    run.define_metric("step")
+    run.define_metric("*", step_metric="step")
+    if mode == "online":
+        print(f"Weights & Biases: {run.url}", flush=True)
+    return run
+
+
+def _without_secrets(data: Any) -> Any:
+    """The configuration without keys that sound secret: today it has none, and a later one must not leave the machine."""
+    if isinstance(data, dict):
+        return {key: _without_secrets(value) for key, value in data.items() if not _SECRET_KEY.search(key)}
+    return [_without_secrets(value) for value in data] if isinstance(data, list) else data
+
+
+def read_metrics(run_dir: Path) -> list[Row]:
+    """The rows of ``metrics.jsonl`` in file order, null for NaN; none where the file is missing; without a torn last line.
+
+    Raises:
+        ValueError: a line before the last is not a row; the message names file and line.
+    """
+    path = Path(run_dir) / METRICS_FILE
+    return [row for _, row in _parse_rows(path)] if path.exists() else []
+
+
+def _parse_rows(path: Path) -> list[tuple[str, Row]]:
+    """Each whole line of `path` with the row it holds."""
+    *lines, unfinished = path.read_bytes().split(b"\n")
+    parsed = []
+    for number, raw in enumerate(lines, start=1):
+        try:
+            line = raw.decode()
+            row = json.loads(line)
+            if not isinstance(row, dict) or "step" not in row:
+                raise ValueError("no step in it")
+        except ValueError as error:  # also JSONDecodeError and UnicodeDecodeError
+            if number == len(lines) and not unfinished:
+                break  # torn, though its line feed was written: file systems may lose the middle of what they had not flushed
+            raise ValueError(f"{path}: line {number} is not a row of metrics ({error}); repair or delete the line") from error
+        parsed.append((line, row))
+    return parsed
