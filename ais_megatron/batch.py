@@ -40,7 +40,7 @@ class Rollout:
     """One sampled response.
 
     token_ids: the response's tokens, the end-of-sequence token included where the model produced it.
-    logprobs: log mu of each of those tokens, float, at the sampling temperature.
+    rollout_logprobs: log mu of each of those tokens, float, at the sampling temperature.
     finish_reason: "stop" (end of sequence), "length" (cut at the limit), or `DROPPED`: the engine gave no usable
         log-probabilities; tokens are stand-ins then, and neither loss nor baseline sees the response.
     weight_version: the version of the weights that the engine sampled with; the oldest, if they changed on the way.
@@ -51,7 +51,7 @@ class Rollout:
 
     prompt: Prompt
     token_ids: tuple[int, ...]
-    logprobs: tuple[float, ...]
+    rollout_logprobs: tuple[float, ...]
     finish_reason: str
     weight_version: int
     routed_experts: Tensor | None = None
@@ -159,7 +159,7 @@ def assemble(rollouts: Sequence[Rollout], rewards: Tensor, advantages: Tensor) -
         start, end = len(rollout.prompt.token_ids), int(lengths[row])
         tokens[row, :end] = torch.tensor(rollout.prompt.token_ids + rollout.token_ids)
         loss_mask[row, start:end] = not rollout.is_dropped
-        rollout_logprobs[row, start:end] = torch.tensor(rollout.logprobs)
+        rollout_logprobs[row, start:end] = torch.tensor(rollout.rollout_logprobs)
     routed_experts = _align_experts(rollouts, seq)
     return Batch(tokens, loss_mask, lengths, rollout_logprobs, advantages.float(), rewards.float(), routed_experts)
 
@@ -179,11 +179,13 @@ def _check(rollout: Rollout) -> None:
     where = f"rollout of prompt {rollout.prompt.index} (weight version {rollout.weight_version})"
     if not rollout.token_ids:
         raise ValueError(f"{where}: the response is empty; an engine must return at least one token")
-    if len(rollout.logprobs) != len(rollout.token_ids):
-        raise ValueError(f"{where}: {len(rollout.logprobs)} logprobs for {len(rollout.token_ids)} tokens; there must be one for each")
-    bad = [t for t, value in enumerate(rollout.logprobs) if not -float("inf") < value <= 1e-3]
+    if len(rollout.rollout_logprobs) != len(rollout.token_ids):
+        raise ValueError(
+            f"{where}: {len(rollout.rollout_logprobs)} logprobs for {len(rollout.token_ids)} tokens; there must be one for each"
+        )
+    bad = [t for t, value in enumerate(rollout.rollout_logprobs) if not -float("inf") < value <= 1e-3]
     if bad:
         raise ValueError(
-            f"{where}: logprob {rollout.logprobs[bad[0]]} at response token {bad[0]}; the engine must return finite values <= 0 "
+            f"{where}: logprob {rollout.rollout_logprobs[bad[0]]} at response token {bad[0]}; the engine must return finite values <= 0 "
             "(NaN here usually means corrupt weights or KV scales after a sync)"
         )

@@ -21,7 +21,7 @@ from contract import Figure, against_peer, emit, plain, stopwatch
 from torch import Tensor
 
 from ais_megatron.algorithm.diagnostics import Diagnostics, diagnose
-from ais_megatron.algorithm.scaler import AISLossScaler
+from ais_megatron.algorithm.scaler import LossScaler
 
 BATCH, SEQ, CAP, ROWS = 512, 4096, 2.0, 4
 SAME = {  # ours: its name there
@@ -44,7 +44,7 @@ def tensors() -> dict[str, Tensor]:
 
 def ours(data: dict[str, Tensor], alpha: float = 0.5) -> tuple[Diagnostics, Tensor]:
     figures = diagnose(data["old"], data["rollout"], data["advantages"], data["mask"], CAP)
-    scaler, factors = AISLossScaler(alpha, CAP), torch.empty(BATCH, SEQ)
+    scaler, factors = LossScaler(alpha, CAP), torch.empty(BATCH, SEQ)
     for i in range(0, BATCH, ROWS):
         rows = slice(i, i + ROWS)
         factors[rows] = scaler.factors(data["old"][rows], data["rollout"][rows], data["mask"][rows]).policy

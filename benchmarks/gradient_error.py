@@ -36,7 +36,7 @@ from ais_megatron.algorithm import ais
 from ais_megatron.algorithm.ais import AISState
 from ais_megatron.algorithm.correction import Correction
 from ais_megatron.algorithm.diagnostics import Diagnostics, diagnose
-from ais_megatron.algorithm.scaler import AISLossScaler
+from ais_megatron.algorithm.scaler import LossScaler
 from ais_megatron.batch import Batch
 from ais_megatron.collection import Collected, collect
 from ais_megatron.config import Config, build_config, load_config
@@ -155,7 +155,7 @@ def _accuracy(collected: Collected) -> float:
     return statistics.fmean(reward.correct for reward in collected.rewards)
 
 
-def _gradient_of(policy: Policy) -> Callable[[Batch, Tensor, AISLossScaler], Tensor]:
+def _gradient_of(policy: Policy) -> Callable[[Batch, Tensor, LossScaler], Tensor]:
     """The gradient of a batch's loss, flat, float32, on the CPU: what the optimizer would have stepped along, which it no longer does."""
     kept: list[Tensor] = []
 
@@ -164,7 +164,7 @@ def _gradient_of(policy: Policy) -> Callable[[Batch, Tensor, AISLossScaler], Ten
 
     policy.optimizer.step = step
 
-    def gradient(batch: Batch, old_logprobs: Tensor, scaler: AISLossScaler) -> Tensor:
+    def gradient(batch: Batch, old_logprobs: Tensor, scaler: LossScaler) -> Tensor:
         policy.train_step(batch, old_logprobs, scaler)
         return kept[0]
 

@@ -22,7 +22,7 @@ import torch
 from contract import emit, share
 from grpo_step import config_data
 
-from ais_megatron.algorithm.scaler import AISLossScaler
+from ais_megatron.algorithm.scaler import LossScaler
 from ais_megatron.config import build_config
 from ais_megatron.distributed import init_process_group
 from ais_megatron.runs.metrics import PhaseTimer
@@ -67,7 +67,7 @@ def main() -> None:
         session = build_session(config)
         state = begin(session, None)
         factors, hooks = Meter(), Meter()
-        AISLossScaler.factors = factors.wrap(AISLossScaler.factors)
+        LossScaler.factors = factors.wrap(LossScaler.factors)
         calibrator = session.policy.calibrator
         calibrator._record, calibrator.result = hooks.wrap(calibrator._record), hooks.wrap(calibrator.result)
         calibrate = session.policy.calibrate

@@ -14,7 +14,7 @@ import torch
 from contract import emit, plain, stopwatch
 from grpo_step import MODEL
 
-from ais_megatron.algorithm.scaler import AISLossScaler
+from ais_megatron.algorithm.scaler import LossScaler
 from ais_megatron.batch import Batch
 from ais_megatron.config import build_config
 from ais_megatron.distributed import init_process_group
@@ -46,7 +46,7 @@ def main() -> None:
     for number in range(rounds + 1):
         for name, (policy, batch) in made.items():
             with stopwatch(seconds[name]):
-                policy.train_step(batch, policy.logprobs(batch), AISLossScaler(0.5, 2.0))
+                policy.train_step(batch, policy.logprobs(batch), LossScaler(0.5, 2.0))
             if number == 0:
                 seconds[name].clear()
     medians = {name: statistics.median(values) for name, values in seconds.items()}

@@ -46,7 +46,7 @@ def make_engine(url: str) -> SGLangEngine:
 def ours(engine: SGLangEngine, requests: int, tokens: int) -> None:
     prompts = [Prompt(i, "", tuple(range(32)), {}) for i in range(requests // GROUP)]
     rollouts = engine.generate(prompts, SamplingParams(GROUP, tokens))
-    assert len(rollouts) == requests and all(len(r.logprobs) == tokens for r in rollouts)
+    assert len(rollouts) == requests and all(len(r.rollout_logprobs) == tokens for r in rollouts)
 
 
 async def bare(url: str, requests: int, parse: bool = False) -> None:

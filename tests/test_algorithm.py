@@ -13,7 +13,7 @@ from ais_megatron.algorithm.ais import loss_scaler, product_coefficient
 from ais_megatron.algorithm.correction import Correction, mixed_weights, truncated_is_weights
 from ais_megatron.algorithm.diagnostics import SUMS, Diagnostics, diagnose, from_statistics, statistics
 from ais_megatron.algorithm.loss import clipped_policy_loss
-from ais_megatron.algorithm.scaler import AISLossScaler
+from ais_megatron.algorithm.scaler import LossScaler
 from ais_megatron.config import AISConfig, Config, build_config
 from tests.ranks import RankPool
 
@@ -73,7 +73,7 @@ def test_equal_logprobs_are_exactly_neutral() -> None:
     d = diagnose(logprobs, logprobs, torch.randn(3), mask, 2.0)
     assert (d.weight_reliability, d.divergence_severity, d.variance_amplification) == (1.0, 0.0, 1.0)
     assert product_coefficient(d, AISConfig()) == 0.0
-    weights = AISLossScaler(alpha=0.7, weight_cap=2.0, aggregation="token").token_weights(logprobs, logprobs, mask)
+    weights = LossScaler(alpha=0.7, weight_cap=2.0, aggregation="token").token_weights(logprobs, logprobs, mask)
     assert torch.equal(weights, torch.ones(3, 5)), "s is 1.0 to the last bit, whatever alpha"
 
 
@@ -184,7 +184,7 @@ def test_mixing_between_none_and_tis() -> None:
 
 def test_sequence_aggregation_is_the_mean_of_means() -> None:
     old, rollout, advantages, mask = hand_batch()
-    scaler = AISLossScaler(alpha=0.0, weight_cap=2.0, aggregation="sequence").for_update(num_tokens=3, num_sequences=2)
+    scaler = LossScaler(alpha=0.0, weight_cap=2.0, aggregation="sequence").for_update(num_tokens=3, num_sequences=2)
     weights = scaler.token_weights(old, rollout, mask)
     values = torch.tensor([[7.0, 1.0, 2.0], [7.0, 5.0, 7.0]], dtype=torch.float64)
     assert (weights * values).sum() / 3 == pytest.approx(((1 + 2) / 2 + 5) / 2)

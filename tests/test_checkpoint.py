@@ -89,11 +89,11 @@ def weights_of(policy) -> dict[str, torch.Tensor]:  # noqa: ANN001
 
 
 def one_step(policy) -> dict[str, float]:  # noqa: ANN001
-    from ais_megatron.algorithm.scaler import AISLossScaler
+    from ais_megatron.algorithm.scaler import LossScaler
 
     rows, _ = my_rows(make_batch())
     old_logprobs = policy.logprobs(rows)
-    return policy.train_step(rows, old_logprobs, AISLossScaler(alpha=0.0, weight_cap=2.0))
+    return policy.train_step(rows, old_logprobs, LossScaler(alpha=0.0, weight_cap=2.0))
 
 
 def saved(rank: int, path: Path, folder: Path, is_async: bool, **layout):  # noqa: ANN201

@@ -168,7 +168,8 @@ def test_architecture_comes_from_the_checkpoint(tmp_path: Path) -> None:
     [
         (None, "there is no config.json"),
         ("{", "not valid JSON"),
-        (json.dumps({"model_type": "llama"}), "model_type='llama' is not supported; allowed: qwen3, qwen3_moe"),
+        (json.dumps({"model_type": "gpt2"}), "model_type='gpt2' is not supported; allowed: qwen3, qwen3_moe, qwen2, llama"),
+        (json.dumps({"model_type": "llama", **ARCHITECTURE, "mlp_bias": True}), "mlp_bias=True in its config.json is not supported"),
         (json.dumps({"model_type": "qwen3", "vocab_size": 5}), "hidden_size: missing"),
         (json.dumps({"model_type": "qwen3", **ARCHITECTURE, "rope_scaling": {"type": "yarn"}}), "scaled RoPE"),
     ],

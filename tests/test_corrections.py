@@ -14,7 +14,7 @@ from ais_megatron.algorithm import ais
 from ais_megatron.algorithm.ais import AISState, lagged_loss_scaler, loss_scaler, oracle_coefficient
 from ais_megatron.algorithm.correction import METHODS, Correction, importance_weights, log_importance_ratio, response_mean
 from ais_megatron.algorithm.diagnostics import Diagnostics, RunningStatistics, diagnose, split, statistics
-from ais_megatron.algorithm.scaler import AISLossScaler, TokenFactors
+from ais_megatron.algorithm.scaler import LossScaler, TokenFactors
 from ais_megatron.config import AISConfig
 from tests.test_algorithm import config_with, diagnostics_of, hand_batch, random_parts
 
@@ -25,7 +25,7 @@ ONLY = (1, 1)
 
 def factors(correction: Correction, alpha: float = 1.0, **scaler: object) -> TokenFactors:
     old, rollout, _, mask = hand_batch()
-    return AISLossScaler(alpha, correction.weight_cap, correction=correction, **scaler).factors(old, rollout, mask)
+    return LossScaler(alpha, correction.weight_cap, correction=correction, **scaler).factors(old, rollout, mask)
 
 
 @pytest.mark.parametrize(
@@ -79,7 +79,7 @@ def test_aggregation_counts_only_what_is_left() -> None:
     correction = Correction("geo_rs", low=0.9, high=1.1)
     old, rollout, _, mask = hand_batch()
     for aggregation, expected in (("token", 1 / 2), ("sequence", 1 / 2), ("constant", 1 / 10)):
-        scaler = AISLossScaler(1.0, 2.0, aggregation, correction, response_limit=10).for_update(num_tokens=2, num_sequences=1)
+        scaler = LossScaler(1.0, 2.0, aggregation, correction, response_limit=10).for_update(num_tokens=2, num_sequences=1)
         assert (scaler.token_weights(old, rollout, mask) / 2)[0, 1:].tolist() == pytest.approx([expected] * 2, rel=1e-6)
 
 
@@ -145,7 +145,7 @@ def test_padding_and_order_change_nothing() -> None:
         again, same = statistics(padded[0][order], padded[1][order], advantages[order], padded[2][order], 2.0, rule)
         torch.testing.assert_close(again, sums, rtol=1e-12, atol=1e-12)
         assert torch.equal(same, extremes)
-        scaler = AISLossScaler(0.7, 2.0, "sequence", rule).for_update(100, 10)
+        scaler = LossScaler(0.7, 2.0, "sequence", rule).for_update(100, 10)
         expected = scaler.token_weights(old, rollout, mask)[order]
         torch.testing.assert_close(scaler.token_weights(padded[0][order], padded[1][order], padded[2][order])[:, :19], expected)
 

@@ -107,7 +107,7 @@ def poisoned(rank: int, path: Path, updates: int = 1, **layout):  # noqa: ANN201
     """A good update, bad ones until the limit of 3, of which a good one in between starts the count again."""
     import torch.distributed as dist
 
-    from ais_megatron.algorithm.scaler import AISLossScaler
+    from ais_megatron.algorithm.scaler import LossScaler
     from ais_megatron.policy.policy import data_parallel_group
 
     policy = make_policy(make_config(path, train={"max_skipped_updates": 3}, **layout), path)
@@ -116,7 +116,7 @@ def poisoned(rank: int, path: Path, updates: int = 1, **layout):  # noqa: ANN201
     if dist.get_rank(data_parallel_group()) == 0:  # one replica alone
         advantages[0] = float("inf")
     bad = type(rows)(**{**vars(rows), "advantages": advantages})
-    scaler, history, error = AISLossScaler(alpha=0.0, weight_cap=2.0), [], ""
+    scaler, history, error = LossScaler(alpha=0.0, weight_cap=2.0), [], ""
     try:
         for batch in (rows, bad, bad, rows, bad, bad, bad, rows):
             before = weights_of(policy)

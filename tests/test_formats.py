@@ -129,5 +129,5 @@ def test_fewer_bits_are_further_from_the_trainer():
         engine = make_engine({"quantization": name, "kv_cache": "bf16"})
         engine.update_weights([quantize_bucket(make_weights(), fmt)], 0)
         rollouts = engine.generate(prompts, sampling)
-        gaps[name] = torch.cat([torch.tensor(r.logprobs) - reference_logprobs(model, r, 1.0) for r in rollouts]).abs().mean()
+        gaps[name] = torch.cat([torch.tensor(r.rollout_logprobs) - reference_logprobs(model, r, 1.0) for r in rollouts]).abs().mean()
     assert gaps["fp8_e4m3"] < gaps["fp8_e5m2"] < gaps["fp4_e2m1"] < 2.0, gaps

@@ -51,7 +51,9 @@ def test_float32_logprobs_equal_transformers(temperature, max_batch, monkeypatch
     assert drops and len({len(r.token_ids) for r in rollouts}) > 3  # rows ended at different times and were dropped
     model = reference_model(engine)
     for rollout in rollouts:
-        torch.testing.assert_close(torch.tensor(rollout.logprobs), reference_logprobs(model, rollout, temperature), rtol=0, atol=1e-5)
+        torch.testing.assert_close(
+            torch.tensor(rollout.rollout_logprobs), reference_logprobs(model, rollout, temperature), rtol=0, atol=1e-5
+        )
         ended = rollout.token_ids[-1] == EOS
         assert rollout.finish_reason == ("stop" if ended else "length")
         assert EOS not in rollout.token_ids[:-1] and (ended or len(rollout.token_ids) == 24)
@@ -79,7 +81,7 @@ def test_greedy_takes_the_likeliest_token():
         with torch.no_grad():
             best = model(sequence).logits[0, len(rollout.prompt.token_ids) - 1 : -1].argmax(-1)
         assert tuple(best.tolist()) == rollout.token_ids
-        torch.testing.assert_close(torch.tensor(rollout.logprobs), reference_logprobs(model, rollout, 1.0), rtol=0, atol=1e-5)
+        torch.testing.assert_close(torch.tensor(rollout.rollout_logprobs), reference_logprobs(model, rollout, 1.0), rtol=0, atol=1e-5)
 
 
 def test_tied_embeddings_need_no_head():
@@ -88,7 +90,7 @@ def test_tied_embeddings_need_no_head():
     rollout = engine.generate(make_prompts([4]), SamplingParams(1, 4))[0]
     head = engine.state_tensors()["model.embed_tokens.weight"]
     engine.update_weights([[*make_weights(tie_word_embeddings=True), ("lm_head.weight", head.clone())]], 1)
-    assert engine.generate(make_prompts([4]), SamplingParams(1, 4))[0].logprobs == rollout.logprobs
+    assert engine.generate(make_prompts([4]), SamplingParams(1, 4))[0].rollout_logprobs == rollout.rollout_logprobs
 
 
 # --- sampling ---------------------------------------------------------------------------------------------------------
@@ -207,7 +209,7 @@ def test_fp8_engine_is_close_to_bf16_but_not_equal(caplog):
         fp8.update_weights([quantize_bucket(make_weights(torch.bfloat16)), list(scales.named_tensors())], 4)
     assert not caplog.records
     model = reference_model(fitted())
-    gaps = torch.cat([torch.tensor(r.logprobs) - reference_logprobs(model, r, 1.0) for r in fp8.generate(prompts, sampling)])
+    gaps = torch.cat([torch.tensor(r.rollout_logprobs) - reference_logprobs(model, r, 1.0) for r in fp8.generate(prompts, sampling)])
     assert 1e-4 < gaps.abs().mean() < 0.15
 
 
@@ -219,7 +221,7 @@ def test_kv_scales_reach_the_attention():
 
     def answer(*extra):
         engine.update_weights([weights, *extra], 0)
-        return engine.generate(prompts, sampling)[0].logprobs
+        return engine.generate(prompts, sampling)[0].rollout_logprobs
 
     wide = KVScales(torch.full((LAYERS,), 1e6), torch.full((LAYERS,), 1e6), torch.ones(LAYERS))
     unit = answer()

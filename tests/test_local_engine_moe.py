@@ -64,7 +64,7 @@ def test_float32_logprobs_and_routing_equal_transformers(max_batch, norm_topk_pr
     model = reference_model(norm_topk_prob=norm_topk_prob)
     for rollout in rollouts:
         logprobs, experts = reference(model, rollout)
-        torch.testing.assert_close(torch.tensor(rollout.logprobs), logprobs, rtol=0, atol=1e-5)
+        torch.testing.assert_close(torch.tensor(rollout.rollout_logprobs), logprobs, rtol=0, atol=1e-5)
         assert rollout.routed_experts.dtype == torch.int8
         assert rollout.routed_experts.shape == (len(rollout.prompt.token_ids) + len(rollout.token_ids) - 1, LAYERS, TOP_K)
         assert torch.equal(rollout.routed_experts, experts[:-1])
@@ -86,7 +86,7 @@ def test_asking_for_the_routing_changes_nothing_else(rollout):
     without = fitted(rollout, torch.bfloat16).generate(prompts, sampling)
     with_routing = fitted(rollout | ROUTED, torch.bfloat16).generate(prompts, sampling)
     assert all(r.routed_experts is None for r in without)
-    assert [(r.token_ids, r.logprobs) for r in without] == [(r.token_ids, r.logprobs) for r in with_routing]
+    assert [(r.token_ids, r.rollout_logprobs) for r in without] == [(r.token_ids, r.rollout_logprobs) for r in with_routing]
 
 
 def test_one_token_responses_carry_their_prompts_routing():
@@ -176,7 +176,7 @@ def test_unchosen_experts_do_not_matter():
 def test_fp8_engine_is_close_to_float32_but_not_equal():
     model = reference_model()
     rollouts = fitted(FP8, torch.bfloat16).generate(make_prompts([5, 9, 3]), SamplingParams(4, 12, seed=1))
-    gaps = torch.cat([torch.tensor(r.logprobs) - reference(model, r)[0] for r in rollouts])
+    gaps = torch.cat([torch.tensor(r.rollout_logprobs) - reference(model, r)[0] for r in rollouts])
     assert 1e-4 < gaps.abs().mean() < 0.3
 
 

@@ -103,7 +103,7 @@ def one_update(
 ) -> dict[str, object]:
     """What one update sees and makes, with the shapes of a GPU (in small) or this machine's own; and the shapes it met."""
     from ais_megatron.algorithm.correction import Correction
-    from ais_megatron.algorithm.scaler import AISLossScaler
+    from ais_megatron.algorithm.scaler import LossScaler
     from ais_megatron.policy import policy as module
 
     config = moe_config(path, parallel, budget=40, **(dict(aux_coefficient=0.02, z_coefficient=1e-3) if is_moe else {}))
@@ -129,7 +129,7 @@ def one_update(
         gradients: list[torch.Tensor] = []
         step, metrics_of_routing = policy.optimizer.step, dict(policy.routing_metrics)
         policy.optimizer.step = lambda: (gradients.extend(p.main_grad.float().clone() for p in policy.model.parameters()), step())[1]
-        scaler = AISLossScaler(0.5, 2.0, "sequence", Correction("ais"))
+        scaler = LossScaler(0.5, 2.0, "sequence", Correction("ais"))
         metrics = policy.train_step(rows, old, scaler)
     finally:
         module.Shapes = own
@@ -178,7 +178,7 @@ def assert_same(first: list[dict], second: list[dict]) -> None:
 
 def order_of_events(rank: int, path: Path, parallel: dict) -> list[str]:
     """When microbatches go to the device, and when the model sees one; in forward passes and in an update."""
-    from ais_megatron.algorithm.scaler import AISLossScaler
+    from ais_megatron.algorithm.scaler import LossScaler
     from ais_megatron.batch import Batch
 
     policy = make_policy(moe_config(path, parallel, budget=17), path)
@@ -188,7 +188,7 @@ def order_of_events(rank: int, path: Path, parallel: dict) -> list[str]:
     Batch.to = lambda batch, device: (events.append("to"), to(batch, device))[1]
     try:
         old = policy.logprobs(rows)
-        policy.train_step(rows, old, AISLossScaler(0.5, 2.0, "token"))
+        policy.train_step(rows, old, LossScaler(0.5, 2.0, "token"))
     finally:
         Batch.to = to
     return events

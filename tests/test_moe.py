@@ -81,7 +81,7 @@ def test_transformers_loads_the_export(ranks: RankPool, moe_checkpoint: Path, tm
 
 def trained(rank: int, path: Path, parallel: dict[str, object], alpha: float = 0.5, steps: int = 2, signal: float = 1.0, **options):
     """Weights after `steps` updates; `signal` scales the advantages, so that 0 leaves the auxiliary losses alone."""
-    from ais_megatron.algorithm.scaler import AISLossScaler
+    from ais_megatron.algorithm.scaler import LossScaler
 
     policy = make_policy(moe_config(path, parallel, **options), path)
     rows, _ = my_rows(make_batch())
@@ -89,7 +89,7 @@ def trained(rank: int, path: Path, parallel: dict[str, object], alpha: float = 0
     rows = Batch(**{**vars(rows), "rollout_logprobs": (old - 0.2) * rows.loss_mask, "advantages": rows.advantages * signal})
     for _ in range(steps):
         old, _ = policy.logprobs_and_calibration(rows)
-        metrics = policy.train_step(rows, old, AISLossScaler(alpha, 2.0, "token"))
+        metrics = policy.train_step(rows, old, LossScaler(alpha, 2.0, "token"))
     return {name: tensor.clone() for bucket in policy.export_buckets(50_000) for name, tensor in bucket}, metrics
 
 
@@ -109,13 +109,13 @@ def test_training_is_independent_of_layout(ranks: RankPool, moe_checkpoint: Path
 
 def gradients(rank: int, path: Path, parallel: dict[str, object], signal: float, alpha: float = 0.5, **options) -> Tensor:
     """Global gradient norm of one update, taken before Adam hides its scale."""
-    from ais_megatron.algorithm.scaler import AISLossScaler
+    from ais_megatron.algorithm.scaler import LossScaler
 
     policy = make_policy(moe_config(path, parallel, **options), path)
     rows, _ = my_rows(make_batch())
     old, _ = policy.logprobs_and_calibration(rows)
     rows = Batch(**{**vars(rows), "rollout_logprobs": (old - 0.2) * rows.loss_mask, "advantages": rows.advantages * signal})
-    norm = policy.train_step(rows, old, AISLossScaler(alpha, 2.0, "token"))["grad_norm"]
+    norm = policy.train_step(rows, old, LossScaler(alpha, 2.0, "token"))["grad_norm"]
     return torch.tensor(norm)
 
 

@@ -100,7 +100,7 @@ def test_logprobs_equal_transformers(ranks: RankPool, checkpoint: Path, layout: 
 
 def trained_weights(rank: int, path: Path, aggregation: str = "token", recompute: str = "none", updates: int = 1, **layout):
     """All weights after three optimizer steps, as exported, and the last step's metrics."""
-    from ais_megatron.algorithm.scaler import AISLossScaler
+    from ais_megatron.algorithm.scaler import LossScaler
 
     config = make_config(path, model={"recompute": recompute}, train={"updates_per_batch": updates}, **layout)
     policy = make_policy(config, path)
@@ -108,7 +108,7 @@ def trained_weights(rank: int, path: Path, aggregation: str = "token", recompute
     rows = Batch(**{**vars(rows), "rollout_logprobs": (policy.logprobs(rows) - 0.2) * rows.loss_mask})
     for _ in range(3):
         old_logprobs = policy.logprobs(rows)
-        metrics = policy.train_step(rows, old_logprobs, AISLossScaler(alpha=0.5, weight_cap=2.0, aggregation=aggregation))
+        metrics = policy.train_step(rows, old_logprobs, LossScaler(alpha=0.5, weight_cap=2.0, aggregation=aggregation))
     return {name: tensor.clone() for bucket in policy.export_buckets(20_000) for name, tensor in bucket}, metrics
 
 

@@ -10,7 +10,7 @@ from ais_megatron.algorithm.ais import oracle_coefficient
 from ais_megatron.algorithm.correction import Correction, mixed_weights, truncated_is_weights
 from ais_megatron.algorithm.diagnostics import diagnose
 from ais_megatron.algorithm.loss import policy_loss
-from ais_megatron.algorithm.scaler import AISLossScaler
+from ais_megatron.algorithm.scaler import LossScaler
 from ais_megatron.config import AISConfig
 from ais_megatron.config.algorithm import OBJECTIVE_PRESETS, ObjectiveConfig
 from tests.test_objectives import random_rows
@@ -68,7 +68,7 @@ def test_3_without_mismatch_nothing_changes(objective: str, name: str, level: st
     def gradient(alpha: float, correction: Correction) -> Tensor:
         mean = diagnose(t["old"], t["old"], t["advantages"], t["mask"], 2.0, correction=correction).mean_weight
         aggregation = OBJECTIVE_PRESETS[objective].aggregation
-        scaler = AISLossScaler(alpha, 2.0, aggregation, correction, mean_weight=mean, response_limit=9).for_update(20, 4)
+        scaler = LossScaler(alpha, 2.0, aggregation, correction, mean_weight=mean, response_limit=9).for_update(20, 4)
         logprobs = t["logprobs"].clone().requires_grad_()
         factors = scaler.factors(t["old"], t["old"], t["mask"])
         policy_loss(ObjectiveConfig(name=objective), logprobs, t["entropy"], t["old"], None, t["advantages"], factors).total.backward()

@@ -30,7 +30,7 @@ def responses(prompts: list[Prompt], version: int) -> list[Rollout]:
             logprobs = tuple(torch.linspace(-0.1, -1.7, len(tokens)).tolist())
             experts = torch.arange((len(prompt.token_ids) + len(tokens) - 1) * 4, dtype=torch.int8).view(-1, 2, 2)
             made.append(Rollout(prompt, tokens, logprobs, "stop", version, experts, ((version, 1), (version + 1, 1)) if sample else ()))
-    made[-1] = replace(made[-1], finish_reason=DROPPED, logprobs=(float("-inf"),) * len(made[-1].token_ids), routed_experts=None)
+    made[-1] = replace(made[-1], finish_reason=DROPPED, rollout_logprobs=(float("-inf"),) * len(made[-1].token_ids), routed_experts=None)
     return made
 
 

@@ -9,7 +9,7 @@ import torch
 
 from ais_megatron.algorithm.ais import product_coefficient
 from ais_megatron.algorithm.diagnostics import diagnose
-from ais_megatron.algorithm.scaler import AISLossScaler
+from ais_megatron.algorithm.scaler import LossScaler
 from ais_megatron.batch import Prompt, assemble
 from ais_megatron.config import AISConfig
 from ais_megatron.quantization.formats import FORMATS
@@ -90,7 +90,7 @@ def agreement(rank: int, path: Path) -> None:
     diagnostics = diagnose(old_logprobs, batch.rollout_logprobs, batch.advantages, batch.loss_mask, 2.0)
     alpha = product_coefficient(diagnostics, AISConfig())
     assert 0.0 <= alpha < 1e-6
-    weights = AISLossScaler(alpha, 2.0, "token").token_weights(old_logprobs, batch.rollout_logprobs, batch.loss_mask)
+    weights = LossScaler(alpha, 2.0, "token").token_weights(old_logprobs, batch.rollout_logprobs, batch.loss_mask)
     assert torch.equal(weights, batch.loss_mask.float())
 
 

@@ -17,7 +17,7 @@ from typing import Any
 
 from ais_megatron.algorithm.correction import Correction
 from ais_megatron.algorithm.diagnostics import Diagnostics
-from ais_megatron.algorithm.scaler import AISLossScaler
+from ais_megatron.algorithm.scaler import LossScaler
 from ais_megatron.config import AISConfig, Config
 
 
@@ -85,22 +85,22 @@ def oracle_coefficient(diagnostics: Diagnostics, ais: AISConfig) -> float:
     return _clip((bias_sq - diagnostics.signal_gap_covariance / n) / (bias_sq + variance), ais)
 
 
-def loss_scaler(diagnostics: Diagnostics, config: Config, state: AISState | None = None) -> tuple[AISLossScaler, AISState]:
+def loss_scaler(diagnostics: Diagnostics, config: Config, state: AISState | None = None) -> tuple[LossScaler, AISState]:
     """The scaler of the batch with these diagnostics, and the state after it (`AISState()` before the first batch)."""
     alpha, state = step(state or AISState(), diagnostics, config.ais)
     return _scaler(config, alpha, diagnostics.mean_weight), state
 
 
-def lagged_loss_scaler(config: Config, state: AISState) -> AISLossScaler:
+def lagged_loss_scaler(config: Config, state: AISState) -> LossScaler:
     """The scaler of a batch that is not yet known: the alpha of the one before, alpha_min at the start."""
     return _scaler(config, config.ais.alpha_min if state.alpha is None else state.alpha)
 
 
-def _scaler(config: Config, alpha: float, mean_full_weight: float = 1.0) -> AISLossScaler:
+def _scaler(config: Config, alpha: float, mean_full_weight: float = 1.0) -> LossScaler:
     """Only ais mixes; the other corrections act at full strength, and none at no strength."""
     correction = Correction.of(config)
     alpha = {"ais": alpha, "none": 0.0}.get(correction.name, 1.0)
-    return AISLossScaler(
+    return LossScaler(
         alpha=alpha,
         weight_cap=correction.weight_cap,
         aggregation=config.objective.resolved.aggregation,

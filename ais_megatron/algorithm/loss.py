@@ -2,7 +2,7 @@
 
     loss = - sum_t weight_t J_t + sum_t share_t (kl_coefficient KL_t - entropy_bonus H_t)
 
-J is the objective's (`objectives`), weight_t and share_t are `AISLossScaler`'s; the division by the global number of
+J is the objective's (`objectives`), weight_t and share_t are `LossScaler`'s; the division by the global number of
 tokens is Megatron's. Penalty and bonus are regularisers of the policy, so alpha does not scale them.
 """
 

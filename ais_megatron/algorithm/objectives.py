@@ -9,7 +9,7 @@ e_h = clip_high, clip(x) = clip(x, 1 - e_l, 1 + e_h), and sg the stop-gradient:
     tbpo                   min(R_i A, clip(R_i) A) if A > 0, else clip(R_i) A    2604.07853
 
 GRPO's relatives differ in advantages, clipping and aggregation, which are settings, not formulas. The sequence-level
-objectives give every token of a response the same J, so that the sequence mean of `AISLossScaler` is the paper's sum, its
+objectives give every token of a response the same J, so that the sequence mean of `LossScaler` is the paper's sum, its
 gradient flows through R_i to all tokens, and token-level weights act by their mean over the response. TBPO's trust band:
 a negative response moves the policy only while R_i is inside, so that a garbled one cannot push without limit.
 """

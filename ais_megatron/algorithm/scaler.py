@@ -1,4 +1,4 @@
-"""`AISLossScaler`: every factor that multiplies the policy loss, in one place.
+"""`LossScaler`: every factor that multiplies the policy loss, in one place.
 
 Megatron runs with ``calculate_per_token_loss=True``: the loss function returns a plain sum and its number of tokens, and
 `finalize_model_grads` divides all gradients by the global number of tokens, once. So token t of response i needs
@@ -36,7 +36,7 @@ class TokenFactors(NamedTuple):
 
 
 @dataclass(frozen=True)
-class AISLossScaler:
+class LossScaler:
     """How strongly and over what this batch is corrected.
 
     alpha: in [0, 1]. weight_cap: C, which overrides the correction's own. aggregation: token, sequence or constant.
@@ -60,7 +60,7 @@ class AISLossScaler:
     def needs_totals(self) -> bool:
         return self.aggregation != "token"
 
-    def for_update(self, num_tokens: float, num_sequences: float) -> AISLossScaler:
+    def for_update(self, num_tokens: float, num_sequences: float) -> LossScaler:
         """The scaler for one optimizer step over `num_tokens` kept tokens of `num_sequences` responses, counted globally."""
         return replace(self, tokens_per_sequence=num_tokens / max(num_sequences, 1.0))
 

@@ -2,17 +2,34 @@
 
 from __future__ import annotations
 
-from typing import Literal
+import difflib
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from ais_megatron.config.section import PositiveInt, Section
+from ais_megatron.models.family import Family
+from ais_megatron.models.registry import FAMILIES
+
+
+class RopeScaling(Section):
+    """Llama 3's stretching of the rotary embedding's low frequencies, under the names of config.json's ``rope_parameters``."""
+
+    factor: float = Field(8.0, ge=1.0, description="low frequencies are divided by this")
+    low_freq_factor: float = Field(1.0, gt=0.0, description="wavelengths above original_max_position_embeddings / this are divided in full")
+    high_freq_factor: float = Field(4.0, gt=0.0, description="wavelengths below original_max_position_embeddings / this stay as they are")
+    original_max_position_embeddings: PositiveInt = Field(8192, description="context length before it was stretched")
+
+    @model_validator(mode="after")
+    def _band(self) -> RopeScaling:
+        if self.high_freq_factor <= self.low_freq_factor:
+            raise ValueError(f"high_freq_factor={self.high_freq_factor:g}: must be greater than low_freq_factor={self.low_freq_factor:g}")
+        return self
 
 
 class Architecture(Section):
-    """A Qwen3 model under the names of its Hugging Face ``config.json``."""
+    """A model under the names of its Hugging Face ``config.json``; see `models.registry` for the families there are."""
 
-    model_type: Literal["qwen3", "qwen3_moe"] = Field("qwen3", description="qwen3: dense; qwen3_moe: experts in every layer")
+    model_type: str = Field("qwen3", description="the model's family: qwen3, qwen3_moe, qwen2 or llama")
     vocab_size: PositiveInt = Field(description="rows of the embedding; the tokenizer may have fewer tokens")
     hidden_size: PositiveInt = Field(description="width of the residual stream")
     intermediate_size: PositiveInt = Field(description="width of a dense layer's MLP")
@@ -23,6 +40,7 @@ class Architecture(Section):
     max_position_embeddings: PositiveInt = Field(32768, description="longest prompt with its response, in tokens")
     rms_norm_eps: float = Field(1e-6, description="added to the mean square in every RMS norm")
     rope_theta: float = Field(1_000_000.0, description="base of the rotary embedding's frequencies")
+    rope_scaling: RopeScaling | None = Field(None, description="llama: stretched frequencies, as from Llama 3.1 on; empty: none")
     tie_word_embeddings: bool = Field(False, description="the output layer uses the embedding's weights")
     initializer_range: float = Field(0.02, description="standard deviation of random starting weights")
     num_experts: int = Field(0, ge=0, description="qwen3_moe: experts in every layer; 0 in a dense model")
@@ -31,8 +49,37 @@ class Architecture(Section):
     norm_topk_prob: bool = Field(True, description="the chosen experts' probabilities are scaled to sum 1")
 
     @property
+    def family(self) -> Family:
+        return FAMILIES[self.model_type]
+
+    @property
     def is_moe(self) -> bool:
-        return self.model_type == "qwen3_moe"
+        return self.family.is_moe
+
+    @property
+    def query_size(self) -> int:
+        """Width of all query heads together."""
+        return self.num_attention_heads * self.head_dim
+
+    @property
+    def kv_size(self) -> int:
+        """Width of all key heads together, and of all value heads."""
+        return self.num_key_value_heads * self.head_dim
+
+    @field_validator("model_type")
+    @classmethod
+    def _known_family(cls, model_type: str) -> str:
+        if model_type not in FAMILIES:
+            nearest = difflib.get_close_matches(model_type, FAMILIES, n=1)
+            hint = f"; did you mean {nearest[0]}?" if nearest else ""
+            raise ValueError(f"model_type={model_type!r}: unknown model family; allowed: {', '.join(FAMILIES)}{hint}")
+        return model_type
+
+    @model_validator(mode="after")
+    def _rope(self) -> Architecture:
+        if self.rope_scaling is not None and "llama3" not in self.family.rope_types:
+            raise ValueError(f"rope_scaling: model_type={self.model_type} has no scaled rotary embedding; leave it out")
+        return self
 
     @model_validator(mode="after")
     def _experts(self) -> Architecture:

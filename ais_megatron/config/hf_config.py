@@ -4,31 +4,37 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 from pydantic import ValidationError
 
 from ais_megatron.config.architecture import Architecture
 from ais_megatron.config.errors import ConfigError, explain
-
-SUPPORTED_MODEL_TYPES = ("qwen3", "qwen3_moe")
-CLASS_NAMES = {"qwen3": "Qwen3ForCausalLM", "qwen3_moe": "Qwen3MoeForCausalLM"}
+from ais_megatron.models.family import Family
+from ais_megatron.models.registry import FAMILIES
 
 MOE_KEYS = {"num_experts", "num_experts_per_tok", "moe_intermediate_size", "norm_topk_prob"}
+LLAMA3_KEYS = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+
+
+def rope_parameters(architecture: Architecture) -> dict[str, object]:
+    """The rotary embedding as transformers 5 describes it."""
+    scaling = architecture.rope_scaling
+    kind = {"rope_type": "default"} if scaling is None else {"rope_type": "llama3", **scaling.model_dump()}
+    return {**kind, "rope_theta": architecture.rope_theta}
 
 
 def hf_config(architecture: Architecture, dtype: str, eos_id: int | None = None, pad_id: int | None = None) -> dict[str, object]:
-    """The content of config.json; `rope_parameters` is where transformers 5 looks for rope_theta.
+    """The content of config.json.
 
     Args:
         dtype: "bf16" or "fp32", of the weights.
     """
     return {
-        **architecture.model_dump(exclude=None if architecture.is_moe else MOE_KEYS),
-        **({"decoder_sparse_step": 1, "mlp_only_layers": []} if architecture.is_moe else {}),
-        "architectures": [CLASS_NAMES[architecture.model_type]],
-        "rope_parameters": {"rope_type": "default", "rope_theta": architecture.rope_theta},
-        "hidden_act": "silu",
-        "attention_bias": False,
+        **architecture.model_dump(exclude={"rope_scaling"} | (set() if architecture.is_moe else MOE_KEYS)),
+        **architecture.family.fixed,
+        "architectures": [architecture.family.hf_class],
+        "rope_parameters": rope_parameters(architecture),
         "dtype": {"bf16": "bfloat16", "fp32": "float32"}[dtype],
         "eos_token_id": eos_id,
         "pad_token_id": pad_id,
@@ -36,7 +42,11 @@ def hf_config(architecture: Architecture, dtype: str, eos_id: int | None = None,
 
 
 def read_architecture(folder: str | Path) -> Architecture:
-    """The `Architecture` in a Hugging Face checkpoint folder's ``config.json``; `ConfigError` if it is missing or another model's."""
+    """The `Architecture` in a Hugging Face checkpoint folder's ``config.json``.
+
+    Raises:
+        ConfigError: it is missing, not JSON, of a family that is not known, or of a variant of one that is not supported.
+    """
     path = Path(folder) / "config.json"
     if not path.is_file():
         raise ConfigError(f"model.path={folder}: there is no {path.name} in it; give the folder of a Hugging Face checkpoint")
@@ -44,18 +54,31 @@ def read_architecture(folder: str | Path) -> Architecture:
         raw = json.loads(path.read_text())
     except json.JSONDecodeError as error:
         raise ConfigError(f"model.path={folder}: {path} is not valid JSON ({error})") from error
-    if raw.get("model_type") not in SUPPORTED_MODEL_TYPES:
-        raise ConfigError(
-            f"model.path={folder}: model_type={raw.get('model_type')!r} is not supported; allowed: {', '.join(SUPPORTED_MODEL_TYPES)}"
-        )
-    rope = raw.get("rope_parameters") or {}
-    raw.setdefault("rope_theta", rope.get("rope_theta", 1_000_000.0))
-    if rope.get("rope_type", "default") != "default" or raw.get("rope_scaling"):
-        raise ConfigError(f"model.path={folder}: scaled RoPE ({rope or raw['rope_scaling']}) is not supported; allowed: default")
+    family = FAMILIES.get(raw.get("model_type"))
+    if family is None:
+        raise ConfigError(f"model.path={folder}: model_type={raw.get('model_type')!r} is not supported; allowed: {', '.join(FAMILIES)}")
+    for key, value in family.fixed.items():
+        if key in raw and raw[key] != value and not (raw[key] is None and not value):
+            raise ConfigError(f"model.path={folder}: {key}={raw[key]!r} in its config.json is not supported; allowed: {value!r}")
+    raw |= _rope(raw, family, folder)
     raw.setdefault("num_experts", raw.get("num_local_experts", 0))  # how transformers 5 writes it
-    if raw["model_type"] == "qwen3_moe" and (raw.get("mlp_only_layers") or raw.get("decoder_sparse_step", 1) != 1):
-        raise ConfigError(f"model.path={folder}: a MoE model with dense layers among its sparse ones is not supported")
+    raw.setdefault("num_key_value_heads", raw.get("num_attention_heads"))
+    if raw.get("head_dim") is None and "hidden_size" in raw and raw.get("num_attention_heads"):
+        raw["head_dim"] = raw["hidden_size"] // raw["num_attention_heads"]
     try:
-        return Architecture(**{k: v for k, v in raw.items() if k in Architecture.model_fields})
+        return Architecture(**{key: value for key, value in raw.items() if key in Architecture.model_fields})
     except ValidationError as error:
-        raise ConfigError(f"model.path={folder}: {path} does not describe a Qwen3 model\n" + explain(error, Architecture)) from error
+        raise ConfigError(
+            f"model.path={folder}: {path} does not describe a {family.model_type} model\n" + explain(error, Architecture)
+        ) from error
+
+
+def _rope(raw: dict[str, Any], family: Family, folder: str | Path) -> dict[str, object]:
+    """`rope_theta` and `rope_scaling`, which transformers 5 keeps in ``rope_parameters`` and earlier versions side by side."""
+    rope = (raw.get("rope_scaling") or {}) | (raw.get("rope_parameters") or {})
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind not in family.rope_types:
+        allowed = ", ".join(family.rope_types)
+        raise ConfigError(f"model.path={folder}: scaled RoPE ({rope}) is not supported for {family.model_type}; allowed: {allowed}")
+    scaling = {key: rope[key] for key in LLAMA3_KEYS if key in rope} if kind == "llama3" else None
+    return {"rope_theta": raw.get("rope_theta", rope.get("rope_theta", family.rope_theta)), "rope_scaling": scaling}

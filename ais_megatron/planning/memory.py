@@ -18,9 +18,10 @@ the model's dtype; that variant is derived, not measured. No torch here.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import ceil
+from math import ceil, prod
 
 from ais_megatron.config import Architecture, Config, ParallelConfig
+from ais_megatron.models.family import Weight, shape_of
 from ais_megatron.shapes import Shapes
 
 LOGPROB_CHUNKS_BACKWARD = 4  # FP32 [chunk, vocab/tp] alive at once: log p and p of a chunk, and those of the one before
@@ -145,11 +146,11 @@ def smallest_dp(parallel: ParallelConfig) -> int:
 
 def layer_counts(a: Architecture, tp: int = 1, ep: int = 1, etp: int = 1) -> tuple[int, int]:
     """(dense, expert) parameters of one layer on one rank."""
-    hidden, q, kv = a.hidden_size, a.num_attention_heads * a.head_dim, a.num_key_value_heads * a.head_dim
-    dense = hidden * (2 * q + 2 * kv) // tp + 2 * hidden + 2 * a.head_dim
-    if a.is_moe:
-        return dense + a.num_experts * hidden, a.num_experts // ep * 3 * hidden * (a.moe_intermediate_size // etp)
-    return dense + 3 * hidden * (a.intermediate_size // tp), 0
+
+    def count(table: tuple[Weight, ...], shards: int) -> int:
+        return sum(prod(shape_of(weight, a)) // (1 if weight.tp_dim is None else shards) for weight in table)
+
+    return count(a.family.layer, tp), a.num_experts // ep * count(a.family.experts, etp)
 
 
 def rank_counts(a: Architecture, parallel: ParallelConfig, stage: int) -> Counts:
@@ -244,9 +245,7 @@ def logprob_memory(config: Config, stage: int, tokens: int, expert_load: float) 
 
 def quantized_counts(a: Architecture) -> tuple[int, int]:
     """(parameters, 128x128 blocks) of all projections that FP8 rollouts quantise."""
-    hidden, q, kv = a.hidden_size, a.num_attention_heads * a.head_dim, a.num_key_value_heads * a.head_dim
-    mlp, experts = (a.moe_intermediate_size, a.num_experts) if a.is_moe else (a.intermediate_size, 1)
-    shapes = [(q, hidden), (kv, hidden), (kv, hidden), (hidden, q)] + [(mlp, hidden), (mlp, hidden), (hidden, mlp)] * experts
+    shapes = [shape_of(weight, a) for weight in a.family.layer + a.family.experts * a.num_experts if weight.quantized]
     layers = a.num_hidden_layers
     return layers * sum(n * k for n, k in shapes), layers * sum(ceil(n / FP8_BLOCK) * ceil(k / FP8_BLOCK) for n, k in shapes)
 

@@ -1,7 +1,7 @@
 """Megatron's shards <-> Hugging Face tensors, as a stream of buckets of bounded size.
 
-The correspondence is stated once, in `plan`: which Megatron parameter, on which pipeline stage, is made of which Hugging
-Face tensors, and along which dimension each is sharded over TP. Import reads exactly this rank's rows or columns from the
+The tables in models/ say which Megatron parameter is made of which Hugging Face tensors, and along which dimension TP shards each;
+`plan` adds the pipeline stage and the experts' places. Import reads exactly this rank's rows or columns from the
 safetensors files; export gathers a bucket over TP on the stage that owns it and broadcasts it over PP, so that every rank
 of a model-parallel group sees the whole stream but never holds more than a bucket of it.
 """
@@ -21,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from ais_megatron.config import Architecture
+from ais_megatron.models.family import EMBEDDING, FINAL_NORM, HEAD, Weight, parameters_of, shape_of
 
 Bucket = list[tuple[str, Tensor]]
 
@@ -91,92 +92,56 @@ def plan(architecture: Architecture, pp: int, ep: int = 1, transformer_engine: b
     transformer_engine: its layers keep a norm's weight inside the linear layer that follows, and number grouped experts.
     Tied embeddings with pp > 1: the last stage's copy is listed too (its parts repeat the embedding's name).
     """
-    a = architecture
-    vocabulary = lambda name: Part(name, (a.vocab_size, a.hidden_size), 0)  # noqa: E731
-    entries = [Entry(0, "embedding.word_embeddings.weight", (vocabulary("model.embed_tokens.weight"),))]
+    a, family = architecture, architecture.family
+    last = pp - 1
+    entries = [_entry(a, 0, (EMBEDDING,))]
     per_stage = a.num_hidden_layers // pp
     for number in range(a.num_hidden_layers):
         stage, local = divmod(number, per_stage)
-        prefix = f"decoder.layers.{local}."
-        entries += [Entry(stage, prefix + name, parts) for name, parts in _layer(a, number, transformer_engine)]
-        entries += [Entry(stage, prefix + name, parts, slot) for slot, name, parts in _experts(a, number, ep, transformer_engine)]
-    entries.append(Entry(pp - 1, "decoder.final_layernorm.weight", (Part("model.norm.weight", (a.hidden_size,), None),)))
+        place = f"model.layers.{number}.", f"decoder.layers.{local}.", transformer_engine
+        entries += [_entry(a, stage, rows, *place) for rows in parameters_of(family.layer)]
+        entries += [_entry(a, stage, rows, *place, slot) for slot in range(a.num_experts // ep) for rows in parameters_of(family.experts)]
+    entries.append(_entry(a, last, (FINAL_NORM,)))
     if not a.tie_word_embeddings:
-        entries.append(Entry(pp - 1, "output_layer.weight", (vocabulary("lm_head.weight"),)))
+        entries.append(_entry(a, last, (HEAD,)))
     elif pp > 1:
-        entries.append(Entry(pp - 1, "output_layer.weight", (vocabulary("model.embed_tokens.weight"),)))
+        entries.append(_entry(a, last, (EMBEDDING._replace(megatron=HEAD.megatron),)))
     return entries
 
 
-def _layer(a: Architecture, number: int, transformer_engine: bool) -> list[tuple[str, tuple[Part, ...]]]:
-    prefix = f"model.layers.{number}."
-    hidden, ffn = a.hidden_size, a.intermediate_size
-    q, kv = a.num_attention_heads * a.head_dim, a.num_key_value_heads * a.head_dim
-
-    def part(name: str, *shape: int, dim: int | None = None) -> Part:
-        return Part(prefix + name + ".weight", shape, dim)
-
-    layers = [
-        (
-            "self_attention.linear_qkv.layer_norm_weight" if transformer_engine else "input_layernorm.weight",
-            (part("input_layernorm", hidden),),
-        ),
-        (
-            "self_attention.linear_qkv.weight",
-            (
-                part("self_attn.q_proj", q, hidden, dim=0),
-                part("self_attn.k_proj", kv, hidden, dim=0),
-                part("self_attn.v_proj", kv, hidden, dim=0),
-            ),
-        ),
-        ("self_attention.q_layernorm.weight", (part("self_attn.q_norm", a.head_dim),)),
-        ("self_attention.k_layernorm.weight", (part("self_attn.k_norm", a.head_dim),)),
-        ("self_attention.linear_proj.weight", (part("self_attn.o_proj", hidden, q, dim=1),)),
-    ]
-    if a.is_moe:
-        router = Part(prefix + "mlp.gate.weight", (a.num_experts, hidden), None)
-        return [*layers, ("pre_mlp_layernorm.weight", (part("post_attention_layernorm", hidden),)), ("mlp.router.weight", (router,))]
-    norm = "mlp.linear_fc1.layer_norm_weight" if transformer_engine else "pre_mlp_layernorm.weight"
-    return [
-        *layers,
-        (norm, (part("post_attention_layernorm", hidden),)),
-        ("mlp.linear_fc1.weight", (part("mlp.gate_proj", ffn, hidden, dim=0), part("mlp.up_proj", ffn, hidden, dim=0))),
-        ("mlp.linear_fc2.weight", (part("mlp.down_proj", hidden, ffn, dim=1),)),
-    ]
-
-
-def _experts(a: Architecture, number: int, ep: int, transformer_engine: bool) -> list[tuple[int, str, tuple[Part, ...]]]:
-    """(slot, parameter, parts) of a layer's experts on one expert-parallel rank; nothing in a dense model."""
-    prefix, hidden, ffn = f"model.layers.{number}.mlp.experts.{{expert}}.", a.hidden_size, a.moe_intermediate_size
-    name = "mlp.experts.{linear}.weight{slot}" if transformer_engine else "mlp.experts.local_experts.{slot}.{linear}.weight"
-    gate_up = (Part(prefix + "gate_proj.weight", (ffn, hidden), 0), Part(prefix + "up_proj.weight", (ffn, hidden), 0))
-    down = (Part(prefix + "down_proj.weight", (hidden, ffn), 1),)
-    return [
-        (slot, name.format(slot=slot, linear=linear), parts)
-        for slot in range(a.num_experts // ep)
-        for linear, parts in (("linear_fc1", gate_up), ("linear_fc2", down))
-    ]
+def _entry(
+    a: Architecture,
+    stage: int,
+    rows: tuple[Weight, ...],
+    prefix: str = "",
+    megatron_prefix: str = "",
+    transformer_engine: bool = False,
+    slot: int | None = None,
+) -> Entry:
+    """The Megatron parameter that `rows` of a family's table describe."""
+    name = rows[0].transformer_engine if transformer_engine and rows[0].transformer_engine else rows[0].megatron
+    parts = tuple(Part(prefix + row.name, shape_of(row, a), row.tp_dim) for row in rows)
+    return Entry(stage, megatron_prefix + name.format(slot=slot), parts, slot)
 
 
 def split(entry: Entry, parameter: Tensor, architecture: Architecture) -> list[Tensor]:
-    """This rank's shard of each part. Megatron interleaves Q, K and V per KV group; gate and up are stacked."""
+    """This rank's shard of each part. Megatron interleaves Q, K and V per KV group, weights and biases; gate and up are stacked."""
     if len(entry.parts) == 1:
         return [parameter]
     if len(entry.parts) == 2:
         return list(parameter.chunk(2))
     per_group = architecture.num_attention_heads // architecture.num_key_value_heads
-    rows = parameter.view(-1, (per_group + 2), architecture.head_dim, parameter.shape[-1])
-    return [x.reshape(-1, parameter.shape[-1]) for x in rows.split([per_group, 1, 1], dim=1)]
+    heads = parameter.view(-1, per_group + 2, architecture.head_dim, *parameter.shape[1:])
+    return [x.flatten(0, 2) for x in heads.split([per_group, 1, 1], dim=1)]
 
 
 def join(entry: Entry, shards: list[Tensor], architecture: Architecture) -> Tensor:
     """The inverse of `split`."""
     if len(shards) < 3:
         return torch.cat(shards)
-    width = shards[0].shape[-1]
     per_group = architecture.num_attention_heads // architecture.num_key_value_heads
-    grouped = [x.view(-1, heads, architecture.head_dim, width) for x, heads in zip(shards, (per_group, 1, 1), strict=True)]
-    return torch.cat(grouped, dim=1).reshape(-1, width)
+    grouped = [x.view(-1, heads, architecture.head_dim, *x.shape[1:]) for x, heads in zip(shards, (per_group, 1, 1), strict=True)]
+    return torch.cat(grouped, dim=1).flatten(0, 2)
 
 
 def load_hf(model: nn.Module, architecture: Architecture, folder: str | Path, transformer_engine: bool) -> None:

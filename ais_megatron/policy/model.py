@@ -1,4 +1,4 @@
-"""The Qwen3 policy as a Megatron-Core model that answers with log-probabilities.
+"""The policy as a Megatron-Core model that answers with log-probabilities.
 
 `build_model` makes this rank's part of the network. On CUDA with Transformer Engine it uses Megatron's Transformer Engine
 layers. Elsewhere it uses the local layers, with two of ours in place of Megatron's: an `RMSNorm` that allows sequence
@@ -8,6 +8,7 @@ parallelism, and `SDPAttention`, which leaves the choice of kernel to torch inst
 from __future__ import annotations
 
 import importlib.util
+import math
 from functools import partial
 
 import torch
@@ -20,6 +21,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from torch import Tensor, nn
 
 from ais_megatron.config import Architecture, Config
+from ais_megatron.config.architecture import RopeScaling
 from ais_megatron.distributed import device
 from ais_megatron.policy.logprobs import vocab_parallel_logprobs
 from ais_megatron.policy.routing import Router
@@ -57,10 +59,25 @@ def build_model(config: Config, temperature: float, transformer_engine: bool) ->
     model.true_vocab_size = architecture.vocab_size
     model.temperature = temperature
     model.logprob_chunk_tokens = config.train.logprob_chunk_tokens
+    if architecture.rope_scaling is not None:
+        rope = model.rotary_pos_emb
+        rope.inv_freq = stretched_frequencies(rope.inv_freq, architecture.rope_scaling)
     if transformer_engine:
         _accumulate_gradients_in_place(model)
         _count_all_experts(model)
     return model.to(device())
+
+
+def stretched_frequencies(frequencies: Tensor, scaling: RopeScaling) -> Tensor:
+    """Llama 3's rotary frequencies, float32 ``[head_dim / 2]`` in radians per token, for a longer context than it was trained on at first.
+
+    High frequencies stay, low ones are divided by the factor, and between the two bounds one passes into the other linearly in
+    the number of periods that fit into the old context. Megatron's own version has all but the factor fixed.
+    Source: transformers, `rope_type` llama3.
+    """
+    periods = scaling.original_max_position_embeddings * frequencies / (2 * math.pi)
+    kept = ((periods - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)).clamp(0.0, 1.0)
+    return frequencies * (kept + (1.0 - kept) / scaling.factor)
 
 
 def _accumulate_gradients_in_place(model: nn.Module) -> None:
@@ -125,7 +142,8 @@ def transformer_config_of(config: Config, transformer_engine: bool) -> Transform
         kv_channels=architecture.head_dim,
         normalization="RMSNorm",
         layernorm_epsilon=architecture.rms_norm_eps,
-        qk_layernorm=True,
+        qk_layernorm=architecture.family.qk_norm,
+        add_qkv_bias=architecture.family.qkv_bias,
         gated_linear_unit=True,
         activation_func=F.silu,
         add_bias_linear=False,
@@ -185,9 +203,9 @@ def _moe_options(config: Config, transformer_engine: bool) -> dict[str, object]:
 def _layer_spec(config: TransformerConfig, transformer_engine: bool) -> ModuleSpec | TransformerBlockSubmodules:
     experts = dict(num_experts=config.num_moe_experts, moe_grouped_gemm=config.moe_grouped_gemm)
     if transformer_engine:
-        layer = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=True, **experts)
+        layer = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm, **experts)
     else:
-        layer = get_gpt_layer_local_spec(qk_layernorm=True, normalization="RMSNorm", **experts)
+        layer = get_gpt_layer_local_spec(qk_layernorm=config.qk_layernorm, normalization="RMSNorm", **experts)
     if config.num_moe_experts:
         mlp = layer.submodules.mlp  # Megatron 0.16 makes a ModuleSpec of it, 0.19 a partial of the layer's class
         submodules = mlp.keywords["submodules"] if isinstance(mlp, partial) else mlp.submodules
@@ -196,7 +214,8 @@ def _layer_spec(config: TransformerConfig, transformer_engine: bool) -> ModuleSp
         return layer
     layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = RMSNorm
     attention = layer.submodules.self_attention.submodules
-    attention.q_layernorm = attention.k_layernorm = RMSNorm
+    if config.qk_layernorm:
+        attention.q_layernorm = attention.k_layernorm = RMSNorm
     attention.core_attention = SDPAttention
     layers_here = config.num_layers // config.pipeline_model_parallel_size
     return TransformerBlockSubmodules(layer_specs=[layer] * layers_here, layer_norm=RMSNorm)

@@ -30,7 +30,7 @@ from torch import Tensor
 from ais_megatron.algorithm.correction import Correction
 from ais_megatron.algorithm.diagnostics import Diagnostics, RunningStatistics, split
 from ais_megatron.algorithm.loss import POLICY_METRICS, policy_loss
-from ais_megatron.algorithm.scaler import AISLossScaler
+from ais_megatron.algorithm.scaler import LossScaler
 from ais_megatron.batch import Batch
 from ais_megatron.config import Config, OptimizerConfig
 from ais_megatron.distributed import all_reduce_sum, device, rank_consistent
@@ -86,7 +86,7 @@ def data_parallel_group() -> dist.ProcessGroup:
 
 
 class Policy:
-    """A Qwen3 model under training.
+    """A model under training.
 
     Args:
         optimizer: learning rate and the rest; `total_steps` of it, for the schedule.
@@ -179,7 +179,7 @@ class Policy:
             parameter.copy_(value)
 
     def train_step(
-        self, batch: Batch, old_logprobs: Tensor, scaler: AISLossScaler, reference_logprobs: Tensor | None = None
+        self, batch: Batch, old_logprobs: Tensor, scaler: LossScaler, reference_logprobs: Tensor | None = None
     ) -> dict[str, float]:
         """`train.updates_per_batch` optimizer steps over this batch.
 
@@ -198,7 +198,7 @@ class Policy:
         return means | {"skipped_updates": sum(r["skipped_updates"] for r in results)} | self.routing_metrics
 
     def lagged_train_step(
-        self, batch: Batch, scaler: AISLossScaler, reference_logprobs: Tensor | None = None
+        self, batch: Batch, scaler: LossScaler, reference_logprobs: Tensor | None = None
     ) -> tuple[dict[str, float], Diagnostics, Calibration]:
         """One optimizer step whose own forward pass supplies old_logprobs (so that the policy ratio is exactly 1), this
         batch's diagnostics and the ranges of Q, K and V: nothing is computed twice. Returns and raises as `train_step`."""
@@ -212,7 +212,7 @@ class Policy:
         self,
         batch: Batch,
         old_logprobs: Tensor | None,
-        scaler: AISLossScaler,
+        scaler: LossScaler,
         reference_logprobs: Tensor | None,
         running: RunningStatistics | None = None,
     ) -> tuple[dict[str, float], Tensor]:

@@ -14,13 +14,13 @@ from __future__ import annotations
 import functools
 import importlib.util
 import logging
-import re
 from collections.abc import Iterable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ais_megatron.models.registry import is_quantized_weight
 from ais_megatron.quantization.formats import FP4_E2M1, FP8_E4M3, Format
 
 logger = logging.getLogger(__name__)
@@ -31,19 +31,6 @@ BLOCK = FP8_E4M3.group
 
 _MIN_GROUP_AMAX = 1e-10  # as in SGLang's kernel: an all-zero group must not become 0/0
 _CAST_CAPABILITY = (8, 9)  # the first CUDA compute capability that Triton can cast to E4M3 on
-
-_QUANTIZED = re.compile(
-    r"model\.layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj|mlp\.experts\.\d+\.(gate|up|down)_proj)\.weight"
-)
-
-
-def is_quantized_weight(hf_name: str) -> bool:
-    """Whether the tensor of that Hugging Face name is one of the decoder layers' projections, the only ones that are quantised.
-
-    The pattern names what is quantised and matches whole names, so a router (``mlp.gate.weight``), a norm, an embedding or
-    a head can never slip in.
-    """
-    return _QUANTIZED.fullmatch(hf_name) is not None
 
 
 def quantize_block(weight: Tensor, fmt: Format = FP8_E4M3) -> tuple[Tensor, Tensor]:

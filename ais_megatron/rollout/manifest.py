@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from ais_megatron.config import Architecture, RolloutConfig
+from ais_megatron.models.family import HEAD, tensors_of
 from ais_megatron.quantization.formats import FORMATS
-from ais_megatron.quantization.fp8 import is_quantized_weight
 from ais_megatron.quantization.kv_scales import kv_scale_name
 
-TIED_HEAD = "lm_head.weight"
+TIED_HEAD = HEAD.name
 Kind = tuple[tuple[int, ...], torch.dtype]
 
 
@@ -34,13 +34,13 @@ class Manifest:
     @classmethod
     def of(cls, architecture: Architecture, rollout: RolloutConfig, dtype: torch.dtype) -> Manifest:
         """What an engine of this configuration takes; `dtype` is that of weights which are not quantised."""
-        plain = {name: (shape, dtype) for name, shape in weight_shapes(architecture)}
-        required = dict(plain)
-        if fmt := FORMATS.get(rollout.quantization):
-            for name, (shape, _) in plain.items():
-                if is_quantized_weight(name):
-                    scales = (fmt.scales_shape(shape), torch.float32)  # these also tell FP4 from E4M3, which share a dtype
-                    required |= {name: (shape, fmt.dtype), name.removesuffix("weight") + "weight_scale_inv": scales}
+        fmt = FORMATS.get(rollout.quantization)
+        required: dict[str, Kind] = {}
+        for name, shape, quantized in tensors_of(architecture):
+            required[name] = (shape, fmt.dtype if fmt and quantized else dtype)
+            if fmt and quantized:
+                # These also tell FP4 from E4M3, which share a dtype.
+                required[name.removesuffix("weight") + "weight_scale_inv"] = (fmt.scales_shape(shape), torch.float32)
         optional = {}
         if architecture.tie_word_embeddings:
             optional[TIED_HEAD] = required.pop(TIED_HEAD)
@@ -107,27 +107,3 @@ def _why_unknown(name: str) -> str:
     if name.endswith("weight_scale_inv"):
         return "scales of weights are of no use here: rollout.quantization=none, or a layer that is not quantised"
     return "the model has no such tensor"
-
-
-def weight_shapes(arch: Architecture) -> list[tuple[str, tuple[int, ...]]]:
-    """Every weight of a Qwen3 or Qwen3-MoE model under its Hugging Face name."""
-    hidden, vocab = arch.hidden_size, arch.vocab_size
-    q, kv = arch.num_attention_heads * arch.head_dim, arch.num_key_value_heads * arch.head_dim
-    shapes: list[tuple[str, tuple[int, ...]]] = [("model.embed_tokens.weight", (vocab, hidden))]
-    for number in range(arch.num_hidden_layers):
-        layer = f"model.layers.{number}."
-        shapes += [(f"{layer}self_attn.{kind}_proj.weight", (size, hidden)) for kind, size in (("q", q), ("k", kv), ("v", kv))]
-        shapes += [(f"{layer}self_attn.o_proj.weight", (hidden, q))]
-        shapes += [(f"{layer}self_attn.{kind}_norm.weight", (arch.head_dim,)) for kind in "qk"]
-        shapes += [(f"{layer}{kind}_layernorm.weight", (hidden,)) for kind in ("input", "post_attention")]
-        if arch.is_moe:
-            shapes.append((f"{layer}mlp.gate.weight", (arch.num_experts, hidden)))
-            for expert in range(arch.num_experts):
-                shapes += _mlp(f"{layer}mlp.experts.{expert}.", hidden, arch.moe_intermediate_size)
-        else:
-            shapes += _mlp(f"{layer}mlp.", hidden, arch.intermediate_size)
-    return [*shapes, ("model.norm.weight", (hidden,)), (TIED_HEAD, (vocab, hidden))]
-
-
-def _mlp(prefix: str, hidden: int, size: int) -> list[tuple[str, tuple[int, ...]]]:
-    return [(f"{prefix}{kind}_proj.weight", (hidden, size) if kind == "down" else (size, hidden)) for kind in ("gate", "up", "down")]

@@ -102,7 +102,7 @@ def write_rollouts(path: Path, prompts: Sequence[Prompt], rollouts: Sequence[Rol
     tensors = {
         "prompt_tokens": _joined([p.token_ids for p in prompts], torch.int32),
         "tokens": _joined([r.token_ids for r in rollouts], torch.int32),
-        "logprobs": _joined([r.logprobs for r in rollouts], torch.float32),
+        "logprobs": _joined([r.rollout_logprobs for r in rollouts], torch.float32),
     }
     routed = [r.routed_experts for r in rollouts if r.routed_experts is not None]
     if routed:

@@ -102,7 +102,7 @@ class ReplayEngine:
             Rollout(
                 prompt=prompt,
                 token_ids=tokens,
-                logprobs=logprobs,
+                rollout_logprobs=logprobs,
                 finish_reason=about["finish_reason"],
                 weight_version=about["weight_version"],
                 routed_experts=experts,

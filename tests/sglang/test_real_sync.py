@@ -117,7 +117,7 @@ def local(config: Config, seed: int = 0, factor: float = 1.0, **changes: Any) ->
 def sampled_by(engine: LocalEngine) -> list[tuple[list[int], int, Tensor]]:
     """(prompt and response, length of the prompt, log-probabilities of the response) of some responses."""
     rollouts = engine.generate(PROMPTS, SAMPLING)
-    return [([*r.prompt.token_ids, *r.token_ids], len(r.prompt.token_ids), torch.tensor(r.logprobs)) for r in rollouts]
+    return [([*r.prompt.token_ids, *r.token_ids], len(r.prompt.token_ids), torch.tensor(r.rollout_logprobs)) for r in rollouts]
 
 
 def judged_by(engine: SGLangEngine, samples: list[tuple[list[int], int, Tensor]]) -> list[Tensor]:
@@ -248,7 +248,7 @@ def test_an_update_under_load(sglang_server, connect, quantization: str, pause: 
     thread.join(120)
     rollouts = result["rollouts"]
     assert [r.prompt.index for r in rollouts] == [i for i in range(4) for _ in range(8)]
-    assert all(sum(count for _, count in r.version_spans) == len(r.token_ids) == len(r.logprobs) for r in rollouts)
+    assert all(sum(count for _, count in r.version_spans) == len(r.token_ids) == len(r.rollout_logprobs) for r in rollouts)
     assert any([version for version, _ in r.version_spans] == [0, 1] for r in rollouts), [r.version_spans for r in rollouts]
     assert {r.weight_version for r in rollouts} <= {0, 1}
 

@@ -60,7 +60,7 @@ def test_responses_stand_in_order_and_carry_their_version(servers, engine_of) ->
     engine = engine_of([one, two])
     rollouts = engine.generate(PROMPTS, TWO)
     assert [r.prompt.index for r in rollouts] == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5]
-    assert all((r.token_ids, r.logprobs, r.finish_reason, r.weight_version) == ((7, 2), (-0.5, -0.25), "stop", 0) for r in rollouts)
+    assert all((r.token_ids, r.rollout_logprobs, r.finish_reason, r.weight_version) == ((7, 2), (-0.5, -0.25), "stop", 0) for r in rollouts)
     assert one.asked + two.asked == Counter({10 + i: 2 for i in range(6)})
     assert set(one.asked) & set(two.asked) == set(), "a prompt's samples share a server, which then has the prefix"
     assert 2 <= len(one.asked) <= 4, "the load is spread"
@@ -102,7 +102,7 @@ def test_responses_without_usable_logprobs_are_dropped(servers, engine_of, bad: 
     server.answer = answer
     rollouts = engine_of([server]).generate(PROMPTS, TWO)
     assert [r.prompt.index for r in rollouts if r.finish_reason == DROPPED] == [2, 2]
-    assert all(r.token_ids == (3,) and r.logprobs == (0.0,) for r in rollouts if r.is_dropped)
+    assert all(r.token_ids == (3,) and r.rollout_logprobs == (0.0,) for r in rollouts if r.is_dropped)
 
 
 def test_a_server_that_dies_is_replaced_by_the_other(servers, engine_of) -> None:

@@ -78,10 +78,10 @@ def write_weights(folder: Path, kind: str) -> Path:
     """A Hugging Face folder of random weights: initialisation differs between devices and layouts, but this is the same everywhere."""
     from safetensors.torch import save_file
 
-    from ais_megatron.rollout.manifest import weight_shapes
+    from ais_megatron.models.family import tensors_of
 
     generator, tensors = torch.Generator().manual_seed(5), {}
-    for name, shape in weight_shapes(Architecture(**ARCHITECTURES[kind])):
+    for name, shape, _ in tensors_of(Architecture(**ARCHITECTURES[kind])):
         noise = 0.05 * torch.randn(shape, generator=generator)
         tensors[name] = noise + 1.0 if len(shape) == 1 else noise
     folder.mkdir(parents=True)
@@ -224,7 +224,7 @@ def engine_and_files(rank: int, layout: str, weights: Path, folder: Path) -> dic
     return {
         "bytes for a server": num_bytes,
         "responses": torch.tensor([token for r in rollouts for token in r.token_ids]),
-        "logprobs": torch.tensor([v for r in rollouts for v in r.logprobs]),
+        "logprobs": torch.tensor([v for r in rollouts for v in r.rollout_logprobs]),
         "read back": same,
     }
 

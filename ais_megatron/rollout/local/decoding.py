@@ -31,7 +31,7 @@ _GPU_CHECK_STEPS = 8  # asking a GPU how many rows have ended waits for it, so t
 class Model:
     """What decoding needs to know about the engine.
 
-    causal_lm: transformers' Qwen3ForCausalLM or Qwen3MoeForCausalLM with the attention of `kv_cache`.
+    causal_lm: transformers' causal language model with the attention of `kv_cache`.
     kv_scales: float32 ``[num_layers, 2]`` of an FP8 cache, None for a cache that keeps what it gets.
     routing: what the experts of the latest forward pass are read from, None where nobody asks for them.
     """
@@ -48,11 +48,11 @@ class Model:
     def forward(self, tokens: Tensor, positions: Tensor, mask: Tensor, cache: KVCache) -> Tensor:
         """Extend `cache` by `tokens`, int64 ``[rows, new]``; the logits after the last of them, float32 ``[rows, vocab]``.
 
-        mask: additive, ``[rows, 1, new, cache.length + new]``. A dense model takes it in a mapping, as what transformers would
-        have made itself at a cost in every step; a MoE model knows no mappings, but takes four dimensions as they are.
+        mask: additive, ``[rows, 1, new, cache.length + new]``. Some families take it in a mapping by the kind of layer, as what
+        transformers would have made itself at a cost in every step; the others take four dimensions as they are.
         """
         decoder = self.causal_lm.model
-        attention_mask = mask if self.architecture.is_moe else {"full_attention": mask}
+        attention_mask = {"full_attention": mask} if self.architecture.family.takes_mask_by_kind else mask
         out = decoder(input_ids=tokens, attention_mask=attention_mask, position_ids=positions, past_key_values=cache, use_cache=True)
         cache.advance(tokens.shape[1])
         return self.causal_lm.lm_head(out.last_hidden_state[:, -1]).float()

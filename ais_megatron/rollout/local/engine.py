@@ -1,4 +1,4 @@
-"""The embedded rollout engine: transformers' Qwen3 or Qwen3-MoE in this process, in float32, BF16 or emulated FP8 or FP4.
+"""The embedded rollout engine: transformers' model in this process, in float32, BF16 or emulated FP8 or FP4.
 
 It takes the same tensors under the same names as an SGLang server and computes what its FP8 kernels compute (block-128
 weights, 1x128 activations, an E4M3 KV cache with per-layer scales), so that rollout and training policy differ for the same
@@ -12,11 +12,12 @@ import logging
 from collections.abc import Iterable, Sequence
 
 import torch
+import transformers
 from torch import Tensor, nn
-from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from ais_megatron.batch import Prompt, Rollout
 from ais_megatron.config import Architecture, RolloutConfig
+from ais_megatron.config.hf_config import rope_parameters
 from ais_megatron.quantization.formats import FORMATS
 from ais_megatron.quantization.kv_scales import kv_scale_name
 from ais_megatron.rollout.engine import Bucket, SamplingParams
@@ -181,11 +182,11 @@ def _build(
     architecture: Architecture, rollout: RolloutConfig, device: torch.device, dtype: torch.dtype
 ) -> tuple[nn.Module, InputQuantizer | None, RoutingRecord | None]:
     """The model with uninitialised weights, the quantised layers' shared quantiser, and where the chosen experts are kept."""
-    config_class, model_class = (Qwen3MoeConfig, Qwen3MoeForCausalLM) if architecture.is_moe else (Qwen3Config, Qwen3ForCausalLM)
+    model_class = getattr(transformers, architecture.family.hf_class)
     fmt = FORMATS.get(rollout.quantization)
-    config = config_class(
-        **architecture.model_dump(exclude={"model_type", "rope_theta", "initializer_range"}),
-        rope_parameters={"rope_type": "default", "rope_theta": architecture.rope_theta},
+    config = model_class.config_class(
+        **architecture.model_dump(exclude={"model_type", "rope_theta", "rope_scaling", "initializer_range"}),
+        rope_parameters=rope_parameters(architecture),
         attn_implementation=ATTENTION,
     )
     with torch.device("meta"):

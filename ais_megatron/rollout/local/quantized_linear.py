@@ -14,8 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ais_megatron.models.registry import is_quantized_weight
 from ais_megatron.quantization.formats import FP8_E4M3, Format
-from ais_megatron.quantization.fp8 import dequantize_block, is_quantized_weight, quantize_dequantize_groups
+from ais_megatron.quantization.fp8 import dequantize_block, quantize_dequantize_groups
 
 
 class InputQuantizer:
@@ -40,19 +41,29 @@ class InputQuantizer:
 
 
 class QuantizedLinear(nn.Module):
-    """In place of `nn.Linear` without bias.
+    """In place of `nn.Linear`.
 
-    weight: ``[out, in]`` in the format's dtype; weight_scale_inv: float32, one per block of the format. Copy into them, then
-    call `refresh`. Input and output are ``[..., in]`` and ``[..., out]`` in the model's dtype. Written for CPU and CUDA
+    weight: ``[out, in]`` in the format's dtype; weight_scale_inv: float32, one per block of the format; bias: ``[out]`` in the
+    model's dtype, or None. Copy into them, then call `refresh`. The bias is added to the product after it has been rounded to the
+    model's dtype, as SGLang does. Input and output are ``[..., in]`` and ``[..., out]`` in the model's dtype. Written for CPU and CUDA
     alike; it has not been run on a GPU, where it would need no FP8 hardware, nor profit from it.
     """
 
-    def __init__(self, in_features: int, out_features: int, quantizer: InputQuantizer, device: torch.device | None = None) -> None:
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        quantizer: InputQuantizer,
+        device: torch.device | None = None,
+        bias: torch.dtype | None = None,
+    ) -> None:
+        """bias: its dtype; None: there is none."""
         super().__init__()
         fmt, shape = quantizer.format, (out_features, in_features)
         self.register_buffer("weight", torch.empty(shape, dtype=fmt.dtype, device=device))
         self.register_buffer("weight_scale_inv", torch.empty(fmt.scales_shape(shape), dtype=torch.float32, device=device))
         self.register_buffer("dequantized", torch.empty(shape, dtype=torch.float32, device=device), persistent=False)
+        self.register_buffer("bias", None if bias is None else torch.empty(out_features, dtype=bias, device=device))
         self.quantizer = quantizer
 
     def refresh(self) -> None:
@@ -60,7 +71,8 @@ class QuantizedLinear(nn.Module):
         self.dequantized.copy_(dequantize_block(self.weight, self.weight_scale_inv, fmt=self.quantizer.format))
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(self.quantizer(x), self.dequantized).to(x.dtype)
+        product = F.linear(self.quantizer(x), self.dequantized).to(x.dtype)
+        return product if self.bias is None else product + self.bias
 
 
 def replace_linears(model: nn.Module, fmt: Format) -> InputQuantizer:
@@ -68,5 +80,7 @@ def replace_linears(model: nn.Module, fmt: Format) -> InputQuantizer:
     quantizer = InputQuantizer(fmt)
     for name, module in list(model.named_modules()):
         if isinstance(module, nn.Linear) and is_quantized_weight(f"{name}.weight"):
-            model.set_submodule(name, QuantizedLinear(module.in_features, module.out_features, quantizer, module.weight.device))
+            bias = None if module.bias is None else module.bias.dtype
+            quantized = QuantizedLinear(module.in_features, module.out_features, quantizer, module.weight.device, bias)
+            model.set_submodule(name, quantized)
     return quantizer

@@ -235,8 +235,9 @@ class SGLangEngine:
                 yield bucket
 
     def _with_tied_head(self, bucket: Bucket) -> Bucket:
-        """SGLang's dense Qwen3 shares the embedding's memory with the head; its MoE has a head of its own, tied or not."""
-        tied = [(TIED_HEAD, tensor) for name, tensor in bucket if name == EMBEDDING and self._architecture.is_moe]
+        """Most of SGLang's models share the embedding's memory with a tied head; those that do not are sent the head too."""
+        copies = self._architecture.family.sglang_keeps_tied_head
+        tied = [(TIED_HEAD, tensor) for name, tensor in bucket if name == EMBEDDING and copies]
         return [(name, tensor) for name, tensor in bucket if name != TIED_HEAD] + tied
 
     async def _servers_to_update(self, is_first: bool, after_failure: bool) -> tuple[list[Server], list[ServerAPI]]:

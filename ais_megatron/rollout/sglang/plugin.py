@@ -1,14 +1,15 @@
 """What SGLang lacks for us, as a plugin that it finds by itself: loadable KV scales, and an access key that comes from a file.
 
 Installing this package beside SGLang is all it takes: SGLang calls `install`, the entry point of the group
-``sglang.srt.plugins``, early in each of its processes. Nothing else of this package, nor what it depends on, is imported
-there. Written for SGLang 0.5.23; where a name that is hooked has moved, SGLang logs it and goes on, which `server`
+``sglang.srt.plugins``, early in each of its processes. Of this package only the tables of model families are imported there,
+and nothing that it depends on. Written for SGLang 0.5.23; where a name that is hooked has moved, SGLang logs it and goes on, which `server`
 notices: it refuses a server that answers without the key.
 
-KV scales. Qwen3 and Qwen3-MoE build their attention without a quantization config, so it has no `k_scale` and `v_scale`
-parameters, and scales that are pushed are dropped with a warning: the cache then works at scale 1.0. Here `BaseKVCacheMethod`,
-SGLang's own, is attached after each attention is built, and the parameters' own names are let through: the dense model takes
-``model.layers.N.self_attn.attn.k_scale`` for a checkpoint's name, makes ``….attn.attn.k_scale`` of it, and drops it as unknown.
+KV scales. Qwen3 and Qwen3-MoE build their attention without a quantization config, and every family does with BF16 weights. Such
+an attention has no `k_scale` and `v_scale` parameters, and scales that are pushed are dropped with a warning: the cache then works
+at scale 1.0. Here `BaseKVCacheMethod`, SGLang's own, is attached after each attention is built, and the parameters' own names are
+let through: the dense models take ``model.layers.N.self_attn.attn.k_scale`` for a checkpoint's name, make ``….attn.attn.k_scale``
+of it, and drop it as unknown.
 From there everything is stock: the loaders of all update endpoints find the parameters, and `process_weights_after_loading`
 runs after the initial load and at every /end_weight_update. Both write in place (`copy_`), so the tensors keep their addresses:
 FlashAttention-3 reads them from inside captured CUDA graphs and sees new values. Triton and FlashInfer pass the float
@@ -25,9 +26,10 @@ import multiprocessing
 import os
 from pathlib import Path
 
+from ais_megatron.models.registry import FAMILIES
+
 KEY_FILE_VARIABLE = "AIS_MEGATRON_KEY_FILE"
 
-ATTENTIONS = ("sglang.srt.models.qwen3.Qwen3Attention", "sglang.srt.models.qwen3_moe.Qwen3MoeAttention")
 RENAME = "sglang.srt.model_loader.weight_utils.maybe_remap_kv_scale_name"
 HTTP_SERVER = "sglang.srt.entrypoints.http_server._setup_and_run_http_server"
 
@@ -37,8 +39,8 @@ def install() -> None:
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
     if multiprocessing.parent_process() is not None:
-        for attention in ATTENTIONS:
-            HookRegistry.register(f"{attention}.__init__", add_kv_scales, HookType.AFTER)
+        for family in FAMILIES.values():
+            HookRegistry.register(f"{family.sglang_attention}.__init__", add_kv_scales, HookType.AFTER)
         HookRegistry.register(RENAME, keep_parameter_names, HookType.AROUND)
     elif os.environ.get(KEY_FILE_VARIABLE):
         HookRegistry.register(HTTP_SERVER, require_key, HookType.BEFORE)

@@ -1,0 +1,29 @@
+"""The model families there are. A new one is a table in a file beside this one, and a line here (docs/extending.md)."""
+
+from __future__ import annotations
+
+import re
+
+from ais_megatron.models.family import Family
+from ais_megatron.models.llama import LLAMA
+from ais_megatron.models.qwen2 import QWEN2
+from ais_megatron.models.qwen3 import QWEN3
+from ais_megatron.models.qwen3_moe import QWEN3_MOE
+
+FAMILIES: dict[str, Family] = {family.model_type: family for family in (QWEN3, QWEN3_MOE, QWEN2, LLAMA)}
+
+_LAYER = re.compile(r"model\.layers\.\d+\.")
+_EXPERT = re.compile(r"(?<=\.experts\.)\d+")
+
+
+def is_quantized_weight(hf_name: str) -> bool:
+    """Whether FP8 and FP4 rollouts quantise the tensor of that Hugging Face name.
+
+    The tables of all families are asked. Whole names are compared, so a router (``mlp.gate.weight``), a norm, a bias, an
+    embedding or a head can never slip in.
+    """
+    in_layer = _LAYER.match(hf_name)
+    if in_layer is None:
+        return False
+    name = _EXPERT.sub("{expert}", hf_name[in_layer.end() :])
+    return any(weight.quantized and weight.name == name for family in FAMILIES.values() for weight in (*family.layer, *family.experts))
