@@ -205,10 +205,10 @@ def calibrated(rank: int, path: Path, **layout):
 
 def reference_amax(path: Path, batch: Batch) -> Tensor:
     """Largest |Q|, |K|, |V| per layer over real tokens, caught at transformers' attention function."""
-    from transformers import Qwen3ForCausalLM
+    from transformers import AutoModelForCausalLM
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-    model = Qwen3ForCausalLM.from_pretrained(path, attn_implementation="sdpa", dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(path, attn_implementation="sdpa", dtype=torch.float32)
     original, seen = ALL_ATTENTION_FUNCTIONS["sdpa"], {}
 
     def record(module, query, key, value, *args, **kwargs):  # noqa: ANN001, ANN202

@@ -1,11 +1,15 @@
 """What the rest of the program needs to know about a rollout engine before there is one. (No torch: the planner asks too.)
 
-Nobody outside ``rollout/`` compares `rollout.engine` with a name: a new engine is a line here and a line in `rollout.build`.
+Nobody outside ``rollout/`` compares `rollout.engine` with a name: a new engine is a line here and a line in `rollout.build`,
+or a class of the user's own with its traits beside it.
 """
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import NamedTuple
+
+from ais_megatron.config import doors
 
 
 class EngineTraits(NamedTuple):
@@ -29,3 +33,20 @@ ENGINES = {
     "sglang": EngineTraits(has_servers=True, keeps_kv_scales=True),
     "replay": EngineTraits(replays=True),
 }
+
+
+@lru_cache
+def own_traits(name: str) -> EngineTraits:
+    """The `EngineTraits(...)` that the user's module assigns to ``Class.traits``, read without importing the module; an embedded
+    engine's where there is none.
+
+    Raises:
+        ValueError: unknown or too many arguments, or values that are not written out.
+    """
+    arguments = doors.literal_call("rollout.engine", name, "traits")
+    if arguments is None:
+        return EngineTraits(is_embedded=True)
+    try:
+        return EngineTraits(*arguments[0], **arguments[1])
+    except TypeError as error:
+        raise ValueError(f"rollout.engine={name!r}: its traits: {error}; allowed: {', '.join(EngineTraits._fields)}") from error

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import difflib
 from typing import Annotated, Literal
 
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, field_validator
 
-from ais_megatron.config.engines import ENGINES, EngineTraits
+from ais_megatron.config import doors
+from ais_megatron.config.engines import ENGINES, EngineTraits, own_traits
 from ais_megatron.config.section import PositiveInt, Section
 from ais_megatron.config.sglang import SGLangConfig
 
 
 class RolloutConfig(Section):
-    engine: Literal["local", "sglang", "replay"] = Field(
-        "local", description="local: embedded in each rank; sglang: servers, see rollout.sglang; replay: none, responses from replay_dir"
+    engine: str = Field(
+        "local",
+        description="local: embedded in each rank; sglang: servers, see rollout.sglang; replay: none, responses from replay_dir; "
+        "or a class of your own as module:Class (docs/extending.md)",
     )
     save_dir: str | None = Field(None, description="folder that every response is recorded in, for a later replay; empty: none")
     replay_dir: str | None = Field(None, description="engine=replay: the save_dir of an earlier run")
@@ -38,9 +42,21 @@ class RolloutConfig(Section):
     ahead: int = Field(0, ge=0, le=1, description="1: the next batch is generated while this one trains, with weights one step older")
     sglang: SGLangConfig = SGLangConfig()
 
+    @field_validator("engine")
+    @classmethod
+    def _known_engine(cls, name: str) -> str:
+        if doors.is_own(name):
+            doors.check("rollout.engine", name, "class")
+            own_traits(name)
+        elif name not in ENGINES:
+            nearest = difflib.get_close_matches(name, ENGINES, n=1)
+            hint = f"; did you mean {nearest[0]}?" if nearest else ""
+            raise ValueError(f"rollout.engine={name!r}: unknown engine; allowed: {', '.join(ENGINES)}, or module:Class{hint}")
+        return name
+
     @property
     def engine_traits(self) -> EngineTraits:
-        return ENGINES[self.engine]
+        return own_traits(self.engine) if doors.is_own(self.engine) else ENGINES[self.engine]
 
     @property
     def kv_cache_is_fp8(self) -> bool:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from ais_megatron.config import Config
+from ais_megatron.config import Config, doors
 from ais_megatron.distributed import broadcast_text, device, rank, rank_consistent
 from ais_megatron.rollout.engine import RolloutEngine
 from ais_megatron.rollout.local.engine import LocalEngine
@@ -26,11 +26,23 @@ def build_engine(config: Config, *, eos_id: int, pad_id: int) -> RolloutEngine:
             engine cannot hold.
         RuntimeError: a server that does not start. Both on all ranks together.
     """
-    engine = BUILDERS[config.rollout.engine](config, eos_id, pad_id)
+    name = config.rollout.engine
+    engine = _own_engine(config, eos_id, pad_id) if doors.is_own(name) else BUILDERS[name](config, eos_id, pad_id)
     if config.rollout.save_dir is None:
         return engine
     with rank_consistent():
         return RecordingEngine(engine, Path(config.rollout.save_dir), rank(), continues=config.run.resume)
+
+
+def _own_engine(config: Config, eos_id: int, pad_id: int) -> RolloutEngine:
+    """The user's class. ValueError where it lacks what a `RolloutEngine` has."""
+    name = config.rollout.engine
+    with rank_consistent():
+        engine_class = doors.load("rollout.engine", name)
+        needed = [member for member in dir(RolloutEngine) if not member.startswith("_")] + ["takes_updates_while_generating"]
+        if missing := sorted(member for member in set(needed) if not hasattr(engine_class, member)):
+            raise ValueError(f"rollout.engine={name!r}: lacks {', '.join(missing)}; see RolloutEngine in ais_megatron/rollout/engine.py")
+        return engine_class(config, eos_id=eos_id, pad_id=pad_id)
 
 
 def _local_engine(config: Config, eos_id: int, pad_id: int) -> RolloutEngine:

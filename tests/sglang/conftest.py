@@ -31,11 +31,12 @@ DENSE = dict(
     max_position_embeddings=512,
 )
 MOE = DENSE | dict(model_type="qwen3_moe", num_experts=8, num_experts_per_tok=2, moe_intermediate_size=128)
-ARCHITECTURES = {"dense": DENSE, "moe": MOE}
+LLAMA = DENSE | dict(model_type="llama", rope_scaling=dict(original_max_position_embeddings=64), tie_word_embeddings=True)
+ARCHITECTURES = {"dense": DENSE, "moe": MOE, "llama": LLAMA, "qwen2": DENSE | dict(model_type="qwen2")}
 
 
 def sglang_config(kind: str = "dense", quantization: str = "fp8", rollout: dict[str, Any] | None = None, **sglang: Any) -> Config:
-    """A config for one server on the CPU. kind: "dense" or "moe"; quantization: "fp8" or "bf16", of weights and KV cache."""
+    """A config for one server on the CPU. kind: of `ARCHITECTURES`; quantization: "fp8" or "bf16", of weights and KV cache."""
     settings = dict(python=str(SGLANG_PYTHON), device="cpu", startup_timeout_s=STARTUP_S) | sglang
     section = dict(engine="sglang", quantization=quantization, return_routed_experts=kind == "moe", sglang=settings) | (rollout or {})
     return build_config(dict(model=dict(architecture=ARCHITECTURES[kind]), rollout=section))
@@ -54,7 +55,7 @@ class RunningServer:
 
 @pytest.fixture(scope="session")
 def sglang_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str, str], RunningServer]]:
-    """``sglang_server("dense" | "moe", "fp8" | "bf16")``: started on first use, stopped at the end of the session."""
+    """``sglang_server(kind, "fp8" | "bf16")``, kind of `ARCHITECTURES`: started on first use, stopped at the end of the session."""
     running: dict[tuple[str, str], RunningServer] = {}
 
     def get(kind: str, quantization: str) -> RunningServer:

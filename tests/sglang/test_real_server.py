@@ -83,7 +83,7 @@ def test_the_key_shows_nowhere(sglang_server):
             assert server.key.encode() not in content
 
 
-@pytest.mark.parametrize("kind", ["dense", "moe"])
+@pytest.mark.parametrize("kind", ["dense", "moe", "llama", "qwen2"])
 def test_kv_scales_are_parameters_that_an_update_reaches(sglang_server, kind, tmp_path):
     server = sglang_server(kind, "fp8")
     before = checksums(server)

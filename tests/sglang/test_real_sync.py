@@ -51,9 +51,12 @@ def weights(architecture: Architecture, seed: int = 0) -> Bucket:
 
     def draw(name: str, shape: tuple[int, ...]) -> Tensor:
         noise = torch.randn(shape, generator=generator)
+        if name.endswith("bias"):
+            return (0.3 * noise).bfloat16()
         if len(shape) == 1:
             return (1 + 0.1 * noise).bfloat16()
-        return (noise * (1.0 if "embed" in name else (2.0 if "lm_head" in name else 1.0) * shape[1] ** -0.5)).bfloat16()
+        is_head = "lm_head" in name or ("embed" in name and architecture.tie_word_embeddings)
+        return (noise * (2.0 * shape[1] ** -0.5 if is_head else 1.0 if "embed" in name else shape[1] ** -0.5)).bfloat16()
 
     return [(name, draw(name, shape)) for name, (shape, _) in plain._required.items()]
 
@@ -161,7 +164,7 @@ def test_every_transport_brings_the_same_bytes(sglang_server, connect, kind: str
     assert found[0]["model.embed_tokens.weight"] == hashlib.sha256(embedding.view(torch.uint8).numpy().tobytes()).digest()[:8].hex()
 
 
-@pytest.mark.parametrize("kind", ["dense", "moe"])
+@pytest.mark.parametrize("kind", ["dense", "moe", "llama", "qwen2"])
 def test_the_server_agrees_with_the_local_engine(sglang_server, connect, kind: str) -> None:
     """Both emulate the same FP8 arithmetic in different programs. BF16 roundings that differ (the norms') flip a few per cent of
     the E4M3 roundings after them, so the engines agree within FP8's own noise, and better with each other than with BF16."""

@@ -15,6 +15,8 @@ runs after the initial load and at every /end_weight_update. Both write in place
 FlashAttention-3 reads them from inside captured CUDA graphs and sees new values. Triton and FlashInfer pass the float
 `k_scale_float` instead, which a captured graph keeps for ever: with them graphs must be off.
 
+Block scales. Llama's loader renames ``X.weight_scale_inv`` to a parameter that block-FP8 layers do not have; see `load_block_scales`.
+
 Access key. ``--api-key`` would show in `ps`, in the log (SGLang logs its arguments) and in /server_info. So the key comes from
 the file that AIS_MEGATRON_KEY_FILE names, is read at the moment the HTTP app is set up, and goes straight into SGLang's own
 middleware as user key and admin key: every endpoint but /health*, /ready* and /metrics* wants ``Authorization: Bearer KEY``.
@@ -31,6 +33,7 @@ from ais_megatron.models.registry import FAMILIES
 KEY_FILE_VARIABLE = "AIS_MEGATRON_KEY_FILE"
 
 RENAME = "sglang.srt.model_loader.weight_utils.maybe_remap_kv_scale_name"
+LLAMA_LOADER = "sglang.srt.models.llama.LlamaForCausalLM.load_weights"
 HTTP_SERVER = "sglang.srt.entrypoints.http_server._setup_and_run_http_server"
 
 
@@ -39,9 +42,10 @@ def install() -> None:
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
     if multiprocessing.parent_process() is not None:
-        for family in FAMILIES.values():
-            HookRegistry.register(f"{family.sglang_attention}.__init__", add_kv_scales, HookType.AFTER)
+        for attention in {family.sglang_attention for family in FAMILIES.values()}:
+            HookRegistry.register(f"{attention}.__init__", add_kv_scales, HookType.AFTER)
         HookRegistry.register(RENAME, keep_parameter_names, HookType.AROUND)
+        HookRegistry.register(LLAMA_LOADER, load_block_scales, HookType.AROUND)
     elif os.environ.get(KEY_FILE_VARIABLE):
         HookRegistry.register(HTTP_SERVER, require_key, HookType.BEFORE)
 
@@ -49,22 +53,46 @@ def install() -> None:
 def add_kv_scales(result: None, attention, *args, **kwargs) -> None:
     """After an attention's `__init__`: give it `k_scale` and `v_scale` if the cache is FP8 and it has none.
 
-    They are left out of a BF16 cache, where some backends would divide by whatever is in them.
+    They are left out of a BF16 cache, where some backends would divide by whatever is in them. Families that pass their
+    quantization config on have them already.
     """
     from sglang.srt.layers.quantization.kv_cache import BaseKVCacheMethod
     from sglang.srt.runtime_context import get_model
 
+    if not get_model().kv_cache_dtype.startswith("fp8"):
+        return
     layer = attention.attn
-    if layer.k_scale is None and get_model().kv_cache_dtype.startswith("fp8"):
+    if layer.k_scale is None:
         layer.quant_method = BaseKVCacheMethod(None)
         layer.quant_method.create_weights(layer)
-        for scale in (layer.k_scale, layer.v_scale):
-            scale._skip_weight_check = False  # so that /weights_checker tells whether a sync has brought them
+    for scale in (layer.k_scale, layer.v_scale):
+        scale._skip_weight_check = False  # so that /weights_checker tells whether a sync has brought them
 
 
 def keep_parameter_names(rename, name: str, params_dict: dict) -> str | None:
     """Around the loaders' renaming of checkpoint scales: what already is a parameter's name stays as it is."""
     return name if name in params_dict else rename(name, params_dict)
+
+
+def load_block_scales(load, model, weights) -> None:
+    """Around Llama's `load_weights`: scales of block-FP8 weights go by the loader that walks the modules, as Qwen2's layers have it.
+
+    Llama's own takes ``X.weight_scale_inv`` for a per-tensor scale, renames it to ``X.weight_scale``, finds no such parameter and
+    drops it with a warning.
+    """
+    from sglang.srt.model_loader.auto_loader import AutoWeightsLoader
+
+    scales = []
+
+    def others():
+        for name, tensor in weights:
+            if name.endswith(".weight_scale_inv"):
+                scales.append((name, tensor))
+            else:
+                yield name, tensor
+
+    load(model, others())
+    AutoWeightsLoader(model).load_weights(iter(scales))
 
 
 def require_key(*args, **kwargs) -> None:
