@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.ranks import RankPool
+pytest.register_assert_rewrite("tests.helpers")  # so that their assertions say what they compared
+
+from tests.helpers.ranks import RankPool  # noqa: E402
 
 
 @pytest.fixture(scope="session")

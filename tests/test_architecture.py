@@ -5,7 +5,9 @@ from __future__ import annotations
 import ast
 from pathlib import Path
 
-PACKAGE = Path(__file__).parents[1] / "ais_megatron"
+from tests.helpers.paths import ROOT
+
+PACKAGE = ROOT / "ais_megatron"
 
 # Lower floors first. A module may import from its own floor and from those below. A name is a folder or a module at the top;
 # a module that stands lower than its folder has an entry of its own.

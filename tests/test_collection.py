@@ -10,8 +10,8 @@ import torch
 from ais_megatron.batch import Rollout
 from ais_megatron.config import Config
 from ais_megatron.tasks import Reward
-from tests.ranks import RankPool
-from tests.test_algorithm import config_with
+from tests.helpers.batches import config_with
+from tests.helpers.ranks import RankPool
 
 LAYOUTS = {"1": (1, 1, 1), "DP2": (2, 1, 1), "TP2": (2, 2, 1), "DP2xPP2": (4, 1, 2)}
 

@@ -10,7 +10,7 @@ import torch
 from ais_megatron.batch import Batch, Prompt, Rollout, assemble, routes_dtype
 from ais_megatron.distributed import gather_batch, rank_consistent, reduce_metrics
 from ais_megatron.prompts import Share
-from tests.ranks import RankError, RankPool
+from tests.helpers.ranks import RankError, RankPool
 
 
 def rollout(index: int, prompt: int, response: int) -> Rollout:

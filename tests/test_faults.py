@@ -13,10 +13,10 @@ import pytest
 import torch
 
 from ais_megatron.config import build_config
-from tests.ranks import RankPool
-from tests.test_checkpoint import trained, weights_of
-from tests.test_policy import make_batch, make_config, make_policy, my_rows
-from tests.test_training import ROOT, SMALL, assert_same_rows, command, rows_of, run, small, write
+from tests.helpers.paths import ROOT
+from tests.helpers.policies import make_batch, make_config, make_policy, my_rows, trained, weights_of
+from tests.helpers.ranks import RankPool
+from tests.helpers.runs import SMALL, assert_same_rows, command, rows_of, run, small, write
 
 pytestmark = pytest.mark.slow  # whole runs that are killed and go on
 

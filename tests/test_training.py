@@ -14,12 +14,12 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-import yaml
 
-from ais_megatron.config import Config, build_config, load_config
-from tests.ranks import RankPool
+from ais_megatron.config import build_config, load_config
+from tests.helpers.paths import ROOT
+from tests.helpers.ranks import RankPool
+from tests.helpers.runs import assert_same_rows, command, refusal, rows_of, run, small, write
 
-ROOT = Path(__file__).parents[1]
 ROW_KEYS = set(
     "step alpha weight_reliability weight_reliability_raw divergence_severity variance_amplification k1_kl ppl_ratio chi2_token "
     "is_weight_mean is_weight_min is_weight_max fraction_truncated prob_diff_mean prob_diff_max reward_mean reward_std accuracy "
@@ -29,57 +29,6 @@ ROW_KEYS = set(
     "dropped_fraction q_amax kv_saturated_fraction time/generate time/reward time/logprobs "
     "time/diagnose time/train time/calibrate time/sync time/step".split()
 )
-
-
-def small(folder: Path, **changes: object) -> dict[str, object]:
-    """A run of seconds."""
-    data = {
-        "run": {"dir": str(folder / "run")},
-        "parallel": {"dp": 2},
-        "model": {
-            "architecture": {
-                "vocab_size": 32,
-                "hidden_size": 32,
-                "intermediate_size": 64,
-                "num_hidden_layers": 2,
-                "num_attention_heads": 2,
-                "num_key_value_heads": 2,
-                "head_dim": 16,
-                "max_position_embeddings": 64,
-            }
-        },
-        "rollout": {"prompts_per_step": 4, "group_size": 2, "max_response_tokens": 12},
-        "train": {"steps": 3, "optimizer": {"lr": 1e-3}},
-        "sft": {"steps": 3, "batch_size": 8, "cache_dir": str(folder / "cache")},
-        "eval": {"num_prompts": 8},
-        "checkpoint": {"every": 2},
-        # After so little warm start hardly an answer is right, so few advantages differ from 0: this is what moves the weights.
-        "objective": {"entropy_bonus": 0.1},
-    }
-    return data | changes
-
-
-SMALL = {"sft": {"steps": 0}}
-
-
-def write(folder: Path, **changes: object) -> Path:
-    path = folder / "config.yaml"
-    path.write_text(yaml.safe_dump(small(folder, **changes)))
-    return path
-
-
-def command(*arguments: object) -> list[str]:
-    return [sys.executable, "-m", "ais_megatron", *map(str, arguments)]
-
-
-def run(*arguments: object, status: int = 0) -> str:
-    done = subprocess.run(command(*arguments), cwd=ROOT, capture_output=True, text=True, timeout=540, check=False)
-    assert done.returncode == status, done.stdout + done.stderr
-    return done.stdout + done.stderr
-
-
-def rows_of(folder: Path) -> list[dict[str, object]]:
-    return [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
 
 
 @pytest.fixture(scope="module")
@@ -124,14 +73,6 @@ def test_the_same_command_makes_the_same_run(finished: tuple[Path, str], tmp_pat
     output = run("train", write(tmp_path, sft={**small(folder)["sft"]}), "train.steps=2", "checkpoint.every=0")
     assert "from the cache" in output
     assert_same_rows(tmp_path, folder)
-
-
-def assert_same_rows(ours: Path, theirs: Path) -> None:
-    """Every figure that is not a time, equal to the last bit. (Held-out accuracy stands only in a run's last row.)"""
-    assert any(row["grad_norm"] > 0.0 for row in rows_of(theirs)), "a run that learns nothing proves nothing"
-    for mine, other in zip(rows_of(ours), rows_of(theirs), strict=False):
-        same = {key for key in other if not key.startswith("time/") and key not in ("tokens_per_second", "held_out_accuracy")}
-        assert {key: mine[key] for key in same} == {key: other[key] for key in same}
 
 
 @pytest.mark.slow
@@ -231,32 +172,6 @@ def test_report_and_doctor_and_a_typo(finished: tuple[Path, str]) -> None:
     started = time.monotonic()
     assert "did you mean train.steps?" in run("train", folder / "config.yaml", "train.step=1", status=2)
     assert time.monotonic() - started < 10
-
-
-def refusal(rank: int, config: Config, poison: str | None = None) -> str:
-    """What `train` raises on this rank; with `poison`, rank 1's engine misbehaves."""
-    from ais_megatron import trainer
-    from ais_megatron.batch import Rollout
-    from ais_megatron.rollout import build
-
-    class Poisoned(build.LocalEngine):
-        def generate(self, prompts, sampling):  # noqa: ANN001, ANN202
-            first, *others = super().generate(prompts, sampling)
-            if rank == 1 and poison == "nan":
-                first = Rollout(first.prompt, first.token_ids, (float("nan"),) * len(first.token_ids), "stop", 0)
-            if rank == 1 and poison == "empty":
-                first = Rollout(first.prompt, (), (), "stop", 0)
-            return [first, *others]
-
-    original = build.LocalEngine
-    build.LocalEngine = Poisoned
-    try:
-        trainer.train(config)
-    except (ValueError, RuntimeError) as error:
-        return f"{type(error).__name__}: {error}"
-    finally:
-        build.LocalEngine = original
-    return "finished"
 
 
 def refusals(ranks: RankPool, folder: Path, poison: str | None = None, **changes: object) -> str:

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from ais_megatron.batch import Batch
-from tests.ranks import RankPool
-from tests.test_policy import LAYOUTS, make_batch, make_config, make_policy, my_rows
+from tests.helpers.policies import LAYOUTS, make_batch, make_config, make_policy, my_rows
+from tests.helpers.ranks import RankPool
 
 pytestmark = pytest.mark.slow  # every case under every split
 

@@ -15,10 +15,8 @@ from ais_megatron.config import AISConfig
 from ais_megatron.quantization.formats import FORMATS
 from ais_megatron.quantization.fp8 import quantize_bucket
 from ais_megatron.quantization.kv_scales import kv_scale_name
-from tests.ranks import RankPool
-from tests.test_moe import LAYOUTS as MOE_LAYOUTS
-from tests.test_moe import moe_config
-from tests.test_policy import LAYOUTS, make_batch, make_config, make_policy, my_rows
+from tests.helpers.policies import LAYOUTS, MOE_LAYOUTS, make_batch, make_config, make_policy, moe_config, my_rows
+from tests.helpers.ranks import RankPool
 
 PROMPTS = [Prompt(i, "", tuple(range(3 + i, 3 + i + length)), {}) for i, length in enumerate((4, 9, 1))]
 

@@ -11,7 +11,7 @@ A microbatch has `train.tokens_per_microbatch` tokens, or more where a single ro
 model is given (`shapes`). With `rollout.ahead=1` the embedded engine generates during training: its KV cache is there then too.
 
 The lists of saved tensors follow Megatron's local layers with our norm and attention (policy/model.py), as recorded with
-torch's saved-tensor hooks; tests/test_plan.py holds them against real ranks. On CUDA the norms are fused and attention saves
+torch's saved-tensor hooks; tests/planning/test_plan.py holds them against real ranks. On CUDA the norms are fused and attention saves
 the model's dtype; that variant is derived, not measured. No torch here.
 """
 

@@ -4,7 +4,7 @@
 
 Checked first: both give the same bits, with ragged edges, blocks of zeros, ties and subnormals; NaN and infinity are refused.
 Weights under 50 MB stay in the second-level cache between rounds, and so may exceed the bandwidth of the memory.
-NOT YET RUN ON A GPU. (The kernel's arithmetic is tested in Triton's interpreter, tests/test_fp8_triton.py.)
+NOT YET RUN ON A GPU. (The kernel's arithmetic is tested in Triton's interpreter, tests/quantization/test_fp8_triton.py.)
 """
 
 from __future__ import annotations

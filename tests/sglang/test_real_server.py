@@ -20,8 +20,8 @@ from safetensors.torch import save_file
 from ais_megatron.cluster.ports import free_port
 from ais_megatron.quantization.kv_scales import kv_scale_name
 from ais_megatron.rollout.sglang.access_key import authorization
-from tests.sglang.conftest import RunningServer, sglang_config
-from tests.sglang.test_sglang_server import is_running, wait_for
+from tests.helpers.processes import is_running, wait_for
+from tests.helpers.sglang import RunningServer, sglang_config
 
 pytestmark = pytest.mark.sglang
 

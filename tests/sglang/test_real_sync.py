@@ -30,7 +30,7 @@ from ais_megatron.rollout.sglang.api import Refused
 from ais_megatron.rollout.sglang.client import SGLangEngine
 from ais_megatron.rollout.sglang.server import SGLangServer
 from ais_megatron.rollout.sglang.transport import make_transport
-from tests.sglang.conftest import RunningServer, sglang_config
+from tests.helpers.sglang import RunningServer, sglang_config
 
 pytestmark = pytest.mark.sglang
 

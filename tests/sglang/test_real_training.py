@@ -16,11 +16,12 @@ import psutil
 import pytest
 
 from ais_megatron.cluster.ports import free_port
-from tests.sglang.conftest import REPOSITORY, SGLANG_PYTHON
+from tests.helpers.paths import ROOT
+from tests.helpers.sglang import SGLANG_PYTHON
 
 pytestmark = pytest.mark.sglang
 
-CONFIG = REPOSITORY / "configs" / "tiny_countdown_sglang.yaml"
+CONFIG = ROOT / "configs" / "tiny_countdown_sglang.yaml"
 RESPONSES = 16 * 8
 
 
@@ -47,7 +48,7 @@ class Run:
             *overrides,
         ]
         self.log = folder.parent / f"{folder.name}.log"
-        self.process = subprocess.Popen(command, cwd=REPOSITORY, stdout=self.log.open("a"), stderr=subprocess.STDOUT)
+        self.process = subprocess.Popen(command, cwd=ROOT, stdout=self.log.open("a"), stderr=subprocess.STDOUT)
 
     def rows(self) -> list[dict[str, Any]]:
         path = self.folder / "metrics.jsonl"

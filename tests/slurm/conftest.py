@@ -13,9 +13,16 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
+from tests.helpers.paths import ROOT
+
 ENDED = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "DEADLINE"}
 NUM_NODES = 4
+SMALL = (
+    "model.architecture={vocab_size: 32, hidden_size: 32, intermediate_size: 64, num_hidden_layers: 2, num_attention_heads: 2,"
+    " num_key_value_heads: 2, head_dim: 16, max_position_embeddings: 64, tie_word_embeddings: true}",
+    *("rollout.prompts_per_step=4", "rollout.group_size=2", "rollout.max_response_tokens=12", "eval.num_prompts=4", "sft.steps=0"),
+    *("train.steps=4", "train.optimizer.warmup_steps=0", "eval.every=0"),
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -101,6 +108,18 @@ def slurm(cluster: None, tmp_path: Path) -> Iterator[Slurm]:
     yield slurm
     for job in slurm.jobs:
         subprocess.run(["scancel", job], capture_output=True, timeout=240, check=False)
+
+
+def fake_model(folder: Path) -> Path:
+    """A checkpoint folder with Qwen3-8B's shape and nothing in it."""
+    model = folder / "Qwen3-8B"
+    model.mkdir()
+    (model / "config.json").write_text(
+        '{"model_type": "qwen3", "vocab_size": 151936, "hidden_size": 4096, "intermediate_size": 12288, "num_hidden_layers": 36,'
+        ' "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128}'
+    )
+    (model / "model.safetensors").write_bytes(b"x")
+    return model
 
 
 STAND_IN = '''#!{python}

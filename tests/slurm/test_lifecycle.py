@@ -6,7 +6,7 @@ import subprocess
 import time
 from pathlib import Path
 
-from tests.slurm.conftest import Slurm
+from tests.slurm.conftest import Slurm, fake_model
 
 SERVERS = {"AIS_TRAINER_NODES": 2, "AIS_ROLLOUT_NODES": 2}
 WITH_SERVERS = ("rollout.engine=sglang", "rollout.sglang.device=cpu", "rollout.quantization=none")
@@ -93,15 +93,3 @@ def test_heterogeneous_job(stand_in: Slurm, tmp_path: Path) -> None:
     (trainer,) = {line.split()[1] for line in written if line.startswith("train ")}
     (server,) = {line.split()[1] for line in written if line.startswith("serve ")} or {None}
     assert trainer != server and sum(line.startswith("train ") for line in written) == 8, output
-
-
-def fake_model(folder: Path) -> Path:
-    """A checkpoint folder with Qwen3-8B's shape and nothing in it."""
-    model = folder / "Qwen3-8B"
-    model.mkdir()
-    (model / "config.json").write_text(
-        '{"model_type": "qwen3", "vocab_size": 151936, "hidden_size": 4096, "intermediate_size": 12288, "num_hidden_layers": 36,'
-        ' "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128}'
-    )
-    (model / "model.safetensors").write_bytes(b"x")
-    return model

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.slurm.conftest import ENDED, ROOT, Slurm
-from tests.slurm.test_tiny import SMALL
+from tests.helpers.paths import ROOT
+from tests.slurm.conftest import ENDED, SMALL, Slurm
 
 REQUIREMENTS = ROOT / "launch" / "requirements.txt"
 

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.slurm.conftest import ROOT, Slurm, why_not
-from tests.slurm.test_lifecycle import fake_model
+from tests.helpers.paths import ROOT
+from tests.slurm.conftest import Slurm, fake_model, why_not
 
 SCRIPTS = sorted(path.name for path in (ROOT / "slurm").glob("*.sbatch"))
 

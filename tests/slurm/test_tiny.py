@@ -10,14 +10,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.slurm.conftest import ROOT, Slurm
+from tests.helpers.paths import ROOT
+from tests.slurm.conftest import SMALL, Slurm
 
-SMALL = (
-    "model.architecture={vocab_size: 32, hidden_size: 32, intermediate_size: 64, num_hidden_layers: 2, num_attention_heads: 2,"
-    " num_key_value_heads: 2, head_dim: 16, max_position_embeddings: 64, tie_word_embeddings: true}",
-    *("rollout.prompts_per_step=4", "rollout.group_size=2", "rollout.max_response_tokens=12", "eval.num_prompts=4", "sft.steps=0"),
-    *("train.steps=4", "train.optimizer.warmup_steps=0", "eval.every=0"),
-)
 TIMES = ("time/", "tokens_per_second")
 
 

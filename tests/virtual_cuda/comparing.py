@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.ranks import RankPool
+from tests.helpers.ranks import RankPool
 from tests.virtual_cuda import scenarios
 from tests.virtual_cuda.scenarios import LAYOUTS
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.ranks import RankPool
+from tests.helpers.ranks import RankPool
 from tests.virtual_cuda import machine, scenarios
 
 

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from ais_megatron.batch import Batch, Prompt
 from ais_megatron.config import Architecture, Config, build_config
-from tests.test_policy import my_rows
-from tests.test_training import small
+from tests.helpers.policies import my_rows
+from tests.helpers.runs import small
 
 TEMPERATURE = 1.3
 DENSE: dict[str, Any] = {

@@ -11,7 +11,7 @@ import torch
 
 from ais_megatron.cluster.launcher import ranks_here
 from ais_megatron.distributed import init_process_group, uses_cuda
-from tests.ranks import RankPool
+from tests.helpers.ranks import RankPool
 from tests.virtual_cuda import machine
 from tests.virtual_cuda.comparing import assert_same_training
 from tests.virtual_cuda.scenarios import LAYOUTS

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.ranks import RankPool
+from tests.helpers.ranks import RankPool
 from tests.virtual_cuda import machine, scenarios
 from tests.virtual_cuda.comparing import assert_checkpoints_come_back, assert_same_training, assert_same_weights_everywhere
 from tests.virtual_cuda.packages import MEGATRON, NotToBeHad, unpacked

@@ -13,7 +13,7 @@ import pytest
 
 from ais_megatron.config import ObjectiveConfig
 from ais_megatron.config.algorithm import CorrectionName
-from tests.ranks import RankPool
+from tests.helpers.ranks import RankPool
 from tests.virtual_cuda import scenarios
 from tests.virtual_cuda.comparing import assert_checkpoints_come_back, assert_same_training, assert_same_weights_everywhere, on_both
 from tests.virtual_cuda.scenarios import LAYOUTS

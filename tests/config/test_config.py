@@ -1,0 +1,202 @@
+"""Configurations load, round-trip, and refuse what cannot work with a message that says what to change."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from ais_megatron.config import Config, ConfigError, build_config, dump_config, load_config
+from ais_megatron.config.section import Section
+from tests.helpers.paths import ROOT
+
+CONFIGS = sorted(path for path in (ROOT / "configs").glob("*.yaml") if not path.name.startswith("compare_"))  # those: test_comparison
+ARCHITECTURE = dict(
+    vocab_size=64, hidden_size=64, intermediate_size=128, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2, head_dim=16
+)
+
+MOE = {
+    "architecture": ARCHITECTURE
+    | dict(model_type="qwen3_moe", num_experts=8, num_experts_per_tok=2, moe_intermediate_size=32, num_key_value_heads=4)
+}
+
+
+def build(**sections: object) -> Config:
+    model = {"architecture": ARCHITECTURE, **sections.pop("model", {})}
+    return build_config({"model": model, **sections})
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
+def test_every_shipped_config_loads_and_survives_being_written(path: Path, tmp_path: Path) -> None:
+    config = load_config(path)
+    (tmp_path / "again.yaml").write_text(dump_config(config))
+    assert load_config(tmp_path / "again.yaml") == config
+
+
+def test_overrides_apply_in_order_with_their_types(tmp_path: Path) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text(dump_config(build()))
+    config = load_config(path, ["train.steps=7", "ais.tau=1e-3", "task.name=sudoku", "train.steps=8", "rollout.quantization=fp8"])
+    assert (config.train.steps, config.ais.tau, config.task.name, config.rollout.quantization) == (8, 1e-3, "sudoku", "fp8_e4m3")
+
+
+def test_off_is_a_word_although_yaml_reads_it_as_false(tmp_path: Path) -> None:
+    (path := tmp_path / "c.yaml").write_text(dump_config(build()))
+    config = load_config(path, ["metrics.wandb=off", "calibration.mode=off"])
+    assert (config.metrics.wandb, config.calibration.mode) == ("off", "off")
+
+
+@pytest.mark.parametrize(
+    ("sections", "message"),
+    [
+        ({"ais": {"taau": 1}}, r"ais.taau: unknown key; did you mean ais.tau\?"),
+        ({"trian": {}}, r"trian: unknown key; did you mean train\?"),
+        ({"ais": {"temperature": 1}}, r"ais.temperature: unknown key; did you mean rollout.temperature\?"),
+        ({"parallel": {"tp": 3}}, r"parallel.tp=3: does not divide .*num_attention_heads=4; use one of \[1, 2\]"),
+        ({"parallel": {"tp": 4}}, r"parallel.tp=4: does not divide .*num_key_value_heads=2; use one of \[1, 2\]"),
+        ({"parallel": {"pp": 3}}, r"parallel.pp=3: .*num_hidden_layers=4; use one of \[1, 2, 4\]"),
+        ({"parallel": {"cp": 2}}, r"parallel.cp=2: .*set parallel.cp=1"),
+        ({"parallel": {"ep": 2}}, r"parallel.ep=2: a dense model"),
+        ({"parallel": {"tp": 2}, "model": MOE}, r"parallel.tp=2: a MoE model needs parallel.sequence_parallel=true"),
+        ({"parallel": {"ep": 3, "dp": 3}, "model": MOE}, r"parallel.ep=3: does not divide .*num_experts=8"),
+        ({"parallel": {"ep": 4, "dp": 2}, "model": MOE}, r"parallel.ep=4 \* parallel.etp=1: does not divide .*=2"),
+        ({"moe": {"routing_replay": True}}, r"moe.routing_replay=true: .*model.architecture.model_type=qwen3"),
+        ({"moe": {"routing_replay": True}, "model": MOE}, r"moe.routing_replay=true: .*rollout.return_routed_experts=true"),
+        ({"model": {"architecture": ARCHITECTURE | {"num_experts": 4}}}, r"num_experts=4: must be 0 with model_type=qwen3"),
+        ({"parallel": {"sequence_parallel": True}}, r"parallel.sequence_parallel=true: .*parallel.tp=1"),
+        ({"parallel": {"dp": 3}}, r"rollout.prompts_per_step=32: must be a multiple of parallel.dp=3"),
+        ({"train": {"updates_per_batch": 3}}, r"train.updates_per_batch=3: does not divide the 256 responses"),
+        ({"rollout": {"group_size": 1}}, r"rollout.group_size=1: .*always zero"),
+        ({"rollout": {"max_response_tokens": 40_000}}, r"max_response_tokens=40000: .*max_position_embeddings=32768"),
+        (
+            {"rollout": {"quantization": "int4"}},
+            r"rollout.quantization='int4': input should be 'none', 'fp8_e4m3', 'fp8_e5m2' or 'fp4_e2m1'",
+        ),
+        (
+            {"rollout": {"quantization": "fp4_e2m1", "engine": "sglang"}},
+            r"rollout.quantization=fp4_e2m1: only the embedded engine emulates it; .* none, fp8_e4m3",
+        ),
+        ({"train": {"steps": 0}}, r"train.steps=0: input should be greater than or equal to 1"),
+        ({"train": {"steps": 5, "optimizer": {"warmup_steps": 9}}}, r"train.optimizer.warmup_steps=9: .*train.steps"),
+        ({"task": {"name": "gsm8k"}}, r"task.name=gsm8k: .*task.test_path"),
+        ({"ais": {"alpha_min": 0.8, "alpha_max": 0.5}}, r"ais: alpha_min=0.8 must not exceed alpha_max=0.5"),
+        ({"ais": {"weight_cap": float("inf")}}, r"ais.weight_cap=inf: input should be a finite number"),
+        ({"ais": {"tau": float("inf")}}, r"ais.tau=inf: input should be a finite number\nais.tau=inf: input should be 'auto'"),
+        ({"train": {"optimizer": {"lr": float("nan")}}}, r"train.optimizer.lr=nan: input should be a finite number"),
+        ({"model": {"architecture": ARCHITECTURE | {"rope_theta": float("inf")}}}, r"rope_theta=inf: input should be a finite number"),
+        ({"ais": {"tau": 0}}, r"ais: tau=0.0 must be greater than 0, or auto"),
+        ({"ais": {"lag": 1}, "train": {"updates_per_batch": 2}}, r"ais.lag=1: with train.updates_per_batch=2 "),
+        ({"ais": {"lag": 1}, "correction_options": {"batch_normalise": True}}, r"ais.lag=1: correction_options.batch_normalise=true needs"),
+        (
+            {"ais": {"lag": 1}, "correction": "geo_rs", "objective": {"name": "dr_grpo"}},
+            r"ais.lag=1: correction=geo_rs with objective.aggregation=constant",
+        ),
+        (
+            {"correction": "icepop", "correction_options": {"level": "sequence"}},
+            r"correction_options.level=sequence: correction=icepop weighs tokens only; use correction=mis",
+        ),
+        (
+            {"correction": "k3_rs", "correction_options": {"level": "token"}},
+            r"correction_options.level=token: correction=k3_rs rejects whole",
+        ),
+        (
+            {"correction": "ais", "correction_options": {"level": "token"}},
+            r"correction_options.level=token: correction=ais .*set ais.level",
+        ),
+        (
+            {"correction": "mis", "correction_options": {"low": 3.0}},
+            r"correction_options.low=3.0: must be below correction_options.high=2.0",
+        ),
+        ({"correction": "mask"}, r"correction='mask': input should be 'none', 'tis'"),
+        ({"objective": {"name": "dapo", "advantages": "reward"}}, r"objective.dynamic_sampling=true: with objective.advantages=reward"),
+        ({"objective": {"name": "ppo"}}, r"objective.name='ppo': unknown objective; allowed: grpo, dr_grpo, .*module:function$"),
+        ({"tokenizer": {"kind": "hf"}}, r"tokenizer.kind=hf: set tokenizer.path"),
+    ],
+)
+def test_refusals(sections: dict[str, object], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        build(**sections)
+
+
+def float_keys(section: type[Section], prefix: str = "") -> list[str]:
+    """Every key below `section` that takes a float, as in ``ais.tau``."""
+    keys = []
+    for name, field in section.model_fields.items():
+        types = {field.annotation, *getattr(field.annotation, "__args__", ())}
+        for nested in (t for t in types if isinstance(t, type) and issubclass(t, Section)):
+            keys += float_keys(nested, f"{prefix}{name}.")
+        keys += [prefix + name] if float in types else []
+    return keys
+
+
+@pytest.mark.parametrize("value", ["nan", "inf", "-inf"])
+def test_no_key_takes_a_number_that_is_not_finite(tmp_path: Path, value: str) -> None:
+    (path := tmp_path / "c.yaml").write_text(dump_config(build()))
+    keys = float_keys(Config)
+    assert {"ais.weight_cap", "ais.tau", "train.optimizer.lr", "model.architecture.rope_theta", "rollout.sglang.verify_tolerance"} <= {
+        *keys
+    }
+    for key in keys:
+        with pytest.raises(ConfigError, match=rf"^{key}='?{value}'?: input should be "):
+            load_config(path, [f"{key}={value}"])
+
+
+def test_one_word_is_enough_for_every_method() -> None:
+    for correction in ("none", "tis", "mis", "icepop", "geo_rs", "k3_rs", "ais"):
+        for objective in ("grpo", "dr_grpo", "dapo", "gspo", "cispo", "tbpo"):
+            build(correction=correction, objective={"name": objective})
+    assert build(rollout={"group_size": 1}, objective={"advantages": "reward"}).rollout.group_size == 1
+
+
+def test_without_a_model() -> None:
+    with pytest.raises(ConfigError, match="set model.path to a Hugging Face checkpoint folder, or describe model.architecture"):
+        build_config({})
+
+
+def test_architecture_comes_from_the_checkpoint(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen3", **ARCHITECTURE, "rope_parameters": {"rope_theta": 5e5}}))
+    config = build_config({"model": {"path": str(tmp_path)}})
+    assert config.architecture.rope_theta == 5e5 and config.architecture.num_hidden_layers == 4
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "there is no config.json"),
+        ("{", "not valid JSON"),
+        (json.dumps({"model_type": "gpt2"}), "model_type='gpt2' is not supported; allowed: qwen3, qwen3_moe, qwen2, llama"),
+        (json.dumps({"model_type": "llama", **ARCHITECTURE, "mlp_bias": True}), "mlp_bias=True in its config.json is not supported"),
+        (json.dumps({"model_type": "qwen3", "vocab_size": 5}), "hidden_size: missing"),
+        (json.dumps({"model_type": "qwen3", **ARCHITECTURE, "rope_scaling": {"type": "yarn"}}), "scaled RoPE"),
+    ],
+)
+def test_checkpoints_that_cannot_be_used(tmp_path: Path, content: str | None, message: str) -> None:
+    if content is not None:
+        (tmp_path / "config.json").write_text(content)
+    with pytest.raises(ConfigError, match=message):
+        build_config({"model": {"path": str(tmp_path)}})
+
+
+@pytest.mark.parametrize(
+    ("content", "overrides", "message"),
+    [
+        ("a: [", [], "not valid YAML"),
+        ("- 1", [], "expected a mapping"),
+        ("run: {}", ["train.steps"], "write key=value"),
+        (None, [], "does not exist"),
+    ],
+)
+def test_files_that_cannot_be_read(tmp_path: Path, content: str | None, overrides: list[str], message: str) -> None:
+    path = tmp_path / "c.yaml"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(ConfigError, match=message):
+        load_config(path, overrides)
+
+
+def test_a_typo_costs_no_torch() -> None:
+    code = "import sys; from ais_megatron import config; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -1,0 +1,109 @@
+"""Policies on the ranks of a pool, their layouts, a batch for them, and what transformers computes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ais_megatron.batch import Batch
+from ais_megatron.config import Config, OptimizerConfig, build_config
+
+TEMPERATURE = 1.3
+# (ranks, tp, pp, sequence_parallel); what is left of the ranks is data parallel
+LAYOUTS = {
+    "TP1": (1, 1, 1, False),
+    "DP2": (2, 1, 1, False),
+    "TP2": (2, 2, 1, False),
+    "TP2+SP": (2, 2, 1, True),
+    "PP2": (2, 1, 2, False),
+    "TP2xPP2": (4, 2, 2, False),
+}
+
+
+def make_config(path: Path, tp: int = 1, pp: int = 1, sp: bool = False, dtype: str = "fp32", budget: int = 10_000, **sections) -> Config:
+    return build_config(
+        {
+            "model": {"path": str(path), "dtype": dtype, **sections.pop("model", {})},
+            "parallel": {"tp": tp, "pp": pp, "sequence_parallel": sp},
+            "rollout": {"max_response_tokens": 20, "temperature": TEMPERATURE},
+            "train": {"tokens_per_microbatch": budget, "logprob_chunk_tokens": 7, **sections.pop("train", {})},
+            **sections,
+        }
+    )
+
+
+def make_batch() -> Batch:
+    """Six rows of different lengths; rollout_logprobs are filled in by the tests."""
+    generator = torch.Generator().manual_seed(1)
+    lengths = torch.tensor([17, 9, 12, 17, 5, 14])
+    columns = torch.arange(17)
+    real = columns < lengths[:, None]
+    tokens = torch.randint(0, 71, (6, 17), generator=generator) * real
+    return Batch(
+        tokens=tokens,
+        loss_mask=real & (columns >= 3),
+        lengths=lengths,
+        rollout_logprobs=torch.zeros(6, 17),
+        advantages=torch.randn(6, generator=generator),
+        rewards=torch.zeros(6),
+    )
+
+
+def make_policy(config: Config, path: Path, lr: float = 1e-3):  # noqa: ANN201
+    from ais_megatron.policy.policy import Policy, initialize_parallel
+
+    initialize_parallel(config)
+    return Policy(config, OptimizerConfig(lr=lr, warmup_steps=1), 10, TEMPERATURE, str(path))
+
+
+def my_rows(batch: Batch) -> tuple[Batch, Tensor]:
+    """This data-parallel rank's rows, interleaved so that ranks get rows of different lengths."""
+    import torch.distributed as dist
+
+    from ais_megatron.policy.policy import data_parallel_group
+
+    group = data_parallel_group()
+    index = torch.arange(dist.get_rank(group), len(batch), dist.get_world_size(group))
+    return batch.rows(index), index
+
+
+def reference_logprobs(path: Path, batch: Batch) -> Tensor:
+    """transformers in float32, its own attention code; dense or MoE, as the checkpoint says."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(path, attn_implementation="eager", dtype=torch.float32)
+    with torch.no_grad():
+        logits = model(batch.tokens).logits.float() / TEMPERATURE
+    result = torch.zeros(batch.tokens.shape)
+    result[:, 1:] = logits.log_softmax(-1)[:, :-1].gather(2, batch.tokens[:, 1:, None]).squeeze(2)
+    return result * batch.loss_mask
+
+
+# ranks and what `parallel` gets; what is left of the ranks is data parallel
+MOE_LAYOUTS = {
+    "one": (1, {}),
+    "EP2": (2, {"ep": 2}),
+    "PP2": (2, {"pp": 2}),
+    "TP2+EP2": (2, {"tp": 2, "sequence_parallel": True, "ep": 2}),
+    "ETP2": (2, {"tp": 2, "sequence_parallel": True, "etp": 2}),
+    "EP4": (4, {"ep": 4}),
+    "TP2+ETP2+EP2": (4, {"tp": 2, "sequence_parallel": True, "etp": 2, "ep": 2}),
+    "PP2+EP2": (4, {"pp": 2, "ep": 2}),
+}
+
+
+def moe_config(path: Path, parallel: dict[str, object], dtype: str = "fp32", budget: int = 10_000, **moe: object):  # noqa: ANN201
+    config = make_config(path, dtype=dtype, budget=budget, moe=moe)
+    return config.model_copy(update={"parallel": config.parallel.model_copy(update=parallel)})
+
+
+def weights_of(policy) -> dict[str, torch.Tensor]:  # noqa: ANN001
+    return {name: tensor.clone() for bucket in policy.export_buckets(20_000) for name, tensor in bucket}
+
+
+def trained(rank: int, config) -> None:  # noqa: ANN001
+    from ais_megatron.trainer import train
+
+    train(config)
