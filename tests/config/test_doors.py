@@ -40,6 +40,14 @@ shouting.preset = ObjectivePreset(aggregation="loud")
 
 def computed(*args): pass
 
+class Remote: pass
+
+Remote.traits = EngineTraits(has_servers=False, keeps_kv_scales=True)
+
+class Bent: pass
+
+Bent.traits = EngineTraits(servers=True)
+
 computed.preset = ObjectivePreset(clip_low=1 / 3)
 
 if True:
@@ -106,6 +114,9 @@ def test_names_are_found_without_an_import(code: Path) -> None:
         ({"objective": {"name": "my_code:my_objectiv"}}, r"has no function my_objectiv; did you mean my_code:my_objective\?$"),
         ({"objective": {"name": "my_code:shouting"}}, r"its preset: aggregation='loud': input should be 'token', 'sequence' or 'constant'"),
         ({"objective": {"name": "my_code:computed"}}, r"must be one call with plain numbers"),
+        ({"rollout": {"engine": "locale"}}, r"^rollout.engine='locale': unknown engine; allowed: .*module:Class; did you mean local\?$"),
+        ({"rollout": {"engine": "my_code:Remotes"}}, r"module my_code has no class Remotes; did you mean my_code:Remote\?$"),
+        ({"rollout": {"engine": "my_code:Bent"}}, r"its traits: .*'servers'; allowed: is_embedded, has_servers, "),
     ],
 )
 def test_what_cannot_work_is_refused_when_the_configuration_is_read(code: Path, sections: dict[str, object], message: str) -> None:
@@ -192,7 +203,34 @@ def test_every_engine_is_in_both_tables() -> None:
     from ais_megatron.config.engines import ENGINES
     from ais_megatron.rollout.build import BUILDERS
 
-    assert ENGINES.keys() == BUILDERS.keys() == set(RolloutConfig.model_fields["engine"].annotation.__args__)
+    assert ENGINES.keys() == BUILDERS.keys()
+    assert all(RolloutConfig(engine=name).engine_traits == traits for name, traits in ENGINES.items())
+
+
+def test_an_engines_traits_are_read_without_an_import(code: Path) -> None:
+    from ais_megatron.config.engines import EngineTraits
+
+    assert config_of(rollout={"engine": "my_code:Remote"}).rollout.engine_traits == EngineTraits(keeps_kv_scales=True)
+    assert config_of(rollout={"engine": "my_code:MyTask"}).rollout.engine_traits == EngineTraits(is_embedded=True), "where there are none"
+
+
+def refused_engine(rank: int, folder: str) -> str:
+    import os
+
+    from ais_megatron.rollout.build import build_engine
+
+    os.chdir(folder)
+    try:
+        build_engine(config_of(rollout={"engine": "half:Half", "quantization": "none"}), eos_id=1, pad_id=0)
+    except ValueError as error:
+        return str(error)
+    return "accepted"
+
+
+def test_an_engine_that_lacks_a_method_is_refused_on_all_ranks(ranks: RankPool, tmp_path: Path) -> None:
+    (tmp_path / "half.py").write_text("class Half:\n    version = -1\n    def generate(self, prompts, sampling): pass\n")
+    for answer in ranks.run(2, refused_engine, folder=str(tmp_path)):
+        assert "rollout.engine='half:Half': lacks close, health, probe, takes_updates_while_generating, update_weights; see" in answer
 
 
 def test_a_cached_starting_policy_belongs_to_the_source_of_its_task(code: Path) -> None:
@@ -211,6 +249,7 @@ EXAMPLES = {
         "rollout": {"prompts_per_step": 4, "group_size": 2, "max_response_tokens": 40},
     },
     "objective": {"objective": {"name": "examples.soft_gate_objective:soft_gate", "entropy_bonus": 0.1}},
+    "engine": {"rollout": {"engine": "examples.plain_engine:PlainEngine", "quantization": "none", "prompts_per_step": 4, "group_size": 2}},
 }
 
 

@@ -107,3 +107,63 @@ def trained(rank: int, config) -> None:  # noqa: ANN001
     from ais_megatron.trainer import train
 
     train(config)
+
+
+def policy_logprobs(rank: int, path: Path, **layout) -> tuple[Tensor, Tensor]:
+    policy = make_policy(make_config(path, **layout), path)
+    rows, index = my_rows(make_batch())
+    return policy.logprobs(rows) * rows.loss_mask, index
+
+
+def trained_weights(rank: int, path: Path, aggregation: str = "token", recompute: str = "none", updates: int = 1, **layout):
+    """All weights after three optimizer steps, as exported, and the last step's metrics."""
+    from ais_megatron.algorithm.scaler import LossScaler
+
+    config = make_config(path, model={"recompute": recompute}, train={"updates_per_batch": updates}, **layout)
+    policy = make_policy(config, path)
+    rows, _ = my_rows(make_batch())
+    rows = Batch(**{**vars(rows), "rollout_logprobs": (policy.logprobs(rows) - 0.2) * rows.loss_mask})
+    for _ in range(3):
+        old_logprobs = policy.logprobs(rows)
+        metrics = policy.train_step(rows, old_logprobs, LossScaler(alpha=0.5, aggregation=aggregation))
+    return {name: tensor.clone() for bucket in policy.export_buckets(20_000) for name, tensor in bucket}, metrics
+
+
+def exported(rank: int, path: Path, out: Path | None = None, **layout):
+    from ais_megatron.policy.hf_export import save_hf
+
+    config = make_config(path, **layout)
+    policy = make_policy(config, path)
+    weights = {name: tensor.clone() for bucket in policy.export_buckets(30_000) for name, tensor in bucket}
+    if out is not None:
+        save_hf(policy.export_buckets(30_000), config.architecture, "fp32", out)
+    return weights
+
+
+def calibrated(rank: int, path: Path, **layout):
+    policy = make_policy(make_config(path, **layout), path)
+    rows, _ = my_rows(make_batch())
+    _, first = policy.logprobs_and_calibration(rows)
+    return torch.stack([first.scales.q_amax, first.scales.k_amax, first.scales.v_amax])
+
+
+def reference_amax(path: Path, batch: Batch) -> Tensor:
+    """Largest |Q|, |K|, |V| per layer over real tokens, caught at transformers' attention function."""
+    from transformers import AutoModelForCausalLM
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    model = AutoModelForCausalLM.from_pretrained(path, attn_implementation="sdpa", dtype=torch.float32)
+    original, seen = ALL_ATTENTION_FUNCTIONS["sdpa"], {}
+
+    def record(module, query, key, value, *args, **kwargs):  # noqa: ANN001, ANN202
+        real = (torch.arange(query.shape[2]) < batch.lengths[:, None])[:, None, :, None]
+        seen[module.layer_idx] = torch.stack([(x.abs() * real).amax() for x in (query, key, value)])
+        return original(module, query, key, value, *args, **kwargs)
+
+    ALL_ATTENTION_FUNCTIONS["sdpa"] = record
+    try:
+        with torch.no_grad():
+            model(batch.tokens)
+    finally:
+        ALL_ATTENTION_FUNCTIONS["sdpa"] = original
+    return torch.stack([seen[layer] for layer in sorted(seen)], dim=1)

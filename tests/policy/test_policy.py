@@ -6,17 +6,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
 
-from ais_megatron.batch import Batch
-from tests.helpers.policies import LAYOUTS, make_batch, make_config, make_policy, my_rows, reference_logprobs
+from tests.helpers.policies import (
+    LAYOUTS,
+    calibrated,
+    exported,
+    make_batch,
+    policy_logprobs,
+    reference_amax,
+    reference_logprobs,
+    trained_weights,
+)
 from tests.helpers.ranks import RankPool
-
-
-def policy_logprobs(rank: int, path: Path, **layout) -> tuple[Tensor, Tensor]:
-    policy = make_policy(make_config(path, **layout), path)
-    rows, index = my_rows(make_batch())
-    return policy.logprobs(rows) * rows.loss_mask, index
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -26,20 +27,6 @@ def test_logprobs_equal_transformers(ranks: RankPool, checkpoint: Path, layout: 
     expected = reference_logprobs(checkpoint, make_batch())
     for logprobs, index in ranks.run(world, policy_logprobs, path=checkpoint, tp=tp, pp=pp, sp=sp, dtype=dtype, budget=40):
         assert (logprobs - expected[index]).abs().max() < tolerance
-
-
-def trained_weights(rank: int, path: Path, aggregation: str = "token", recompute: str = "none", updates: int = 1, **layout):
-    """All weights after three optimizer steps, as exported, and the last step's metrics."""
-    from ais_megatron.algorithm.scaler import LossScaler
-
-    config = make_config(path, model={"recompute": recompute}, train={"updates_per_batch": updates}, **layout)
-    policy = make_policy(config, path)
-    rows, _ = my_rows(make_batch())
-    rows = Batch(**{**vars(rows), "rollout_logprobs": (policy.logprobs(rows) - 0.2) * rows.loss_mask})
-    for _ in range(3):
-        old_logprobs = policy.logprobs(rows)
-        metrics = policy.train_step(rows, old_logprobs, LossScaler(alpha=0.5, weight_cap=2.0, aggregation=aggregation))
-    return {name: tensor.clone() for bucket in policy.export_buckets(20_000) for name, tensor in bucket}, metrics
 
 
 @pytest.fixture(scope="module")
@@ -84,17 +71,6 @@ def assert_same_training(result, expected) -> None:
         assert metrics[name] == pytest.approx(expected_metrics[name], rel=1e-4, abs=1e-6), name
 
 
-def exported(rank: int, path: Path, out: Path | None = None, **layout):
-    from ais_megatron.policy.hf_export import save_hf
-
-    config = make_config(path, **layout)
-    policy = make_policy(config, path)
-    weights = {name: tensor.clone() for bucket in policy.export_buckets(30_000) for name, tensor in bucket}
-    if out is not None:
-        save_hf(policy.export_buckets(30_000), config.architecture, "fp32", out)
-    return weights
-
-
 @pytest.mark.parametrize("layout", ["TP1", "TP2", "PP2", "TP2xPP2"])
 def test_import_then_export_is_the_identity(ranks: RankPool, checkpoint: Path, layout: str) -> None:
     from safetensors.torch import load_file
@@ -124,35 +100,6 @@ def test_a_sharded_checkpoint_loads(ranks: RankPool, checkpoint: Path, tmp_path:
     expected = ranks.run(1, exported, path=checkpoint)[0]
     again = ranks.run(2, exported, path=tmp_path, tp=2)[0]
     assert all(torch.equal(again[name], expected[name]) for name in expected)
-
-
-def calibrated(rank: int, path: Path, **layout):
-    policy = make_policy(make_config(path, **layout), path)
-    rows, _ = my_rows(make_batch())
-    _, first = policy.logprobs_and_calibration(rows)
-    return torch.stack([first.scales.q_amax, first.scales.k_amax, first.scales.v_amax])
-
-
-def reference_amax(path: Path, batch: Batch) -> Tensor:
-    """Largest |Q|, |K|, |V| per layer over real tokens, caught at transformers' attention function."""
-    from transformers import AutoModelForCausalLM
-    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-
-    model = AutoModelForCausalLM.from_pretrained(path, attn_implementation="sdpa", dtype=torch.float32)
-    original, seen = ALL_ATTENTION_FUNCTIONS["sdpa"], {}
-
-    def record(module, query, key, value, *args, **kwargs):  # noqa: ANN001, ANN202
-        real = (torch.arange(query.shape[2]) < batch.lengths[:, None])[:, None, :, None]
-        seen[module.layer_idx] = torch.stack([(x.abs() * real).amax() for x in (query, key, value)])
-        return original(module, query, key, value, *args, **kwargs)
-
-    ALL_ATTENTION_FUNCTIONS["sdpa"] = record
-    try:
-        with torch.no_grad():
-            model(batch.tokens)
-    finally:
-        ALL_ATTENTION_FUNCTIONS["sdpa"] = original
-    return torch.stack([seen[layer] for layer in sorted(seen)], dim=1)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

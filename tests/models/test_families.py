@@ -15,6 +15,7 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file
+from torch import Tensor
 
 from ais_megatron.config import Architecture, ConfigError, read_architecture
 from ais_megatron.config.hf_config import hf_config
@@ -24,19 +25,22 @@ from ais_megatron.planning.memory import total_parameters
 from ais_megatron.quantization.fp8 import quantize_bucket
 from ais_megatron.quantization.kv_scales import KVScales
 from ais_megatron.rollout.engine import SamplingParams
-from tests.engines import BF16, DENSE, FP8, LAYERS, Engines, make_prompts
-from tests.ranks import RankPool
-from tests.test_policy import (
+from tests.helpers.engines import BF16, DENSE, FP8, LAYERS, Engines, make_prompts
+from tests.helpers.paths import ROOT
+from tests.helpers.policies import (
     LAYOUTS,
     calibrated,
     exported,
     make_batch,
+    make_config,
+    make_policy,
     policy_logprobs,
     reference_amax,
     reference_logprobs,
     trained_weights,
 )
-from tests.test_weight_sync import agreement, pushed_state
+from tests.helpers.ranks import RankPool
+from tests.helpers.syncing import agreement, pushed_state
 
 LLAMA3_ROPE = dict(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=32)
 # Of 4 layers and 64 columns. The head of llama is tied, so that PP has to keep two copies of it alike.
@@ -157,6 +161,34 @@ def test_tables_need_no_torch() -> None:
     """They are imported in every SGLang process, and by `plan`."""
     code = "import sys; import ais_megatron.rollout.sglang.plugin; sys.exit(any(m in sys.modules for m in ('torch', 'pydantic')))"
     assert subprocess.run([sys.executable, "-c", code], timeout=240, check=False).returncode == 0
+
+
+def of_the_example(rank: int, path: Path) -> tuple[Tensor, dict[str, Tensor]]:
+    """Log-probabilities and export of a Mistral checkpoint, in a process that has read examples/mistral_family.py."""
+    from examples.mistral_family import MISTRAL
+
+    FAMILIES[MISTRAL.model_type] = MISTRAL
+    try:
+        policy, batch = make_policy(make_config(path, tp=2), path), make_batch()
+        weights = {name: tensor.clone() for bucket in policy.export_buckets(30_000) for name, tensor in bucket}
+        return policy.logprobs(batch) * batch.loss_mask, weights
+    finally:
+        del FAMILIES[MISTRAL.model_type]  # other tests use this process too
+
+
+def test_the_example_family_runs_as_it_stands(ranks: RankPool, tmp_path: Path) -> None:
+    """What docs/extending.md says of a new family: one table and one line."""
+    done = subprocess.run([sys.executable, "-m", "examples.mistral_family"], capture_output=True, text=True, cwd=ROOT, check=True)
+    assert done.stdout == "all 21 tensors have transformers' names and shapes\n"
+    torch.manual_seed(0)
+    sizes = dict(vocab_size=71, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
+    model = transformers.MistralForCausalLM(transformers.MistralConfig(**sizes, head_dim=16, sliding_window=None))
+    model.save_pretrained(tmp_path)
+    assert "mistral" not in FAMILIES
+    expected = reference_logprobs(tmp_path, make_batch())
+    for found, weights in ranks.run(2, of_the_example, path=tmp_path):
+        assert (found - expected).abs().max() < 1e-4
+        assert all(torch.equal(weights[name], tensor) for name, tensor in model.state_dict().items())
 
 
 # --- policy -----------------------------------------------------------------------------------------------------------
