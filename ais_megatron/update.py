@@ -38,7 +38,7 @@ def update(policy: Policy, batch: Batch, state: AISState, timer: PhaseTimer) -> 
         reference_logprobs = policy.reference_logprobs(batch)
     with timer.phase("diagnose"):
         parts = (old_logprobs, batch.rollout_logprobs, batch.advantages, batch.loss_mask)
-        diagnostics = diagnose(*parts, config.ais.weight_cap, data_parallel_group(), Correction.of(config))
+        diagnostics = diagnose(*parts, Correction.of(config), data_parallel_group())
         scaler, state = ais.loss_scaler(diagnostics, config, state)
     with timer.phase("train"):
         metrics = policy.train_step(batch, old_logprobs, scaler, reference_logprobs)

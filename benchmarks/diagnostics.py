@@ -20,6 +20,7 @@ import torch
 from contract import Figure, against_peer, emit, plain, stopwatch
 from torch import Tensor
 
+from ais_megatron.algorithm.correction import Correction
 from ais_megatron.algorithm.diagnostics import Diagnostics, diagnose
 from ais_megatron.algorithm.scaler import LossScaler
 
@@ -43,8 +44,8 @@ def tensors() -> dict[str, Tensor]:
 
 
 def ours(data: dict[str, Tensor], alpha: float = 0.5) -> tuple[Diagnostics, Tensor]:
-    figures = diagnose(data["old"], data["rollout"], data["advantages"], data["mask"], CAP)
-    scaler, factors = LossScaler(alpha, CAP), torch.empty(BATCH, SEQ)
+    figures = diagnose(data["old"], data["rollout"], data["advantages"], data["mask"], Correction(weight_cap=CAP))
+    scaler, factors = LossScaler(alpha, correction=Correction(weight_cap=CAP)), torch.empty(BATCH, SEQ)
     for i in range(0, BATCH, ROWS):
         rows = slice(i, i + ROWS)
         factors[rows] = scaler.factors(data["old"][rows], data["rollout"][rows], data["mask"][rows]).policy

@@ -131,7 +131,7 @@ def measure(quantised: Session, unquantised: Session, batches: int) -> Measured:
         full: dict[Correction, Tensor] = {}  # at alpha = 1
         for name, config in arms.items():
             correction = Correction.of(config)
-            diagnostics = diagnose(old, batch.rollout_logprobs, batch.advantages, batch.loss_mask, config.ais.weight_cap, None, correction)
+            diagnostics = diagnose(old, batch.rollout_logprobs, batch.advantages, batch.loss_mask, correction)
             scaler, states[name] = ais.loss_scaler(diagnostics, config, states[name])
             weights = replace(correction, name="tis") if correction.name == "ais" else correction
             if scaler.alpha and weights not in full:

@@ -46,7 +46,7 @@ def main() -> None:
     for number in range(rounds + 1):
         for name, (policy, batch) in made.items():
             with stopwatch(seconds[name]):
-                policy.train_step(batch, policy.logprobs(batch), LossScaler(0.5, 2.0))
+                policy.train_step(batch, policy.logprobs(batch), LossScaler(0.5))
             if number == 0:
                 seconds[name].clear()
     medians = {name: statistics.median(values) for name, values in seconds.items()}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 import matplotlib
@@ -15,12 +14,9 @@ from ais_megatron.config import AISConfig
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 
-NEUTRAL = {name: 1.0 for name in Diagnostics.__dataclass_fields__}
-
 
 def alpha(divergence: float, rho: float = 1.0, nu: float = 1.0) -> float:
-    neutral = Diagnostics(**NEUTRAL)
-    measured = replace(neutral, divergence_severity=divergence, weight_reliability=rho, variance_amplification=nu)
+    measured = Diagnostics(divergence_severity=divergence, weight_reliability=rho, variance_amplification=nu)
     return product_coefficient(measured, AISConfig())
 
 

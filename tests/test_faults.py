@@ -116,7 +116,7 @@ def poisoned(rank: int, path: Path, updates: int = 1, **layout):  # noqa: ANN201
     if dist.get_rank(data_parallel_group()) == 0:  # one replica alone
         advantages[0] = float("inf")
     bad = type(rows)(**{**vars(rows), "advantages": advantages})
-    scaler, history, error = LossScaler(alpha=0.0, weight_cap=2.0), [], ""
+    scaler, history, error = LossScaler(alpha=0.0), [], ""
     try:
         for batch in (rows, bad, bad, rows, bad, bad, bad, rows):
             before = weights_of(policy)

@@ -109,7 +109,7 @@ def reference(rank: int, path: Path):  # noqa: ANN201
     policy = make_policy(make_config(path, objective={"kl_coefficient": 0.1}, dtype="bf16"), path)
     rows, _ = my_rows(make_batch())
     before = policy.logprobs(rows)
-    policy.train_step(rows, before, LossScaler(alpha=0.0, weight_cap=2.0), before)
+    policy.train_step(rows, before, LossScaler(alpha=0.0), before)
     after = policy.logprobs(rows)
     return before, after, policy.reference_logprobs(rows), policy.logprobs(rows)
 

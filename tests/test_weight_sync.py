@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from ais_megatron.algorithm.ais import product_coefficient
+from ais_megatron.algorithm.correction import Correction
 from ais_megatron.algorithm.diagnostics import diagnose
 from ais_megatron.algorithm.scaler import LossScaler
 from ais_megatron.batch import Prompt, assemble
@@ -85,10 +86,10 @@ def agreement(rank: int, path: Path) -> None:
     batch = assemble(rollouts, torch.zeros(12), torch.linspace(-1, 1, 12))
     old_logprobs = policy.logprobs(batch)
     assert ((old_logprobs - batch.rollout_logprobs) * batch.loss_mask).abs().max() < 1e-5
-    diagnostics = diagnose(old_logprobs, batch.rollout_logprobs, batch.advantages, batch.loss_mask, 2.0)
+    diagnostics = diagnose(old_logprobs, batch.rollout_logprobs, batch.advantages, batch.loss_mask, Correction())
     alpha = product_coefficient(diagnostics, AISConfig())
     assert 0.0 <= alpha < 1e-6
-    weights = LossScaler(alpha, 2.0, "token").token_weights(old_logprobs, batch.rollout_logprobs, batch.loss_mask)
+    weights = LossScaler(alpha, "token").factors(old_logprobs, batch.rollout_logprobs, batch.loss_mask).policy
     assert torch.equal(weights, batch.loss_mask.float())
 
 

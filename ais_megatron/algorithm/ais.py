@@ -60,7 +60,9 @@ def coefficient(diagnostics: Diagnostics, ais: AISConfig, tau: float) -> float:
 
 def product_coefficient(diagnostics: Diagnostics, ais: AISConfig, tau: float | None = None) -> float:
     """alpha of one batch, from its global diagnostics; tau: in place of `ais.tau`, 0 where no divergence was ever seen."""
-    tau = ais.tau if tau is None else tau
+    if tau is None:
+        assert ais.tau != "auto", "an automatic tau comes from the batches so far (`step`): pass it"
+        tau = ais.tau
     divergence = diagnostics.divergence_severity
     factors = {
         "reliability": diagnostics.weight_reliability if ais.reliability == "truncated" else diagnostics.weight_reliability_raw,
@@ -102,7 +104,6 @@ def _scaler(config: Config, alpha: float, mean_full_weight: float = 1.0) -> Loss
     alpha = {"ais": alpha, "none": 0.0}.get(correction.name, 1.0)
     return LossScaler(
         alpha=alpha,
-        weight_cap=correction.weight_cap,
         aggregation=config.objective.resolved.aggregation,
         correction=correction,
         mean_weight=_mean_weight(alpha, mean_full_weight) if correction.batch_normalise else 1.0,

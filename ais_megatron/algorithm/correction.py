@@ -142,11 +142,6 @@ def importance_weights(log_ratio: Tensor, loss_mask: Tensor, level: Level = "tok
     return exponent.exp()[:, None].expand_as(log_ratio)
 
 
-def truncated_is_weights(old_logprobs: Tensor, rollout_logprobs: Tensor, weight_cap: float) -> Tensor:
-    """wbar, the truncated importance weight of every token."""
-    return log_importance_ratio(old_logprobs, rollout_logprobs).exp().clamp(max=weight_cap)
-
-
 def mixed_weights(full_weights: Tensor, alpha: float) -> Tensor:
     """s = 1 + alpha (wbar - 1): the uncorrected gradient at alpha 0, the whole correction at alpha 1.
 

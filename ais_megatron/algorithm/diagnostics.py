@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Generic, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -22,65 +23,120 @@ from torch import Tensor
 from ais_megatron.algorithm.correction import Correction, importance_weights, log_importance_ratio, response_mean
 from ais_megatron.distributed import all_reduce_sum
 
-SUMS = (
-    "tokens",
-    "sequences",
-    "w_trunc",
-    "w_trunc_sq",
-    "w",
-    "w_sq",
-    "k3",
-    "log_ratio",
-    "weighted_adv_sq",
-    "adv_sq",
-    "chi2",
-    "truncated",
-    "prob_diff",
-    "ppl_ratio",
-    "kept",  # tokens of responses that were not rejected; at the levels of a response, such responses
-    "kept_weight",  # sum of s at full strength over them: one term per token, or per response
-    "rejected",  # tokens of rejected responses, or outside the band
-    "g0",  # per response: g0 = mean A, g1 = mean wbar A, gap = g1 - g0
-    "gap",
-    "g0_gap",
-    "gap_sq",
-)
 CPU_CHUNK = 2**16  # elements of [batch, seq] worked on at a time
-NUM_EXTREMES = 3  # max w, max -w, max |p - q|: sent through the sum as one slot per rank
+
+Value = TypeVar("Value")
 
 
-@dataclass(frozen=True)
+class Sums(NamedTuple, Generic[Value]):
+    """What is added up over tokens, responses and ranks: float64 scalars where they are computed, numbers after the reduction.
+
+    w, wbar: of the correction's level, and truncated at C. l: the log importance ratio. A: the advantage.
+    """
+
+    tokens: Value
+    """Response tokens."""
+    sequences: Value
+    """Responses that have any."""
+    w_trunc: Value
+    """wbar."""
+    w_trunc_sq: Value
+    """wbar squared."""
+    w: Value
+    """w."""
+    w_sq: Value
+    """w squared."""
+    k3: Value
+    """exp(l) - 1 - l."""
+    log_ratio: Value
+    """l."""
+    weighted_adv_sq: Value
+    """(wbar A) squared."""
+    adv_sq: Value
+    """A squared."""
+    chi2: Value
+    """exp(2 l) - 1."""
+    truncated: Value
+    """Tokens with w > C."""
+    prob_diff: Value
+    """|pi_old(y) - mu(y)|."""
+    ppl_ratio: Value
+    """Per response: exp(-mean l)."""
+    kept: Value
+    """Tokens of responses that were not rejected; at the levels of a response, such responses."""
+    kept_weight: Value
+    """s at full strength over them: one term per token, or per response."""
+    rejected: Value
+    """Tokens of rejected responses, or outside the band."""
+    g0: Value
+    """Per response: mean A."""
+    gap: Value
+    """Per response: g1 - g0, where g1 = mean wbar A."""
+    g0_gap: Value
+    """Per response: g0 (g1 - g0)."""
+    gap_sq: Value
+    """Per response: (g1 - g0) squared."""
+
+
+class Extremes(NamedTuple, Generic[Value]):
+    """Of which the maximum counts. They travel through the sum as one slot per rank."""
+
+    largest_w: Value
+    minus_smallest_w: Value
+    largest_prob_diff: Value
+
+
+NUM_SUMS, NUM_EXTREMES = len(Sums._fields), len(Extremes._fields)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Diagnostics:
     """Global figures of one batch, equal on every rank; the words are those of docs/algorithm.md.
 
-    k1_kl: mean(-l); ppl_ratio: mean over responses of exp(-mean l); chi2_token: mean(exp(2l)) - 1;
-    prob_diff: |pi_old(y) - mu(y)|. num_tokens, num_sequences: over the whole batch.
-    fraction_rejected: tokens that the correction dropped with their response, or gave the weight 0.
-    mean_weight: of the correction at full strength, over the tokens kept; at the levels of a response over the responses kept,
-    whatever their lengths, as in verl. signal_gap: over responses, mean of g1 - g0, how far
-    the correction moves a response's mean advantage; signal_gap_variance and _covariance: its (unbiased) variance, and covariance with g0.
+    The defaults are those of a batch without a single token: sampler and trainer agree perfectly.
     """
 
-    num_tokens: float
-    num_sequences: float
-    weight_reliability: float
-    weight_reliability_raw: float
-    divergence_severity: float
-    variance_amplification: float
-    k1_kl: float
-    ppl_ratio: float
-    chi2_token: float
-    is_weight_mean: float
-    is_weight_min: float
-    is_weight_max: float
-    fraction_truncated: float
-    prob_diff_mean: float
-    prob_diff_max: float
+    num_tokens: float = 0.0
+    """Response tokens of the whole batch."""
+    num_sequences: float = 0.0
+    """Responses of the whole batch."""
+    weight_reliability: float = 1.0
+    """rho, of the truncated weights."""
+    weight_reliability_raw: float = 1.0
+    """rho, of the weights as they are."""
+    divergence_severity: float = 0.0
+    """D, nats per token."""
+    variance_amplification: float = 1.0
+    """nu."""
+    k1_kl: float = 0.0
+    """mean(-l), nats per token."""
+    ppl_ratio: float = 1.0
+    """Mean over responses of exp(-mean l)."""
+    chi2_token: float = 0.0
+    """mean(exp(2l)) - 1."""
+    is_weight_mean: float = 1.0
+    """Mean of w."""
+    is_weight_min: float = 1.0
+    """Smallest w."""
+    is_weight_max: float = 1.0
+    """Largest w."""
+    fraction_truncated: float = 0.0
+    """Tokens with w > C."""
+    prob_diff_mean: float = 0.0
+    """Mean of |pi_old(y) - mu(y)|."""
+    prob_diff_max: float = 0.0
+    """The largest of them."""
     fraction_rejected: float = 0.0
+    """Tokens that the correction dropped with their response, or gave the weight 0."""
     mean_weight: float = 1.0
+    """Mean weight of the correction at full strength, over the tokens kept; at the levels of a response over the responses kept,
+    whatever their lengths, as in verl."""
     signal_gap: float = 0.0
+    """Mean over responses of g1 - g0: how far the correction moves a response's mean advantage."""
     signal_gap_variance: float = 0.0
+    """Its variance over responses, unbiased."""
     signal_gap_covariance: float = 0.0
+    """Its covariance with g0."""
 
 
 def diagnose(
@@ -88,9 +144,8 @@ def diagnose(
     rollout_logprobs: Tensor,
     advantages: Tensor,
     loss_mask: Tensor,
-    weight_cap: float,
+    correction: Correction,
     group: dist.ProcessGroup | None = None,
-    correction: Correction | None = None,
 ) -> Diagnostics:
     """The batch's `Diagnostics` from every rank's own tokens, with one all-reduce.
 
@@ -98,11 +153,10 @@ def diagnose(
         old_logprobs, rollout_logprobs: float32 ``[batch, seq]``.
         advantages: ``[batch]``, or ``[batch, seq]`` where they differ by token.
         loss_mask: bool ``[batch, seq]``.
-        weight_cap: C.
+        correction: whose weight cap, level, rejections and mean weight are measured.
         group: the data-parallel x context-parallel group (never TP or PP: replicas would count twice).
-        correction: whose level, rejections and mean weight are measured; token-level ais if None.
     """
-    sums, extremes = statistics(old_logprobs, rollout_logprobs, advantages, loss_mask, weight_cap, correction)
+    sums, extremes = statistics(old_logprobs, rollout_logprobs, advantages, loss_mask, correction)
     vector = join(sums, extremes, group)
     if group is not None and dist.get_world_size(group) > 1:
         vector = all_reduce_sum(vector, group)
@@ -119,86 +173,85 @@ def join(sums: Tensor, extremes: Tensor, group: dist.ProcessGroup | None = None)
 
 def split(vector: Tensor) -> Diagnostics:
     """The figures of a reduced `join`."""
-    return from_statistics(vector[: len(SUMS)], vector[len(SUMS) :].view(-1, NUM_EXTREMES).amax(0))
+    return from_statistics(vector[:NUM_SUMS], vector[NUM_SUMS:].view(-1, NUM_EXTREMES).amax(0))
 
 
 def statistics(
-    old_logprobs: Tensor,
-    rollout_logprobs: Tensor,
-    advantages: Tensor,
-    loss_mask: Tensor,
-    weight_cap: float,
-    correction: Correction | None = None,
+    old_logprobs: Tensor, rollout_logprobs: Tensor, advantages: Tensor, loss_mask: Tensor, correction: Correction
 ) -> tuple[Tensor, Tensor]:
-    """Sufficient statistics of whole rows of a batch: float64 sums ``[len(SUMS)]``, which add, and extremes
-    ``[NUM_EXTREMES]``, of which the maximum counts (-inf where there is no token)."""
-    correction = correction or Correction("ais", weight_cap=weight_cap)
+    """Sufficient statistics of whole rows of a batch: float64 ``[NUM_SUMS]``, the `Sums`, which add, and ``[NUM_EXTREMES]``, the
+    `Extremes`, of which the maximum counts (-inf where there is no token)."""
     if advantages.dim() == 1:
         advantages = advantages[:, None]
-    parts = (old_logprobs, rollout_logprobs, advantages.expand_as(loss_mask), loss_mask)
+    advantages = advantages.expand_as(loss_mask)
     batch, seq = loss_mask.shape
     # On a CPU a few rows at a time, whose float64 intermediates stay in the cache; on a GPU one set of kernels for all.
     rows = max(1, CPU_CHUNK // max(seq, 1)) if loss_mask.device.type == "cpu" else batch
-    chunks = [_of_rows(*(x[i : i + rows] for x in parts), weight_cap, correction) for i in range(0, batch, rows) or (0,)]
+    cuts = [slice(first, first + rows) for first in range(0, batch, rows) or (0,)]
+    chunks = [_of_rows(old_logprobs[cut], rollout_logprobs[cut], advantages[cut], loss_mask[cut], correction) for cut in cuts]
     return torch.stack([sums for sums, _ in chunks]).sum(0), torch.stack([extremes for _, extremes in chunks]).amax(0)
 
 
-def _of_rows(
-    old: Tensor, rollout: Tensor, advantages: Tensor, loss_mask: Tensor, cap: float, correction: Correction
-) -> tuple[Tensor, Tensor]:
+def _of_rows(old: Tensor, rollout: Tensor, advantages: Tensor, loss_mask: Tensor, correction: Correction) -> tuple[Tensor, Tensor]:
     """`statistics` of a few rows, over their response tokens alone, end to end: outside the mask anything may stand, NaN included."""
     where = loss_mask.flatten().nonzero()[:, 0]
     old, rollout, adv = (x.flatten().index_select(0, where) for x in (old, rollout, advantages))
     log_ratio, adv = log_importance_ratio(old.double(), rollout.double()), adv.double()
     excess = torch.special.expm1(log_ratio)
     prob_diff = old.exp_().sub_(rollout.exp_()).abs_()  # in the inputs' float32: no small difference is taken to a power here
-    w, of_correction = _weights(log_ratio, excess, where, loss_mask, correction)
+    weighed = _weigh(log_ratio, excess, where, loss_mask, correction)
+    w, cap = weighed.w, correction.weight_cap
     w_trunc = w.clamp(max=cap)
     weighted_adv = w_trunc * adv
     lengths = loss_mask.sum(1)
     present = lengths > 0
     totals = torch.stack([_response_sums(x, lengths) for x in (log_ratio, adv, weighted_adv - adv)])
     mean_log_ratio, g0, gap = totals[:, present] / lengths[present]
-    sums = torch.stack(
-        [
-            lengths.sum().double(),
-            present.sum().double(),
-            w_trunc.sum(),
-            w_trunc.dot(w_trunc),
-            w.sum(),
-            w.dot(w),
-            (excess - log_ratio).sum(),
-            log_ratio.sum(),
-            weighted_adv.dot(weighted_adv),
-            adv.dot(adv),
-            excess.dot(excess) + 2.0 * excess.sum(),  # exp(2 l) - 1
-            torch.count_nonzero(w > cap).double(),
-            prob_diff.sum(dtype=torch.float64),
-            (-mean_log_ratio).exp().sum(),
-            *of_correction,
-            g0.sum(),
-            gap.sum(),
-            g0.dot(gap),
-            gap.dot(gap),
-        ]
+    sums = Sums(
+        tokens=lengths.sum().double(),
+        sequences=present.sum().double(),
+        w_trunc=w_trunc.sum(),
+        w_trunc_sq=w_trunc.dot(w_trunc),
+        w=w.sum(),
+        w_sq=w.dot(w),
+        k3=(excess - log_ratio).sum(),
+        log_ratio=log_ratio.sum(),
+        weighted_adv_sq=weighted_adv.dot(weighted_adv),
+        adv_sq=adv.dot(adv),
+        chi2=excess.dot(excess) + 2.0 * excess.sum(),  # exp(2 l) - 1, which loses no digits for small l
+        truncated=torch.count_nonzero(w > cap).double(),
+        prob_diff=prob_diff.sum(dtype=torch.float64),
+        ppl_ratio=(-mean_log_ratio).exp().sum(),
+        kept=weighed.kept,
+        kept_weight=weighed.kept_weight,
+        rejected=weighed.rejected,
+        g0=g0.sum(),
+        gap=gap.sum(),
+        g0_gap=g0.dot(gap),
+        gap_sq=gap.dot(gap),
     )
     if not len(w):
-        return sums, sums.new_full((NUM_EXTREMES,), -math.inf)
+        return torch.stack(sums), w.new_full((NUM_EXTREMES,), -math.inf)
     smallest, largest = w.aminmax()
-    return sums, torch.stack([largest, -smallest, prob_diff.max().double()])
+    extremes = Extremes(largest_w=largest, minus_smallest_w=-smallest, largest_prob_diff=prob_diff.max().double())
+    return torch.stack(sums), torch.stack(extremes)
 
 
-def _weights(
-    log_ratio: Tensor, excess: Tensor, where: Tensor, loss_mask: Tensor, correction: Correction
-) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """w of the tokens at the flat positions `where`; and the sums "kept", "kept_weight" and "rejected", float64.
+class _Weighed(NamedTuple):
+    """w: float64 ``[tokens]``; the others: the `Sums` of these names."""
 
-    excess: exp(log_ratio) - 1.
-    """
+    w: Tensor
+    kept: Tensor
+    kept_weight: Tensor
+    rejected: Tensor
+
+
+def _weigh(log_ratio: Tensor, excess: Tensor, where: Tensor, loss_mask: Tensor, correction: Correction) -> _Weighed:
+    """The tokens at the flat positions `where`, as the correction weighs them; excess: exp(log_ratio) - 1."""
     if correction.acts_on_tokens:
         w = excess + 1.0
         full = correction.limited(w)
-        return w, (full.new_tensor(len(full)), full.sum(), torch.count_nonzero(full == 0.0).double())
+        return _Weighed(w, full.new_tensor(len(full)), full.sum(), torch.count_nonzero(full == 0.0).double())
     grid = log_ratio.new_zeros(loss_mask.shape)
     grid.view(-1)[where] = log_ratio
     w, full = importance_weights(grid, loss_mask, correction.level), correction.weights(grid, loss_mask)
@@ -206,10 +259,10 @@ def _weights(
     full = full.masked_fill(~kept, 0.0)
     rejected = torch.count_nonzero(full.flatten()[where] == 0.0).double()
     if correction.level == "token":
-        averaged = kept.sum().double(), full.sum()
+        count, total = kept.sum().double(), full.sum()
     else:  # each response counts once: its tokens all carry its one weight
-        averaged = kept.any(1).sum().double(), response_mean(full, kept).sum()
-    return w.flatten()[where], (*averaged, rejected)
+        count, total = kept.any(1).sum().double(), response_mean(full, kept).sum()
+    return _Weighed(w.flatten()[where], count, total, rejected)
 
 
 def _response_sums(values: Tensor, lengths: Tensor) -> Tensor:
@@ -223,50 +276,49 @@ def from_statistics(sums: Tensor, extremes: Tensor) -> Diagnostics:
     Raises:
         ValueError: a sum is not finite, so some log-probability was not.
     """
-    if not torch.isfinite(sums).all():
-        bad = [name for name, value in zip(SUMS, sums.tolist(), strict=True) if not math.isfinite(value)]
+    t: Sums[float] = Sums._make(sums.tolist())
+    if bad := [name for name, value in t._asdict().items() if not math.isfinite(value)]:
         raise ValueError(f"log-probabilities of this batch are not finite (sums of {', '.join(bad)}); the policy or the rollout is corrupt")
-    t = dict(zip(SUMS, sums.tolist(), strict=True))
-    n, responses = t["tokens"], t["sequences"]
+    n, responses = t.tokens, t.sequences
     if n == 0:
-        return Diagnostics(0, 0, 1, 1, 0, 1, 0, 1, 0, 1, 1, 1, 0, 0, 0)
-    max_w, minus_min_w, max_diff = extremes.tolist()
-    gap, spread = t["gap"] / responses, max(responses - 1.0, 1.0)
+        return Diagnostics()
+    extreme: Extremes[float] = Extremes._make(extremes.tolist())
+    gap, spread = t.gap / responses, max(responses - 1.0, 1.0)
     return Diagnostics(
         num_tokens=n,
         num_sequences=responses,
-        weight_reliability=t["w_trunc"] ** 2 / (n * t["w_trunc_sq"]),
-        weight_reliability_raw=t["w"] ** 2 / (n * t["w_sq"]),
-        divergence_severity=t["k3"] / n,
-        variance_amplification=t["weighted_adv_sq"] / t["adv_sq"] if t["adv_sq"] > 0 else 1.0,
-        k1_kl=-t["log_ratio"] / n,
-        ppl_ratio=t["ppl_ratio"] / responses,
-        chi2_token=t["chi2"] / n,
-        is_weight_mean=t["w"] / n,
-        is_weight_min=-minus_min_w,
-        is_weight_max=max_w,
-        fraction_truncated=t["truncated"] / n,
-        prob_diff_mean=t["prob_diff"] / n,
-        prob_diff_max=max_diff,
-        fraction_rejected=t["rejected"] / n,
-        mean_weight=t["kept_weight"] / t["kept"] if t["kept"] else 1.0,
+        weight_reliability=t.w_trunc**2 / (n * t.w_trunc_sq),
+        weight_reliability_raw=t.w**2 / (n * t.w_sq),
+        divergence_severity=t.k3 / n,
+        variance_amplification=t.weighted_adv_sq / t.adv_sq if t.adv_sq > 0 else 1.0,
+        k1_kl=-t.log_ratio / n,
+        ppl_ratio=t.ppl_ratio / responses,
+        chi2_token=t.chi2 / n,
+        is_weight_mean=t.w / n,
+        is_weight_min=-extreme.minus_smallest_w,
+        is_weight_max=extreme.largest_w,
+        fraction_truncated=t.truncated / n,
+        prob_diff_mean=t.prob_diff / n,
+        prob_diff_max=extreme.largest_prob_diff,
+        fraction_rejected=t.rejected / n,
+        mean_weight=t.kept_weight / t.kept if t.kept else 1.0,
         signal_gap=gap,
-        signal_gap_variance=max(0.0, t["gap_sq"] - responses * gap**2) / spread,
-        signal_gap_covariance=(t["g0_gap"] - t["g0"] * gap) / spread,
+        signal_gap_variance=max(0.0, t.gap_sq - responses * gap**2) / spread,
+        signal_gap_covariance=(t.g0_gap - t.g0 * gap) / spread,
     )
 
 
 class RunningStatistics:
     """`statistics` of a batch that comes in pieces (microbatches): sums are added, extremes compared, nothing is reduced."""
 
-    def __init__(self, weight_cap: float, correction: Correction) -> None:
-        self._arguments = weight_cap, correction
-        self._sums = torch.zeros(len(SUMS), dtype=torch.float64)
+    def __init__(self, correction: Correction) -> None:
+        self._correction = correction
+        self._sums = torch.zeros(NUM_SUMS, dtype=torch.float64)
         self._extremes = torch.full((NUM_EXTREMES,), -math.inf, dtype=torch.float64)
 
     def add(self, old_logprobs: Tensor, rollout_logprobs: Tensor, advantages: Tensor, loss_mask: Tensor) -> None:
         """Whole rows, as in `statistics`; on a GPU nothing waits for the result."""
-        sums, extremes = statistics(old_logprobs, rollout_logprobs, advantages, loss_mask, *self._arguments)
+        sums, extremes = statistics(old_logprobs, rollout_logprobs, advantages, loss_mask, self._correction)
         self._sums = self._sums.to(sums.device) + sums
         self._extremes = torch.maximum(self._extremes.to(sums.device), extremes)
 

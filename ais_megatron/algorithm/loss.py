@@ -56,20 +56,6 @@ def policy_loss(
     return PolicyLoss(total, torch.stack([total.detach().double(), *sums]))
 
 
-def clipped_policy_loss(
-    logprobs: Tensor,
-    old_logprobs: Tensor,
-    advantages: Tensor,
-    loss_mask: Tensor,
-    token_weights: Tensor,
-    clip_low: float,
-    clip_high: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """GRPO's clipped loss alone: (loss sum, float32 scalar; policy_ratio; clipped, bool). Shapes as in `policy_loss`."""
-    j = surrogate("grpo", logprobs, old_logprobs, advantages, loss_mask, clip_low, clip_high)
-    return -(token_weights * j.objective).sum(), j.policy_ratio, j.clipped
-
-
 def masked_sum(values: Tensor, loss_mask: Tensor) -> Tensor:
     """float64 scalar, detached."""
     return values.detach().masked_fill(~loss_mask, 0.0).sum(dtype=torch.float64)

@@ -37,24 +37,21 @@ class TokenFactors(NamedTuple):
 
 @dataclass(frozen=True)
 class LossScaler:
-    """How strongly and over what this batch is corrected.
-
-    alpha: in [0, 1]. weight_cap: C, which overrides the correction's own. aggregation: token, sequence or constant.
-    correction: what is mixed in with strength alpha. mean_weight: the global mean of s, by which batch normalisation divides:
-    over tokens, or over responses where one weight stands for a response. response_limit: L. tokens_per_sequence: T / N of the
-    update, set by `for_update`.
-    """
+    """How strongly and over what this batch is corrected."""
 
     alpha: float
-    weight_cap: float
+    """The strength of the correction, in [0, 1]."""
     aggregation: str = "token"
+    """token, sequence or constant."""
     correction: Correction = field(default_factory=Correction)
+    """What is mixed in with strength alpha."""
     mean_weight: float = 1.0
+    """The global mean of s, by which batch normalisation divides: over tokens, or over responses where one weight stands for a
+    response."""
     response_limit: int | None = None
+    """L, needed by the aggregation "constant"."""
     tokens_per_sequence: float | None = None
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "correction", replace(self.correction, weight_cap=self.weight_cap))
+    """T / N of the update, set by `for_update`."""
 
     @property
     def needs_totals(self) -> bool:
@@ -80,10 +77,6 @@ class LossScaler:
     def kept(self, old_logprobs: Tensor, rollout_logprobs: Tensor, loss_mask: Tensor) -> Tensor:
         """`TokenFactors.kept` alone, for counting T and N."""
         return self.correction.kept(log_importance_ratio(old_logprobs, rollout_logprobs), loss_mask)
-
-    def token_weights(self, old_logprobs: Tensor, rollout_logprobs: Tensor, loss_mask: Tensor) -> Tensor:
-        """`TokenFactors.policy` alone."""
-        return self.factors(old_logprobs, rollout_logprobs, loss_mask).policy
 
     def _shares(self, kept: Tensor) -> Tensor:
         if not self.needs_totals:

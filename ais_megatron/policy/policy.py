@@ -202,7 +202,7 @@ class Policy:
     ) -> tuple[dict[str, float], Diagnostics, Calibration]:
         """One optimizer step whose own forward pass supplies old_logprobs (so that the policy ratio is exactly 1), this
         batch's diagnostics and the ranges of Q, K and V: nothing is computed twice. Returns and raises as `train_step`."""
-        running = RunningStatistics(self.config.ais.weight_cap, Correction.of(self.config))
+        running = RunningStatistics(Correction.of(self.config))
         with self._recording():
             metrics, reduced = self._update(batch, None, scaler, reference_logprobs, running)
         calibration = self._recorded()

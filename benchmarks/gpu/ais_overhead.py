@@ -42,7 +42,7 @@ def main() -> None:
     bench.check("with mismatch alpha is within its bounds", bounds.alpha_min <= alpha <= bounds.alpha_max, f"{alpha:.3f}")
 
     def diagnosis() -> None:
-        parts = (same, off, batch.advantages, batch.loss_mask, bounds.weight_cap, None, Correction.of(configs["ais"]))
+        parts = (same, off, batch.advantages, batch.loss_mask, Correction.of(configs["ais"]))
         ais.loss_scaler(diagnose(*parts), configs["ais"], AISState())
 
     bench.columns("what", "time", "ratio to correction=none", "share of the update")

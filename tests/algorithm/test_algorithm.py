@@ -9,13 +9,15 @@ import torch
 
 from ais_megatron.algorithm.advantages import group_relative_advantages, num_zero_signal_groups
 from ais_megatron.algorithm.ais import loss_scaler, product_coefficient
-from ais_megatron.algorithm.correction import Correction, mixed_weights, truncated_is_weights
+from ais_megatron.algorithm.correction import Correction, log_importance_ratio, mixed_weights
 from ais_megatron.algorithm.diagnostics import Diagnostics, diagnose, from_statistics, statistics
-from ais_megatron.algorithm.loss import clipped_policy_loss
+from ais_megatron.algorithm.objectives import surrogate
 from ais_megatron.algorithm.scaler import LossScaler
 from ais_megatron.config import AISConfig
 from tests.helpers.batches import config_with, diagnostics_of, hand_batch, random_parts
 from tests.helpers.ranks import RankPool
+
+AT_2 = Correction(weight_cap=2.0)  # truncated at C = 2
 
 
 def test_advantages_by_hand() -> None:
@@ -28,7 +30,7 @@ def test_advantages_by_hand() -> None:
 
 
 def test_diagnostics_by_hand() -> None:
-    d = diagnose(*hand_batch(), weight_cap=2.0)
+    d = diagnose(*hand_batch(), AT_2)
     l2, l4 = math.log(2.0), math.log(4.0)
     assert (d.num_tokens, d.num_sequences) == (3, 2)
     assert d.weight_reliability == pytest.approx((2 + 0.5 + 2) ** 2 / (3 * (4 + 0.25 + 4)), abs=1e-14)
@@ -47,29 +49,29 @@ def test_diagnostics_by_hand() -> None:
 def test_small_divergences_survive() -> None:
     """exp(l) - 1 - l at l = 1e-3 is 5.0017e-7; float32 is off by 12 %."""
     rollout = torch.full((1, 4), -2.0, dtype=torch.float64)
-    d = diagnose(rollout + 1e-3, rollout, torch.ones(1), torch.ones(1, 4, dtype=torch.bool), 2.0)
+    d = diagnose(rollout + 1e-3, rollout, torch.ones(1), torch.ones(1, 4, dtype=torch.bool), AT_2)
     assert d.divergence_severity == pytest.approx(5.0016670834e-7, rel=1e-9)
 
 
 def test_equal_logprobs_are_exactly_neutral() -> None:
     logprobs = torch.randn(3, 5)
     mask = torch.ones(3, 5, dtype=torch.bool)
-    d = diagnose(logprobs, logprobs, torch.randn(3), mask, 2.0)
+    d = diagnose(logprobs, logprobs, torch.randn(3), mask, AT_2)
     assert (d.weight_reliability, d.divergence_severity, d.variance_amplification) == (1.0, 0.0, 1.0)
     assert product_coefficient(d, AISConfig()) == 0.0
-    weights = LossScaler(alpha=0.7, weight_cap=2.0, aggregation="token").token_weights(logprobs, logprobs, mask)
+    weights = LossScaler(alpha=0.7, aggregation="token").factors(logprobs, logprobs, mask).policy
     assert torch.equal(weights, torch.ones(3, 5)), "s is 1.0 to the last bit, whatever alpha"
 
 
 def test_advantages_of_zero_leave_variance_amplification_at_one() -> None:
     old, rollout, _, mask = hand_batch()
-    assert diagnose(old, rollout, torch.zeros(2), mask, 2.0).variance_amplification == 1.0
+    assert diagnose(old, rollout, torch.zeros(2), mask, AT_2).variance_amplification == 1.0
 
 
 def test_a_part_without_tokens_and_a_batch_without_tokens() -> None:
     old, rollout, advantages, mask = hand_batch()
-    nothing = statistics(old, rollout, advantages, torch.zeros_like(mask), 2.0)
-    something = statistics(old, rollout, advantages, mask, 2.0)
+    nothing = statistics(old, rollout, advantages, torch.zeros_like(mask), AT_2)
+    something = statistics(old, rollout, advantages, mask, AT_2)
     joined = from_statistics(nothing[0] + something[0], torch.maximum(nothing[1], something[1]))
     assert joined == from_statistics(*something)
     assert from_statistics(*nothing).weight_reliability == 1.0
@@ -78,14 +80,14 @@ def test_a_part_without_tokens_and_a_batch_without_tokens() -> None:
 def test_logprobs_that_are_not_finite_are_named() -> None:
     old, rollout, advantages, mask = hand_batch()
     with pytest.raises(ValueError, match="not finite.*w_trunc"):
-        diagnose(old * float("nan"), rollout, advantages, mask, 2.0)
+        diagnose(old * float("nan"), rollout, advantages, mask, AT_2)
 
 
 def diagnose_part(rank: int, shares: list[list[int]], correction: Correction) -> Diagnostics:
     import torch.distributed as dist
 
     rows = torch.tensor(shares[rank], dtype=torch.int64)
-    return diagnose(*(tensor[rows] for tensor in random_parts(0)), weight_cap=2.0, group=dist.group.WORLD, correction=correction)
+    return diagnose(*(tensor[rows] for tensor in random_parts(0)), correction=correction, group=dist.group.WORLD)
 
 
 @pytest.mark.parametrize(
@@ -100,7 +102,7 @@ def diagnose_part(rank: int, shares: list[list[int]], correction: Correction) ->
 @pytest.mark.parametrize("level", ["token", "geometric"])
 def test_diagnostics_are_those_of_the_joined_batch(ranks: RankPool, shares: list[list[int]], level: str) -> None:
     correction = Correction("ais", level)
-    expected = vars(diagnose(*random_parts(0), weight_cap=2.0, correction=correction))
+    expected = vars(diagnose(*random_parts(0), correction))
     results = ranks.run(len(shares), diagnose_part, shares=shares, correction=correction)
     assert all(result == results[0] for result in results), "every rank must compute the same alpha"
     for name, value in vars(results[0]).items():
@@ -109,9 +111,9 @@ def test_diagnostics_are_those_of_the_joined_batch(ranks: RankPool, shares: list
 
 def test_any_split_into_microbatches_adds_up() -> None:
     parts = random_parts(3)
-    whole = statistics(*parts, 2.0)
+    whole = statistics(*parts, AT_2)
     for cuts in ([7], [1, 2, 20], list(range(1, 24))):
-        pieces = [statistics(*rows, 2.0) for rows in zip(*(torch.tensor_split(t, cuts) for t in parts), strict=True)]
+        pieces = [statistics(*rows, AT_2) for rows in zip(*(torch.tensor_split(t, cuts) for t in parts), strict=True)]
         torch.testing.assert_close(sum(p[0] for p in pieces), whole[0], rtol=1e-13, atol=1e-12)
         assert torch.equal(torch.stack([p[1] for p in pieces]).amax(0), whole[1])
 
@@ -143,7 +145,7 @@ def test_correction_names_an_alpha(correction: str, alpha: float) -> None:
 
 def test_mixing_between_none_and_tis() -> None:
     old, rollout, _, _ = hand_batch()
-    truncated = truncated_is_weights(old, rollout, 2.0)
+    truncated = AT_2.limited(log_importance_ratio(old, rollout).exp())
     torch.testing.assert_close(truncated, torch.tensor([[2.0, 2.0, 0.5], [2.0, 2.0, 2.0]], dtype=torch.float64))
     assert torch.equal(mixed_weights(truncated, 0.0), torch.ones_like(truncated))
     torch.testing.assert_close(mixed_weights(truncated, 1.0), truncated)
@@ -152,8 +154,8 @@ def test_mixing_between_none_and_tis() -> None:
 
 def test_sequence_aggregation_is_the_mean_of_means() -> None:
     old, rollout, advantages, mask = hand_batch()
-    scaler = LossScaler(alpha=0.0, weight_cap=2.0, aggregation="sequence").for_update(num_tokens=3, num_sequences=2)
-    weights = scaler.token_weights(old, rollout, mask)
+    scaler = LossScaler(alpha=0.0, aggregation="sequence").for_update(num_tokens=3, num_sequences=2)
+    weights = scaler.factors(old, rollout, mask).policy
     values = torch.tensor([[7.0, 1.0, 2.0], [7.0, 5.0, 7.0]], dtype=torch.float64)
     assert (weights * values).sum() / 3 == pytest.approx(((1 + 2) / 2 + 5) / 2)
 
@@ -167,7 +169,8 @@ def test_clipped_loss_and_its_gradient_by_hand() -> None:
     advantages, weights = torch.tensor([2.0, -1.0, 3.0]), torch.tensor([[0.0, 0.5], [0.0, 1.0], [0.0, 2.0]])
     poisoned = old.clone()
     poisoned[:, 0] = -float("inf")
-    loss, _, clipped = clipped_policy_loss(logprobs, poisoned, advantages, mask, weights, 0.2, 0.2)
+    objective, _, clipped = surrogate("grpo", logprobs, poisoned, advantages, mask, 0.2, 0.2)
+    loss = -(weights * objective).sum()
     loss.backward()
     assert loss.item() == pytest.approx(-(0.5 * 1.2 * 2.0 + 1.0 * 1.5 * -1.0 + 2.0 * 1.1 * 3.0))
     torch.testing.assert_close(logprobs.grad, torch.tensor([[0.0, 0.0], [0.0, 1.5], [0.0, -6.6]]))

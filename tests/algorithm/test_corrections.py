@@ -25,7 +25,7 @@ ONLY = (1, 1)
 
 def factors(correction: Correction, alpha: float = 1.0, **scaler: object) -> TokenFactors:
     old, rollout, _, mask = hand_batch()
-    return LossScaler(alpha, correction.weight_cap, correction=correction, **scaler).factors(old, rollout, mask)
+    return LossScaler(alpha, correction=correction, **scaler).factors(old, rollout, mask)
 
 
 @pytest.mark.parametrize(
@@ -70,7 +70,7 @@ def test_rejected_responses_leave_mask_and_normaliser(correction: Correction, ke
     mask, result = hand_batch()[3], factors(correction)
     assert torch.equal(result.kept, mask & torch.tensor(kept)[:, None])
     assert torch.equal(result.policy, result.kept.double()), "what is kept weighs 1"
-    d = diagnose(*hand_batch(), weight_cap=2.0, correction=correction)
+    d = diagnose(*hand_batch(), correction)
     assert d.fraction_rejected == pytest.approx(1 - result.kept.sum().item() / 3)
 
 
@@ -79,8 +79,8 @@ def test_aggregation_counts_only_what_is_left() -> None:
     correction = Correction("geo_rs", low=0.9, high=1.1)
     old, rollout, _, mask = hand_batch()
     for aggregation, expected in (("token", 1 / 2), ("sequence", 1 / 2), ("constant", 1 / 10)):
-        scaler = LossScaler(1.0, 2.0, aggregation, correction, response_limit=10).for_update(num_tokens=2, num_sequences=1)
-        assert (scaler.token_weights(old, rollout, mask) / 2)[0, 1:].tolist() == pytest.approx([expected] * 2, rel=1e-6)
+        scaler = LossScaler(1.0, aggregation, correction, response_limit=10).for_update(num_tokens=2, num_sequences=1)
+        assert (scaler.factors(old, rollout, mask).policy / 2)[0, 1:].tolist() == pytest.approx([expected] * 2, rel=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -96,7 +96,7 @@ def test_aggregation_counts_only_what_is_left() -> None:
     ],
 )
 def test_mean_weight_is_after_truncation_and_over_what_is_kept(correction: Correction, mean: float) -> None:
-    assert diagnose(*hand_batch(), correction.weight_cap, correction=correction).mean_weight == pytest.approx(mean, rel=1e-14)
+    assert diagnose(*hand_batch(), correction).mean_weight == pytest.approx(mean, rel=1e-14)
 
 
 @pytest.mark.parametrize("correction", ["none", "tis", "mis", "icepop", "geo_rs", "k3_rs", "ais"])
@@ -104,7 +104,7 @@ def test_normalised_weights_have_mean_one(correction: str) -> None:
     old, rollout, advantages, mask = random_parts(2)
     config = config_with(correction=correction, correction_options={"batch_normalise": True, "low": 0.8, "high": 1.2, "k3_limit": 0.05})
     rule = Correction.of(config)
-    scaler, _ = loss_scaler(diagnose(old, rollout, advantages, mask, rule.weight_cap, correction=rule), config)
+    scaler, _ = loss_scaler(diagnose(old, rollout, advantages, mask, rule), config)
     result = scaler.factors(old, rollout, mask)
     assert result.policy.double().sum().item() / result.kept.sum().item() == pytest.approx(1.0, rel=1e-6)
 
@@ -116,9 +116,9 @@ def test_normalised_weights_of_responses_have_mean_one_over_responses(sections: 
     config = config_with(objective={"name": "gspo"}, correction_options={"batch_normalise": True}, **sections)
     rule = Correction.of(config)
     assert rule.level in ("sequence", "geometric")
-    scaler, _ = loss_scaler(diagnose(old, rollout, advantages, mask, rule.weight_cap, correction=rule), config)
+    scaler, _ = loss_scaler(diagnose(old, rollout, advantages, mask, rule), config)
     # The weight of a response, without the aggregation's share of its tokens.
-    weights = replace(scaler, aggregation="token").token_weights(old, rollout, mask).double()
+    weights = replace(scaler, aggregation="token").factors(old, rollout, mask).policy.double()
     of_responses = weights.sum(1)[mask.any(1)] / mask.sum(1)[mask.any(1)]
     assert len(of_responses) == 23 and of_responses.std() > 0.01
     assert of_responses.mean().item() == pytest.approx(1.0, rel=1e-6)
@@ -127,11 +127,11 @@ def test_normalised_weights_of_responses_have_mean_one_over_responses(sections: 
 def test_ais_at_sequence_level_uses_the_geometric_mean() -> None:
     config = config_with(ais={"level": "sequence", "coefficient": "constant", "constant_alpha": 0.5})
     old, rollout, advantages, mask = hand_batch()
-    d = diagnose(old, rollout, advantages, mask, 2.0, correction=Correction.of(config))
+    d = diagnose(old, rollout, advantages, mask, Correction.of(config))
     assert d.weight_reliability == pytest.approx((1 + 1 + 2) ** 2 / (3 * (1 + 1 + 4)), rel=1e-14)
     assert d.variance_amplification == pytest.approx((1 + 1 + 4 * 4) / (1 + 1 + 4), rel=1e-14)
     scaler, _ = loss_scaler(d, config)
-    weights = scaler.token_weights(old, rollout, mask)
+    weights = scaler.factors(old, rollout, mask).policy
     assert [weights[i].item() for i in (SECOND, THIRD, ONLY)] == pytest.approx([1.0, 1.0, 1.5], abs=1e-12)
 
 
@@ -141,23 +141,23 @@ def test_padding_and_order_change_nothing() -> None:
     padded = [torch.nn.functional.pad(x, (0, 3), value=v) for x, v in ((old, math.nan), (rollout, -math.inf), (mask, False))]
     for name, level in (("tis", "sequence"), ("mis", "geometric"), ("geo_rs", "token"), ("k3_rs", "token"), ("ais", "geometric")):
         rule = Correction(name, level, low=0.9, high=1.1, k3_limit=0.04)
-        sums, extremes = statistics(old, rollout, advantages, mask, 2.0, rule)
-        again, same = statistics(padded[0][order], padded[1][order], advantages[order], padded[2][order], 2.0, rule)
+        sums, extremes = statistics(old, rollout, advantages, mask, rule)
+        again, same = statistics(padded[0][order], padded[1][order], advantages[order], padded[2][order], rule)
         torch.testing.assert_close(again, sums, rtol=1e-12, atol=1e-12)
         assert torch.equal(same, extremes)
-        scaler = LossScaler(0.7, 2.0, "sequence", rule).for_update(100, 10)
-        expected = scaler.token_weights(old, rollout, mask)[order]
-        torch.testing.assert_close(scaler.token_weights(padded[0][order], padded[1][order], padded[2][order])[:, :19], expected)
+        scaler = LossScaler(0.7, "sequence", rule).for_update(100, 10)
+        expected = scaler.factors(old, rollout, mask).policy[order]
+        torch.testing.assert_close(scaler.factors(padded[0][order], padded[1][order], padded[2][order]).policy[:, :19], expected)
 
 
 def test_running_statistics_are_those_of_the_whole() -> None:
     parts = random_parts(5)
     for level in ("token", "sequence", "geometric"):
         rule = Correction("tis", level)
-        running = RunningStatistics(2.0, rule)
+        running = RunningStatistics(rule)
         for rows in zip(*(torch.tensor_split(t, [1, 2, 20]) for t in parts), strict=True):
             running.add(*rows)
-        whole = vars(diagnose(*parts, weight_cap=2.0, correction=rule))
+        whole = vars(diagnose(*parts, rule))
         for name, value in vars(split(running.joined(None))).items():
             assert value == pytest.approx(whole[name], rel=1e-12, abs=1e-12), name
 
@@ -178,14 +178,14 @@ def oracle_by_formula(old: Tensor, rollout: Tensor, advantages: Tensor, mask: Te
 def test_oracle_equals_its_formula(seed: int) -> None:
     old, rollout, advantages, mask = random_parts(seed)
     advantages = advantages + 0.2 * seed  # with a bias, so that alpha is inside (0, 1) for some
-    alpha = oracle_coefficient(diagnose(old, rollout, advantages, mask, 2.0), AISConfig())
+    alpha = oracle_coefficient(diagnose(old, rollout, advantages, mask, Correction(weight_cap=2.0)), AISConfig())
     assert alpha == pytest.approx(oracle_by_formula(old, rollout, advantages, mask, 2.0), abs=1e-9)
 
 
 def test_oracle_where_nothing_can_be_said() -> None:
     old, rollout, advantages, mask = hand_batch()
-    assert oracle_coefficient(diagnose(old, old, advantages, mask, 2.0), AISConfig(alpha_min=0.1)) == 0.1
-    assert oracle_coefficient(diagnose(old[:1], rollout[:1], advantages[:1], mask[:1], 2.0), AISConfig(alpha_min=0.1)) == 0.1
+    assert oracle_coefficient(diagnose(old, old, advantages, mask, Correction()), AISConfig(alpha_min=0.1)) == 0.1
+    assert oracle_coefficient(diagnose(old[:1], rollout[:1], advantages[:1], mask[:1], Correction()), AISConfig(alpha_min=0.1)) == 0.1
 
 
 def severe(divergence: float) -> Diagnostics:

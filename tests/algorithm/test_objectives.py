@@ -133,7 +133,7 @@ def test_losses_and_gradients_equal_a_straightforward_implementation(name: str, 
     objective = ObjectiveConfig(name=name, **(dict(kl_coefficient=0.1, entropy_bonus=0.01) if regularised else {}))
     ours, theirs = ([t[key].clone().requires_grad_() for key in ("logprobs", "entropy")] for _ in range(2))
     num_tokens, num_sequences = int(t["mask"].sum()), int(t["mask"].any(1).sum())
-    scaler = LossScaler(0.6, 2.0, objective.resolved.aggregation, response_limit=48).for_update(num_tokens, num_sequences)
+    scaler = LossScaler(0.6, objective.resolved.aggregation, response_limit=48).for_update(num_tokens, num_sequences)
     loss = policy_loss(objective, *ours, t["old"], t["reference"], t["advantages"], scaler.factors(t["old"], t["rollout"], t["mask"]))
     (loss.total / num_tokens).backward()
     expected = straightforward(name, t, *theirs, 0.6, objective)
@@ -150,7 +150,7 @@ def test_padding_order_and_poison_outside_the_mask_change_nothing(name: str) -> 
     order = torch.tensor([4, 2, 0, 1, 3])
 
     def gradient(rows: dict[str, Tensor]) -> tuple[float, Tensor]:
-        scaler = LossScaler(0.6, 2.0, objective.resolved.aggregation, Correction("tis", "sequence"), response_limit=9).for_update(20, 4)
+        scaler = LossScaler(0.6, objective.resolved.aggregation, Correction("tis", "sequence"), response_limit=9).for_update(20, 4)
         logprobs = rows["logprobs"].clone().requires_grad_()
         factors = scaler.factors(rows["old"], rows["rollout"], rows["mask"])
         loss = policy_loss(objective, logprobs, rows["entropy"], rows["old"], rows["reference"], rows["advantages"], factors)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
-from ais_megatron.algorithm.diagnostics import SUMS, Diagnostics, from_statistics
+from ais_megatron.algorithm.diagnostics import NUM_EXTREMES, NUM_SUMS, Diagnostics, from_statistics
 from ais_megatron.config import Config, build_config
 
 ARCHITECTURE = dict(
@@ -35,10 +37,8 @@ def random_parts(seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def diagnostics_of(rho: float = 1.0, divergence: float = 0.0, nu: float = 1.0, rho_raw: float = 1.0) -> Diagnostics:
-    sums = dict.fromkeys(SUMS, 1.0)
-    base = from_statistics(torch.tensor(list(sums.values()), dtype=torch.float64), torch.ones(3, dtype=torch.float64))
-    changes = dict(weight_reliability=rho, weight_reliability_raw=rho_raw, divergence_severity=divergence, variance_amplification=nu)
-    return Diagnostics(**{**vars(base), **changes})
+    base = from_statistics(torch.ones(NUM_SUMS, dtype=torch.float64), torch.ones(NUM_EXTREMES, dtype=torch.float64))
+    return replace(base, weight_reliability=rho, weight_reliability_raw=rho_raw, divergence_severity=divergence, variance_amplification=nu)
 
 
 def random_rows(seed: int = 0) -> dict[str, Tensor]:

@@ -89,7 +89,7 @@ def one_step(policy) -> dict[str, float]:  # noqa: ANN001
 
     rows, _ = my_rows(make_batch())
     old_logprobs = policy.logprobs(rows)
-    return policy.train_step(rows, old_logprobs, LossScaler(alpha=0.0, weight_cap=2.0))
+    return policy.train_step(rows, old_logprobs, LossScaler(alpha=0.0))
 
 
 def saved(rank: int, path: Path, folder: Path, is_async: bool, **layout):  # noqa: ANN201

@@ -128,7 +128,7 @@ def one_update(
         gradients: list[torch.Tensor] = []
         step, metrics_of_routing = policy.optimizer.step, dict(policy.routing_metrics)
         policy.optimizer.step = lambda: (gradients.extend(p.main_grad.float().clone() for p in policy.model.parameters()), step())[1]
-        scaler = LossScaler(0.5, 2.0, "sequence", Correction("ais"))
+        scaler = LossScaler(0.5, "sequence", Correction("ais"))
         metrics = policy.train_step(rows, old, scaler)
     finally:
         module.Shapes = own
@@ -187,7 +187,7 @@ def order_of_events(rank: int, path: Path, parallel: dict) -> list[str]:
     Batch.to = lambda batch, device: (events.append("to"), to(batch, device))[1]
     try:
         old = policy.logprobs(rows)
-        policy.train_step(rows, old, LossScaler(0.5, 2.0, "token"))
+        policy.train_step(rows, old, LossScaler(0.5, "token"))
     finally:
         Batch.to = to
     return events

@@ -72,7 +72,7 @@ def trained(rank: int, path: Path, parallel: dict[str, object], alpha: float = 0
     rows = Batch(**{**vars(rows), "rollout_logprobs": (old - 0.2) * rows.loss_mask, "advantages": rows.advantages * signal})
     for _ in range(steps):
         old, _ = policy.logprobs_and_calibration(rows)
-        metrics = policy.train_step(rows, old, LossScaler(alpha, 2.0, "token"))
+        metrics = policy.train_step(rows, old, LossScaler(alpha, "token"))
     return {name: tensor.clone() for bucket in policy.export_buckets(50_000) for name, tensor in bucket}, metrics
 
 
@@ -98,7 +98,7 @@ def gradients(rank: int, path: Path, parallel: dict[str, object], signal: float,
     rows, _ = my_rows(make_batch())
     old, _ = policy.logprobs_and_calibration(rows)
     rows = Batch(**{**vars(rows), "rollout_logprobs": (old - 0.2) * rows.loss_mask, "advantages": rows.advantages * signal})
-    norm = policy.train_step(rows, old, LossScaler(alpha, 2.0, "token"))["grad_norm"]
+    norm = policy.train_step(rows, old, LossScaler(alpha, "token"))["grad_norm"]
     return torch.tensor(norm)
 
 

@@ -38,7 +38,7 @@ def trained_weights(rank: int, path: Path, aggregation: str = "token", recompute
     rows = Batch(**{**vars(rows), "rollout_logprobs": (policy.logprobs(rows) - 0.2) * rows.loss_mask})
     for _ in range(3):
         old_logprobs = policy.logprobs(rows)
-        metrics = policy.train_step(rows, old_logprobs, LossScaler(alpha=0.5, weight_cap=2.0, aggregation=aggregation))
+        metrics = policy.train_step(rows, old_logprobs, LossScaler(alpha=0.5, aggregation=aggregation))
     return {name: tensor.clone() for bucket in policy.export_buckets(20_000) for name, tensor in bucket}, metrics
 
 
