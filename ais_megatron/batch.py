@@ -1,4 +1,4 @@
-"""What travels between the phases: `Prompt` -> `Rollout` -> `Batch`, all frozen.
+"""What travels between the phases: `Prompt` -> `Rollout` -> `Batch`, all frozen; and weights, in a `Bucket`.
 
 `assemble` is the ONE place that aligns tokens and log-probabilities. The convention everywhere after it: in every
 ``[batch, seq]`` tensor, index t describes token t. ``logprobs[b, t]`` is log p(token t | tokens before t), so column 0
@@ -15,6 +15,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+Bucket = list[tuple[str, Tensor]]
+"""Whole weights under Hugging Face names, on their way from the policy to a rollout engine or into a file."""
 
 DROPPED = "dropped"  # finish_reason of a response without usable log-probabilities
 
@@ -166,12 +169,13 @@ def assemble(rollouts: Sequence[Rollout], rewards: Tensor, advantages: Tensor) -
 
 def _align_experts(rollouts: Sequence[Rollout], seq: int) -> Tensor | None:
     """`Batch.routed_experts`, if every rollout brings its routing."""
-    if not rollouts or any(r.routed_experts is None for r in rollouts):
+    routes = [r.routed_experts for r in rollouts if r.routed_experts is not None]
+    if not routes or len(routes) < len(rollouts):
         return None
-    dtype = reduce(torch.promote_types, {r.routed_experts.dtype for r in rollouts})  # old recordings may be wider than new ones
-    aligned = torch.full((len(rollouts), seq, *rollouts[0].routed_experts.shape[1:]), -1, dtype=dtype)
-    for row, rollout in enumerate(rollouts):
-        aligned[row, : len(rollout.routed_experts)] = rollout.routed_experts
+    dtype = reduce(torch.promote_types, {r.dtype for r in routes})  # old recordings may be wider than new ones
+    aligned = torch.full((len(routes), seq, *routes[0].shape[1:]), -1, dtype=dtype)
+    for row, chosen in enumerate(routes):
+        aligned[row, : len(chosen)] = chosen
     return aligned
 
 

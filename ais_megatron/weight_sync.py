@@ -13,14 +13,14 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from ais_megatron.batch import Prompt, assemble
+from ais_megatron.batch import Bucket, Prompt, assemble
 from ais_megatron.config import RolloutConfig
 from ais_megatron.distributed import Unavailable, gather_batch, rank, rank_consistent
 from ais_megatron.policy.policy import Policy
 from ais_megatron.quantization.formats import FORMATS
 from ais_megatron.quantization.fp8 import quantize_bucket
 from ais_megatron.quantization.kv_scales import KVScales
-from ais_megatron.rollout.engine import Bucket, RolloutEngine, SamplingParams
+from ais_megatron.rollout.engine import RolloutEngine, SamplingParams
 
 logger = logging.getLogger(__name__)
 

@@ -23,12 +23,12 @@ from contract import Figure, against_peer, emit, plain, stopwatch
 from real_server import RealServer
 from weights import ARCHITECTURE
 
-from ais_megatron.batch import Prompt
+from ais_megatron.batch import Bucket, Prompt
 from ais_megatron.config import build_config
 from ais_megatron.distributed import init_process_group
 from ais_megatron.policy.policy import Policy, initialize_parallel
 from ais_megatron.quantization.fp8 import quantize_bucket
-from ais_megatron.rollout.engine import Bucket, SamplingParams
+from ais_megatron.rollout.engine import SamplingParams
 from ais_megatron.rollout.sglang.api import ServerAPI
 from ais_megatron.rollout.sglang.transport import FlatBucket
 

@@ -9,10 +9,10 @@ from pathlib import Path
 import torch.distributed as dist
 from safetensors.torch import save_file
 
+from ais_megatron.batch import Bucket
 from ais_megatron.config import Architecture
 from ais_megatron.config.hf_config import hf_config
 from ais_megatron.distributed import rank_consistent
-from ais_megatron.policy.hf_weights import Bucket
 
 
 def save_hf(

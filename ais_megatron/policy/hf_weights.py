@@ -20,10 +20,9 @@ from megatron.core import parallel_state
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from ais_megatron.batch import Bucket
 from ais_megatron.config import Architecture
 from ais_megatron.models.family import EMBEDDING, FINAL_NORM, HEAD, Weight, parameters_of, shape_of
-
-Bucket = list[tuple[str, Tensor]]
 
 
 @dataclass(frozen=True)

@@ -31,12 +31,12 @@ from ais_megatron.algorithm.correction import Correction
 from ais_megatron.algorithm.diagnostics import Diagnostics, RunningStatistics, split
 from ais_megatron.algorithm.loss import POLICY_METRICS, policy_loss
 from ais_megatron.algorithm.scaler import LossScaler
-from ais_megatron.batch import Batch
+from ais_megatron.batch import Batch, Bucket
 from ais_megatron.config import Config, OptimizerConfig
 from ais_megatron.distributed import all_reduce_sum, device, rank_consistent
 from ais_megatron.policy import cpu_backend
 from ais_megatron.policy.calibration import Calibration, Calibrator
-from ais_megatron.policy.hf_weights import Bucket, export_buckets, load_hf
+from ais_megatron.policy.hf_weights import export_buckets, load_hf
 from ais_megatron.policy.microbatches import make_microbatch, pad_columns, split_by_tokens
 from ais_megatron.policy.model import build_model, uses_transformer_engine
 from ais_megatron.policy.optimizer import Guard, optimizer_config, schedule

@@ -6,11 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from torch import Tensor
-
-from ais_megatron.batch import Prompt, Rollout
-
-Bucket = list[tuple[str, Tensor]]
+from ais_megatron.batch import Bucket, Prompt, Rollout
 
 
 @dataclass(frozen=True)
@@ -39,13 +35,13 @@ class WeightsLost(RuntimeError):
 
 
 class RolloutEngine(Protocol):
-    """Generates with the weights it was last given, and says which those are.
+    """Generates with the weights it was last given, and says which those are."""
 
-    takes_updates_while_generating: whether `update_weights` may be called while `generate` runs in another thread. Responses
-        then carry the versions they were sampled with.
-    """
-
-    takes_updates_while_generating: bool
+    @property
+    def takes_updates_while_generating(self) -> bool:
+        """Whether `update_weights` may be called while `generate` runs in another thread. Responses then carry the versions they
+        were sampled with."""
+        ...
 
     @property
     def version(self) -> int:

@@ -19,8 +19,8 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ais_megatron.batch import Prompt, Rollout
-from ais_megatron.rollout.engine import Bucket, RolloutEngine, SamplingParams
+from ais_megatron.batch import Bucket, Prompt, Rollout
+from ais_megatron.rollout.engine import RolloutEngine, SamplingParams
 
 FORMAT, FORMAT_VERSION = "ais_megatron.rollouts", 1
 SUFFIX = ".safetensors"

@@ -16,8 +16,8 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ais_megatron.batch import Prompt, Rollout
-from ais_megatron.rollout.engine import Bucket, SamplingParams
+from ais_megatron.batch import Bucket, Prompt, Rollout
+from ais_megatron.rollout.engine import SamplingParams
 from ais_megatron.rollout.recording import FORMAT, FORMAT_VERSION, SUFFIX
 
 _OPEN_FILES = 4  # whose contents are kept: a rank's prompts come from few files at a time

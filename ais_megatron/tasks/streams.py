@@ -25,7 +25,7 @@ class StreamTask(ABC):
     is drawn (`draw`)."""
 
     name: str
-    special_pieces = (OPEN, CLOSE)
+    special_pieces: tuple[str, ...] = (OPEN, CLOSE)
     alphabet = ""  # characters that the tokenizer must know even if a small corpus happens not to show them
 
     def __init__(self, config: TaskConfig, seed: int) -> None:
@@ -62,7 +62,8 @@ class StreamTask(ABC):
         if self._test is not None:
             return self._test[:num]
         # No seed in this stream: runs with different seeds are then measured on the same puzzles.
-        rng, found = random.Random(f"{self.name}:test"), {}
+        rng = random.Random(f"{self.name}:test")
+        found: dict[str, Problem] = {}
         for _ in range(MAX_DRAWS + 100 * num):
             if len(found) == num:
                 break

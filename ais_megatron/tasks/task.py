@@ -41,8 +41,13 @@ class Reward:
 
 
 class Task(Protocol):
-    name: str
-    special_pieces: tuple[str, ...]
+    @property
+    def name(self) -> str:
+        """What messages and random streams call the task."""
+
+    @property
+    def special_pieces(self) -> tuple[str, ...]:
+        """Texts that the tokenizer keeps as one token each."""
 
     def train_problem(self, index: int) -> Problem:
         """The problem at `index` (from 0, endless) of the training stream: a pure function of (seed, index)."""

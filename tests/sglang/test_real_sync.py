@@ -18,12 +18,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from ais_megatron.batch import Prompt
+from ais_megatron.batch import Bucket, Prompt
 from ais_megatron.cluster.ports import free_port
 from ais_megatron.config import Architecture, Config, build_config
 from ais_megatron.quantization.fp8 import quantize_bucket
 from ais_megatron.quantization.kv_scales import KVScales
-from ais_megatron.rollout.engine import Bucket, SamplingParams, WeightsLost
+from ais_megatron.rollout.engine import SamplingParams, WeightsLost
 from ais_megatron.rollout.local.engine import LocalEngine
 from ais_megatron.rollout.manifest import Manifest
 from ais_megatron.rollout.sglang.api import Refused

@@ -15,12 +15,12 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from ais_megatron.batch import Prompt, Rollout
+from ais_megatron.batch import Bucket, Prompt, Rollout
 from ais_megatron.config import Architecture, RolloutConfig
 from ais_megatron.config.hf_config import rope_parameters
 from ais_megatron.quantization.formats import FORMATS
 from ais_megatron.quantization.kv_scales import kv_scale_name
-from ais_megatron.rollout.engine import Bucket, SamplingParams
+from ais_megatron.rollout.engine import SamplingParams
 from ais_megatron.rollout.local.decoding import Model, Responses, Row, decode_wave, plan_waves
 from ais_megatron.rollout.local.experts import QuantizedExperts, RoutingRecord, named_expert_tensors, replace_experts
 from ais_megatron.rollout.local.kv_cache import ATTENTION, set_kv_scales

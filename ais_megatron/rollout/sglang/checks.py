@@ -16,7 +16,7 @@ import asyncio
 from collections.abc import Sequence
 from typing import Any
 
-from ais_megatron.rollout.engine import Bucket
+from ais_megatron.batch import Bucket
 from ais_megatron.rollout.sglang.api import ServerAPI
 from ais_megatron.rollout.sglang.transport import Transport, WeightUpdate
 

@@ -21,10 +21,10 @@ from typing import Any
 import aiohttp
 import torch
 
-from ais_megatron.batch import Prompt, Rollout
+from ais_megatron.batch import Bucket, Prompt, Rollout
 from ais_megatron.config import Architecture, RolloutConfig
 from ais_megatron.distributed import Unavailable
-from ais_megatron.rollout.engine import Bucket, SamplingParams, WeightsLost
+from ais_megatron.rollout.engine import SamplingParams, WeightsLost
 from ais_megatron.rollout.manifest import TIED_HEAD, Manifest
 from ais_megatron.rollout.sampling import check_prompt, check_sampling
 from ais_megatron.rollout.sglang.access_key import authorization

@@ -31,9 +31,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ais_megatron.batch import Bucket
 from ais_megatron.cluster.ports import free_port
 from ais_megatron.config import Config
-from ais_megatron.rollout.engine import Bucket
 from ais_megatron.rollout.sglang.api import Refused, ServerAPI, Unreachable
 from ais_megatron.rollout.sglang.server import write_model_folder
 from ais_megatron.rollout.sglang.weight_group import WeightGroup, in_thread
