@@ -2,7 +2,7 @@
 # make check   the tests of a few minutes: no SGLang server, no Slurm, no root, nothing marked slow
 # make test    the whole CPU test suite, with tests against a real SGLang server on the CPU and, as root, on a real Slurm
 # make bench   the benchmarks beside TRL, verl and SGLang, whose environments it makes; benchmarks/results/latest.json
-# make lint    ruff
+# make lint    ruff and mypy
 # make sglang-cpu   the environment of that server (3 GB); `train`, `check` and `lint` do without it
 # make install the environment in .venv, which all the others make if need be
 
@@ -29,7 +29,7 @@ bench: $(READY) $(SGLANG_READY) .venv-trl/.installed .venv-verl/.installed
 	@$(VENV)/bin/python benchmarks/run_all.py $(if $(ROUNDS),--rounds $(ROUNDS))
 
 lint: $(READY)
-	@$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check .
+	@$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check . && $(VENV)/bin/mypy
 
 install: $(READY)
 

@@ -121,8 +121,8 @@ def layout(
     """Where a cluster job would put its ranks and SGLang servers, one per line; what does not fit is an error. Starts nothing."""
     from ais_megatron.cluster.layout import plan_from_file
 
-    nodes = [[name for name in names.split(",") if name] for names in (trainer_nodes, rollout_nodes)]
-    print("\n".join(plan_from_file(config, overrides or [], *nodes, gpus_per_node).lines()))
+    trainers, servers = ([name for name in names.split(",") if name] for names in (trainer_nodes, rollout_nodes))
+    print("\n".join(plan_from_file(config, overrides or [], trainers, servers, gpus_per_node).lines()))
 
 
 @app.command()

@@ -1,7 +1,8 @@
 """Process start-up, and the few collectives that everything above Megatron needs.
 
 Errors are rank-consistent: work that can fail on one rank alone (reading a file, scoring, an engine) runs inside
-`rank_consistent`, which reduces a flag and makes all ranks raise together, so that no rank waits for one that is gone.
+`rank_consistent`, which reduces a flag and makes all ranks raise together, so that no rank waits for one that is gone. Where such
+work alternates with collectives, its error is kept until the last of them, and then given to `raise_together`.
 """
 
 from __future__ import annotations
@@ -65,11 +66,11 @@ def init_process_group(backend: str = "auto", timeout_minutes: float = 30.0) -> 
         torch.cuda.set_device(int(env.get("LOCAL_RANK", "0")))
     elif gpus and env.get("RANK", "0") == "0":
         print(f"run.backend=auto: {num_ranks} ranks on this node and {gpus} GPUs, so the policy stays on CPUs", flush=True)
-    options = dict(backend="nccl" if use_cuda else "gloo", timeout=timedelta(minutes=timeout_minutes))
+    kind, timeout = "nccl" if use_cuda else "gloo", timedelta(minutes=timeout_minutes)
     if "RANK" in env:
-        dist.init_process_group(init_method="env://", **options)
+        dist.init_process_group(kind, "env://", timeout)
     else:
-        dist.init_process_group(store=dist.HashStore(), rank=0, world_size=1, **options)
+        dist.init_process_group(kind, timeout=timeout, store=dist.HashStore(), rank=0, world_size=1)
 
 
 def uses_cuda(backend: str, num_ranks: int) -> bool:
@@ -118,6 +119,8 @@ def reduce_metrics(sums: Mapping[str, tuple[float, float]], group: dist.ProcessG
     return {name: total / count if count else 0.0 for name, (total, count) in zip(sums, totals, strict=True)}
 
 
+LOCAL_ERRORS = (ValueError, RuntimeError, OSError)
+"""What may happen to one rank alone. Anything else is a bug of ours."""
 _KINDS: tuple[type[Exception], ...] = (ValueError, Unavailable, RuntimeError)  # what one rank's error becomes on the others
 
 
@@ -131,8 +134,16 @@ def rank_consistent(group: dist.ProcessGroup | None = None) -> Iterator[None]:
     error: Exception | None = None
     try:
         yield
-    except (ValueError, RuntimeError, OSError) as caught:
+    except LOCAL_ERRORS as caught:
         error = caught
+    raise_together(error, group)
+
+
+def raise_together(error: Exception | None, group: dist.ProcessGroup | None = None) -> None:
+    """Raise the first failing rank's error on all ranks, if there is one. Collective.
+
+    error: of this rank, one of `LOCAL_ERRORS`; None if its work went well.
+    """
     if not dist.is_initialized() or dist.get_world_size(group) == 1:
         if error is not None:
             raise error

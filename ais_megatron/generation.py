@@ -47,6 +47,7 @@ class Generator:
                 torch.tensor([rollouts is None, dropped, len(rollouts or ())], dtype=torch.float64)
             ).tolist()
             if not lost:
+                assert rollouts is not None  # `lost` counts this rank too
                 break
             self._sync.repeat()
         limit = self._rollout.sglang.max_dropped_fraction

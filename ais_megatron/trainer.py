@@ -52,9 +52,9 @@ def train(config: Config) -> Path:
     tidy(checkpoints)
     resumed = checkpoint_to_resume(checkpoints, config.checkpoint) if config.run.resume else None
     state = begin(session, resumed)
-    if state.start_accuracy is None:
-        state = replace(state, start_accuracy=session.held_out_accuracy())
-    _say(f"held-out pass@1 at the start: {state.start_accuracy:.1%}")
+    start_accuracy = session.held_out_accuracy() if state.start_accuracy is None else state.start_accuracy
+    state = replace(state, start_accuracy=start_accuracy)
+    _say(f"held-out pass@1 at the start: {start_accuracy:.1%}")
     sinks.truncate_after(state.step)
     timer = PhaseTimer(torch.cuda.synchronize if device().type == "cuda" else None)
     saver = Saver(session.policy, checkpoints, config.checkpoint, state.step if resumed else None, add_files=session.tokenizer.save)
@@ -79,11 +79,11 @@ def train(config: Config) -> Path:
                     saver.save(state)
             watchdog.beat()
         saver.finish()
-    _finish(run_dir, state.start_accuracy, time.perf_counter() - started)
+    _finish(run_dir, start_accuracy, time.perf_counter() - started)
     return run_dir
 
 
-def train_step(session: Session, state: TrainingState, timer: PhaseTimer) -> tuple[dict[str, object], TrainingState, Unavailable | None]:
+def train_step(session: Session, state: TrainingState, timer: PhaseTimer) -> tuple[dict[str, float], TrainingState, Unavailable | None]:
     """One step, from prompts to an engine with the new weights; returns its row of metrics, the state after it, and what
     became of the engine if it could not be given the new weights any more.
 
@@ -130,9 +130,8 @@ def begin(session: Session, folder: Path | None, with_optimizer: bool = True) ->
     """Give the engine its first weights: those of the checkpoint in `folder`, or the policy's own; returns where the run stands."""
     config, policy = session.config, session.policy
     state = checkpoint.load(policy, folder, with_optimizer) if folder is not None else TrainingState()
-    if state.calibration is None:
-        policy.calibrate(_prompt_batch(session))
-    session.sync.push(_scales(config, policy.calibrator.latest), version=state.step)
+    calibration = policy.calibrate(_prompt_batch(session)) if state.calibration is None else state.calibration
+    session.sync.push(_scales(config, calibration), version=state.step)
     return state
 
 

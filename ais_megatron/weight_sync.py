@@ -15,7 +15,7 @@ import torch
 
 from ais_megatron.batch import Bucket, Prompt, assemble
 from ais_megatron.config import RolloutConfig
-from ais_megatron.distributed import Unavailable, gather_batch, rank, rank_consistent
+from ais_megatron.distributed import LOCAL_ERRORS, Unavailable, gather_batch, raise_together, rank, rank_consistent
 from ais_megatron.policy.policy import Policy
 from ais_megatron.quantization.formats import FORMATS
 from ais_megatron.quantization.fp8 import quantize_bucket
@@ -83,12 +83,14 @@ class WeightSync:
 
     def _push_once(self, scales: KVScales | None, version: int) -> None:
         stream = weight_stream(self._policy, self._rollout, scales)
-        with rank_consistent():
-            try:
-                self._engine.update_weights(stream, version)
-            finally:
-                for _ in stream:  # the other ranks wait in the same gathers: a rank whose engine failed still takes part
-                    pass
+        error: Exception | None = None
+        try:
+            self._engine.update_weights(stream, version)
+        except LOCAL_ERRORS as caught:
+            error = caught
+        for _ in stream:  # the other ranks wait in the same gathers: a rank whose engine failed still takes part
+            pass
+        raise_together(error)
         self._verify()
 
     def _verify(self) -> None:
@@ -115,10 +117,16 @@ class WeightSync:
 
 
 def weight_stream(policy: Policy, rollout: RolloutConfig, scales: KVScales | None) -> Iterator[Bucket]:
-    """What is pushed, bucket by bucket."""
+    """What is pushed, bucket by bucket. Collective: every rank has to come to its end."""
     fmt = FORMATS.get(rollout.quantization)  # None: not quantised
-    for bucket in policy.export_buckets(int(rollout.sync_bucket_mb * 2**20)):
-        yield quantize_bucket(bucket, fmt) if fmt else bucket
+    exported = policy.export_buckets(int(rollout.sync_bucket_mb * 2**20))
+    try:
+        for bucket in exported:
+            yield quantize_bucket(bucket, fmt) if fmt else bucket
+    except LOCAL_ERRORS:
+        for _ in exported:  # what could not be quantised here may have gone well on the ranks that wait in the next gather
+            pass
+        raise
     if scales is None and rollout.engine_traits.keeps_kv_scales:
         scales = KVScales.unit(policy.config.architecture.num_hidden_layers)  # said aloud: a server may hold others from before
     if scales is not None and rollout.kv_cache_is_fp8:

@@ -19,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from contract import Figure, against_peer, emit, machine, plain
 
@@ -35,7 +36,7 @@ MODEL = dict(
 )
 
 
-def config_data(folder: Path, sections: dict[str, object] | None = None, **rollout: object) -> dict[str, object]:
+def config_data(folder: Path, sections: dict[str, object] | None = None, **rollout: object) -> dict[str, Any]:
     return {
         "run": {"dir": str(folder / "run")},
         "parallel": {"dp": os.cpu_count()},

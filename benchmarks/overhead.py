@@ -49,6 +49,11 @@ class Meter:
 
         return timed
 
+    def watch(self, owner: Any, *names: str) -> None:
+        """Wrap functions of a class or an object where they are."""
+        for name in names:
+            setattr(owner, name, self.wrap(getattr(owner, name)))
+
     def take(self) -> float:
         seconds, self.seconds = self.seconds, 0.0
         return seconds
@@ -67,10 +72,10 @@ def main() -> None:
         session = build_session(config)
         state = begin(session, None)
         factors, hooks = Meter(), Meter()
-        LossScaler.factors = factors.wrap(LossScaler.factors)
-        calibrator = session.policy.calibrator
-        calibrator._record, calibrator.result = hooks.wrap(calibrator._record), hooks.wrap(calibrator.result)
-        calibrate = session.policy.calibrate
+        factors.watch(LossScaler, "factors")
+        hooks.watch(session.policy.calibrator, "_record", "result")
+        policy: Any = session.policy
+        calibrate = policy.calibrate
         in_calibrate = Meter()
 
         def calibrate_apart(batch: Any) -> Any:
@@ -79,7 +84,7 @@ def main() -> None:
             hooks.take()
             return result
 
-        session.policy.calibrate = calibrate_apart
+        policy.calibrate = calibrate_apart
         lagged: list[float] = []
         shares: dict[str, list[float]] = {"ais": [], "lagged": [], "fresh": []}
         for number in range(rounds + 1):

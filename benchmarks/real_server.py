@@ -22,8 +22,9 @@ class RealServer:
 
     def __init__(self, folder: Path, python: str, architecture: dict[str, Any], quantization: str, **rollout: Any) -> None:
         self._folder, self._rollout, self._architecture = folder, {"quantization": quantization, **rollout}, architecture
-        self._settings = dict(python=python, device="cpu", startup_timeout_s=STARTUP_S, port=free_port())
-        self._server = SGLangServer(self._config(), folder, self._settings["port"])
+        port = free_port()
+        self._settings = dict(python=python, device="cpu", startup_timeout_s=STARTUP_S, port=port)
+        self._server = SGLangServer(self._config(), folder, port)
         self._clients: list[SGLangEngine] = []
         self._run_id = secrets.token_hex(4)  # one for all clients: each knows the others' weights as its own run's
         self._server.start()
@@ -41,9 +42,11 @@ class RealServer:
         """A client that pushes by `transport`."""
         config, urls = self._config(transport=transport, sync_dir=str(self._folder / "sync")), [self._server.url]
         way = make_transport(config, torch.device("cpu"), self._run_id)
-        settings = dict(eos_id=eos_id, dtype=torch.bfloat16, run_id=self._run_id, transport=way)
-        self._clients.append(SGLangEngine(config.architecture, config.rollout, urls, **settings))
-        return self._clients[-1]
+        client = SGLangEngine(
+            config.architecture, config.rollout, urls, eos_id=eos_id, dtype=torch.bfloat16, run_id=self._run_id, transport=way
+        )
+        self._clients.append(client)
+        return client
 
     def stop(self) -> None:
         for client in self._clients:

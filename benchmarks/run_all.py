@@ -48,8 +48,9 @@ def run(name: str, rounds: int | None) -> tuple[dict[str, Figure], str | None]:
     command = [sys.executable, str(HERE / f"{name}.py"), *BENCHMARKS[name]]
     if rounds and name in SLOW:
         command += ["--rounds", str(rounds)]
-    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    with subprocess.Popen(command, cwd=ROOT, start_new_session=True, **pipes) as process:
+    with subprocess.Popen(
+        command, cwd=ROOT, start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as process:
         try:
             output, _ = process.communicate(timeout=LIMIT_S)
         except subprocess.TimeoutExpired:

@@ -90,6 +90,7 @@ def main() -> None:
     script = Path(__file__).parent / "peers" / "stand_in_server.py"
     command = [sys.executable, str(script), str(arguments.tokens), f"{RUN}-0"]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as server:
+        assert server.stdin is not None and server.stdout is not None  # both are pipes
         try:
             port = int(server.stdout.readline())
             url = f"http://127.0.0.1:{port}"

@@ -17,6 +17,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 from time import perf_counter
+from typing import Any
 
 import torch
 from contract import Figure, against_peer, emit, plain, stopwatch
@@ -30,6 +31,7 @@ from ais_megatron.policy.policy import Policy, initialize_parallel
 from ais_megatron.quantization.fp8 import quantize_bucket
 from ais_megatron.rollout.engine import SamplingParams
 from ais_megatron.rollout.sglang.api import ServerAPI
+from ais_megatron.rollout.sglang.client import SGLangEngine
 from ais_megatron.rollout.sglang.transport import FlatBucket
 
 TRANSPORTS = ("tensor", "distributed", "disk")
@@ -62,7 +64,7 @@ def watch(seconds: Seconds) -> None:
         flatten(self, flat)
         seconds["flatten"] += perf_counter() - start
 
-    async def timed_call(self: ServerAPI, method: str, path: str, *args: object, **kwargs: object) -> object:
+    async def timed_call(self: ServerAPI, method: str, path: str, *args: Any, **kwargs: Any) -> object:
         start = perf_counter()
         try:
             return await call(self, method, path, *args, **kwargs)
@@ -70,7 +72,8 @@ def watch(seconds: Seconds) -> None:
             kind = "server: loading buckets" if path.startswith("/update_weights") else "server: pause, begin, end, continue"
             seconds[kind] += perf_counter() - start
 
-    FlatBucket.copy_into, ServerAPI._call = timed_flatten, timed_call
+    for owner, name, timed in ((FlatBucket, "copy_into", timed_flatten), (ServerAPI, "_call", timed_call)):
+        setattr(owner, name, timed)
 
 
 def main() -> None:
@@ -89,6 +92,7 @@ def main() -> None:
     watch(seconds)
     whole: dict[str, list[float]] = {name: [] for name in ("memcpy", *TRANSPORTS, "first token")}
     parts: dict[str, dict[str, list[float]]] = {name: defaultdict(list) for name in TRANSPORTS}
+    clients: dict[str, SGLangEngine] = {}
     prompt = [Prompt(0, "", tuple(range(3, 19)), {})]
     with tempfile.TemporaryDirectory() as folder:
         sizes = ARCHITECTURE | {"max_position_embeddings": 512}
@@ -101,11 +105,10 @@ def main() -> None:
                         other.copy_(one)
                 for transport in TRANSPORTS:
                     if number == 0:  # the first update of a client also checks the server
-                        parts[transport]["client"] = [server.connect(transport, EOS)]
-                    client = parts[transport]["client"][0]
-                    if number == 0:
-                        client.update_weights(stream(policy, seconds), 0)
+                        clients[transport] = server.connect(transport, EOS)
+                        clients[transport].update_weights(stream(policy, seconds), 0)
                         continue
+                    client = clients[transport]
                     seconds.clear()
                     start = perf_counter()
                     version += 1
@@ -126,8 +129,7 @@ def main() -> None:
         figures[f"weight sync, {transport}"] = against_peer(rate, memcpy, "GB/s", note=note)
         figures[f"    {transport}, whole"] = plain(statistics.median(whole[transport]), "s")
         for name, values in parts[transport].items():
-            if name != "client":
-                figures[f"    {transport}, {name}"] = plain(statistics.median(values), "s")
+            figures[f"    {transport}, {name}"] = plain(statistics.median(values), "s")
     figures["optimizer step to first token (tensor)"] = plain(statistics.median(whole["first token"]), "s")
     emit(figures)
 

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
+from ais_megatron.batch import Bucket
+from ais_megatron.config import RolloutConfig
+from ais_megatron.distributed import all_reduce_sum
 from ais_megatron.quantization.formats import FORMATS
 from ais_megatron.quantization.fp8 import quantize_bucket
 from tests.helpers.policies import LAYOUTS, MOE_LAYOUTS, make_config, make_policy
@@ -66,3 +70,53 @@ def test_an_engine_that_refuses_stops_all_ranks(ranks: RankPool, untied_checkpoi
     first, second = ranks.run(2, refused_on_one_rank, path=untied_checkpoint)
     assert first == "[rank 1] model.norm.weight: the model has no such tensor / version 0"
     assert second == "[rank 1] model.norm.weight: the model has no such tensor / version -1", "the engine must ask to be refitted"
+
+
+class CountedPolicy:
+    """Exports three buckets, each of which is a collective."""
+
+    def __init__(self, weight: torch.Tensor) -> None:
+        self.weight, self.gathers = weight, 0
+
+    def export_buckets(self, bucket_bytes: int) -> Iterator[Bucket]:
+        for layer in range(3):
+            all_reduce_sum(torch.zeros(1))
+            self.gathers += 1
+            yield [(f"model.layers.{layer}.self_attn.q_proj.weight", self.weight)]
+
+
+class BreakingEngine:
+    takes_updates_while_generating = False
+
+    def __init__(self, breaks_after: int) -> None:
+        self.breaks_after = breaks_after
+
+    def update_weights(self, buckets: Iterable[Bucket], version: int) -> None:
+        if self.breaks_after == 0:
+            raise RuntimeError("broken")
+        for number, _ in enumerate(buckets, start=1):
+            if number == self.breaks_after:
+                raise RuntimeError("broken")
+
+
+def push_that_fails(rank: int, breaks_after: int, bad_weight: bool) -> tuple[str, int]:
+    """What a rank raises, and how many gathers it took part in, when the second one's engine or weight is bad."""
+    from ais_megatron.weight_sync import WeightSync
+
+    weight = torch.full((128, 128), float("nan") if bad_weight and rank == 1 else 1.0)
+    policy, engine = CountedPolicy(weight), BreakingEngine(breaks_after if rank == 1 else -1)
+    try:
+        WeightSync(policy, engine, RolloutConfig(quantization="fp8_e4m3")).push(None, version=1)
+    except (RuntimeError, ValueError) as error:
+        return str(error), policy.gathers
+    return "no error", policy.gathers
+
+
+@pytest.mark.parametrize("breaks_after", [0, 1, 3])
+def test_a_rank_whose_engine_breaks_takes_part_in_every_gather(ranks: RankPool, breaks_after: int) -> None:
+    assert ranks.run(2, push_that_fails, breaks_after=breaks_after, bad_weight=False) == [("[rank 1] broken", 3)] * 2
+
+
+def test_a_rank_that_cannot_quantise_takes_part_in_every_gather(ranks: RankPool) -> None:
+    for message, gathers in ranks.run(2, push_that_fails, breaks_after=-1, bad_weight=True):
+        assert message.startswith("[rank 1] model.layers.0.self_attn.q_proj.weight: ") and gathers == 3

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -123,7 +123,7 @@ def _mean_and_deviation(values: Sequence[float]) -> str:
     return f"{100 * statistics.fmean(values):.1f}" + (f" ± {100 * statistics.stdev(values):.1f}" if len(values) > 1 else "")
 
 
-def _over(results: Sequence[Result], key: str, how, form: str) -> str:  # noqa: ANN001 mean or min of floats
+def _over(results: Sequence[Result], key: str, how: Callable[[Sequence[float]], float], form: str) -> str:
     values = [row[key] for result in results for row in result.rows if is_number(row.get(key))]
     return form.format(how(values)) if values else "-"
 

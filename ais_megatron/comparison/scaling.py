@@ -15,12 +15,16 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ais_megatron.cluster.layout import LAYOUT_FILE, read_layout
 from ais_megatron.runs.folder import SUMMARY_FILE, write_text_atomic
 from ais_megatron.runs.metrics import PHASES, read_metrics
 from ais_megatron.runs.plotting import BLUE, GREEN, ORANGE, PHASE_COLOURS, PURPLE, STYLE
 from ais_megatron.runs.summary import is_number
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 GRID_FILE, TABLE_FILE, PLOT_FILE = "grid.tsv", "scaling.md", "scaling.png"
 COLUMNS = ("series", "name", "trainer_nodes", "rollout_nodes", "overrides")
@@ -203,7 +207,7 @@ def _save_plot(tasks: Sequence[Task], path: Path) -> None:
         figure.savefig(path)
 
 
-def _draw_phases(axes, done: Sequence[Task]) -> None:  # noqa: ANN001 matplotlib's Axes
+def _draw_phases(axes: Axes, done: Sequence[Task]) -> None:
     left = [0.0] * len(done)
     for index, (name, colour) in enumerate(zip(PHASES, PHASE_COLOURS, strict=True)):
         seconds = [task.phases[index][1] for task in done]

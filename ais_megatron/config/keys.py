@@ -131,7 +131,8 @@ def _in_words(annotation: Any) -> str:
 
 def _allowed(field: FieldInfo) -> tuple[str, str]:
     """(the words of a Literal, the bounds of a number), either may be ""."""
-    words, metadata = [], list(field.metadata)
+    words: list[str] = []
+    metadata = list(field.metadata)
 
     def visit(annotation: Any) -> None:
         if get_origin(annotation) is Literal and len(get_args(annotation)) > 1:

@@ -45,7 +45,9 @@ def read_yaml(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> 
         if not isinstance(loaded, DictConfig):
             raise ConfigError(f"{path}: expected a mapping of sections, got {type(loaded).__name__}")
         merged = OmegaConf.merge(loaded, OmegaConf.from_dotlist(list(overrides)))
-        return OmegaConf.to_container(merged, resolve=True)
+        plain = OmegaConf.to_container(merged, resolve=True)
+        assert isinstance(plain, dict)  # two mappings merge into one
+        return {str(section): value for section, value in plain.items()}
     except ConfigError:
         raise
     except (OmegaConfBaseException, OSError, ValueError, AttributeError, TypeError) as error:

@@ -308,6 +308,7 @@ def gathered_memory(config: Config, row: int) -> int:
     """Bytes on the device while the ranks of a model-parallel group exchange what they generated: everyone's, and one's own once more.
     With dynamic sampling the whole job is one group."""
     parallel, rollout = config.parallel, config.rollout
+    assert parallel.dp is not None, "set parallel.dp first (`with_gpus`)"
     group = parallel.model_parallel_size * (parallel.dp if config.objective.resolved.dynamic_sampling else 1)
     if group == 1:
         return 0

@@ -11,12 +11,16 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from pydantic import ValidationError
 
 from ais_megatron.config import Config, ConfigError
 from ais_megatron.planning.cost import GIB, Assumptions, Servers, StepTime, SyncBytes, row_tokens, servers_of, step_time, sync_bytes
 from ais_megatron.planning.memory import RankMemory, rank_memory, smallest_dp, total_parameters
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 POWERS = (1, 2, 4, 8, 16, 32, 64)
 COMPONENTS = (
@@ -168,7 +172,7 @@ def suggest(config: Config, assumed: Assumptions, gpus: int, count: int = 5) -> 
             for ep, etp in ((ep, etp) for ep in experts for etp in ({1, tp} if a.is_moe else {1})):
                 if tp * dp % (ep * etp):
                     continue
-                layout = dict(tp=tp, pp=pp, dp=dp, ep=ep, etp=etp, sequence_parallel=tp > 1)
+                layout: dict[str, object] = dict(tp=tp, pp=pp, dp=dp, ep=ep, etp=etp, sequence_parallel=tp > 1)
                 for recompute in ("none", "full"):
                     revised = _revised(config, parallel=layout, model={"recompute": recompute})
                     if isinstance(revised, Config) and not (plan := make_plan(revised, assumed)).problems:
@@ -213,7 +217,7 @@ def _engine_text(plan: Plan) -> str:
     return f"{servers.engines} SGLang servers of {servers.tp} GPUs of their own, {servers.concurrency} requests side by side in each"
 
 
-def _memory_table(plan: Plan):  # noqa: ANN202
+def _memory_table(plan: Plan) -> Table:
     from rich.table import Table
 
     unit, name = (GIB, "GiB") if plan.peak >= GIB else (2**20, "MiB")
@@ -236,7 +240,7 @@ def _memory_table(plan: Plan):  # noqa: ANN202
     return table
 
 
-def _time_table(plan: Plan):  # noqa: ANN202
+def _time_table(plan: Plan) -> Table:
     from rich.table import Table
 
     time, sync = plan.time, plan.sync
@@ -256,7 +260,7 @@ def _time_table(plan: Plan):  # noqa: ANN202
     return table
 
 
-def _suggestion_table(plans: list[Plan]):  # noqa: ANN202
+def _suggestion_table(plans: list[Plan]) -> Table:
     from rich.table import Table
 
     table = Table(title=f"Layouts of {plans[0].gpus} GPUs that fit, fastest first", title_justify="left")

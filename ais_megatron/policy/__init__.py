@@ -6,6 +6,7 @@ Importing any part of it first makes Megatron importable: for a job on CPUs the 
 
 import logging
 import warnings
+from collections.abc import Callable
 
 from ais_megatron.policy import cpu_backend
 
@@ -18,7 +19,13 @@ _ADVICE = {
     "megatron.core.distributed.distributed_data_parallel": "full_param_layout not provided",
     "megatron.core.dist_checkpointing.strategies.torch": "MCore's async save is deprecated",
 }
+
+
+def _without(text: str) -> Callable[[logging.LogRecord], bool]:
+    return lambda record: text not in record.getMessage()
+
+
 for _module, _text in _ADVICE.items():
-    logging.getLogger(_module).addFilter(lambda record, text=_text: text not in record.getMessage())
+    logging.getLogger(_module).addFilter(_without(_text))
 if cpu_backend.is_wanted():
     cpu_backend.install()

@@ -7,12 +7,13 @@ for this purpose (`fresh`). The maximum over all ranks covers TP's heads, DP's r
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
+from megatron.core.models.gpt import GPTModel
 from torch import Tensor, nn
 
 from ais_megatron.distributed import device
@@ -36,13 +37,14 @@ class Calibrator:
     recomputes: layers run a second time in the backward pass, when `lengths` may already be another microbatch's.
     """
 
-    def __init__(self, model: nn.Module, num_layers: int, margin: float, recomputes: bool = False) -> None:
+    def __init__(self, model: GPTModel, num_layers: int, margin: float, recomputes: bool = False) -> None:
         self.num_layers, self.margin, self._recomputes = num_layers, margin, recomputes
         self.lengths: Tensor | None = None
         self.latest: Calibration | None = None
         self._recording = False
         # Of the microbatch with the lengths `_seen`: columns that are real in every row, real tokens after them, real tokens.
-        self._full, self._rest, self._num_real, self._seen = 0, torch.zeros(0, dtype=torch.int64), 0, None
+        self._full, self._rest, self._num_real = 0, torch.zeros(0, dtype=torch.int64), 0
+        self._seen: Tensor | None = None
         self._limits = torch.full((2, num_layers), E4M3_MAX)  # K and V magnitudes at which scale 1.0 saturates
         self._reset()
         for layer in model.decoder.layers:
@@ -61,7 +63,7 @@ class Calibrator:
         finally:
             self._recording, self.lengths, self._seen = False, None, None
 
-    def _hook(self, layer: int):  # noqa: ANN202
+    def _hook(self, layer: int) -> Callable[[nn.Module, tuple[Tensor, ...], dict[str, object]], None]:
         def record(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, object]) -> None:
             # A checkpointed layer's first run is without gradient, its second with.
             if self._recording and not (self._recomputes and torch.is_grad_enabled()):
@@ -100,8 +102,10 @@ class Calibrator:
             dist.all_reduce(self._counts)
         q, k, v = self._amax.cpu()
         saturated, total = self._counts.tolist()
-        self.restore(Calibration(KVScales(k_amax=k, v_amax=v, q_amax=q, margin=self.margin), saturated / total if total else 0.0))
-        return self.latest
+        scales = KVScales(k_amax=k, v_amax=v, q_amax=q, margin=self.margin)
+        calibration = Calibration(scales, saturated / total if total else 0.0)
+        self.restore(calibration)
+        return calibration
 
     def restore(self, calibration: Calibration) -> None:
         """Take `calibration` as the latest: saturation is counted against its scales from now on."""

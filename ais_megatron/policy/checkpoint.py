@@ -16,6 +16,7 @@ import inspect
 import queue
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -101,7 +102,7 @@ class PendingSave:
         return {name: entry for part in parts for name, entry in part.items()}
 
 
-def _copied(bucket: tuple) -> tuple:  # type: ignore[type-arg]
+def _copied(bucket: tuple[Any, ...]) -> tuple[Any, ...]:
     """Megatron's (path, key, (bytes, tensors)) with tensors of its own."""
     path, key, (in_bytes, tensors) = bucket
     return path, key, (in_bytes, [(item, tensor.clone()) for item, tensor in tensors])
@@ -149,7 +150,7 @@ def _load_optimizer(optimizer: ChainedOptimizer, state: dict[str, object]) -> No
     for part in optimizer.chained_optimizers:
         original = part._set_main_param_and_optimizer_states
 
-        def with_step(model_param: Tensor, tensors: dict[str, Tensor], part=part, original=original) -> None:  # noqa: ANN001
+        def with_step(model_param: Tensor, tensors: dict[str, Tensor], part: Any = part, original: Any = original) -> None:
             group, position = part.model_param_group_index_map[model_param]
             own = part.optimizer.state[part.optimizer.param_groups[group]["params"][position]]
             original(model_param, tensors | ({"step": own["step"]} if "step" in own else {}))

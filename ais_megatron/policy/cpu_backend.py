@@ -12,9 +12,11 @@ CUDA tensors only.
 
 from __future__ import annotations
 
+import functools
 import sys
 import warnings
 from contextlib import AbstractContextManager, nullcontext
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -26,6 +28,8 @@ from ais_megatron.distributed import device
 
 CPU = torch.device("cpu")
 NEED_CUDA = ("transformer_engine", "transformer_engine_torch", "apex", "amp_C", "fused_weight_gradient_mlp_cuda", "flash_attn")
+
+Sizes = Tensor | list[int] | None
 
 
 class NoStream:
@@ -77,15 +81,15 @@ def is_wanted() -> bool:
     return device().type == "cpu" if dist.is_initialized() else not torch.cuda.is_available()
 
 
+@functools.cache
 def install() -> None:
     """Answer Megatron's process-wide questions about CUDA; idempotent. Called only in jobs on CPUs.
 
     It has most effect before Megatron is imported, which decides then whether to use Transformer Engine and Apex.
     """
-    if getattr(install, "done", False):
-        return
+    modules: dict[str, Any] = sys.modules  # None in it makes an import fail as if the package were not installed
     for name in NEED_CUDA:
-        sys.modules.setdefault(name, None)  # type: ignore[arg-type]  # importing it now fails as if it were not installed
+        modules.setdefault(name, None)
     # Megatron's optimizer asks for .grad of the views it keeps; torch remarks on it once, to no one's use.
     warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf")
     import_without_compiler()
@@ -96,30 +100,39 @@ def install() -> None:
 
     if not hasattr(moe_utils, "te_general_gemm"):  # named without a guard where Transformer Engine is missing (0.16)
         moe_utils.te_general_gemm = None
-    install.done = True  # type: ignore[attr-defined]
+
+
+def _replace(module: ModuleType, **stand_ins: Any) -> None:
+    """Put others in the place of functions and classes of `module`."""
+    for name, stand_in in stand_ins.items():
+        setattr(module, name, stand_in)
 
 
 def import_without_compiler() -> None:
     """Megatron decorates small functions with torch.compile as it is imported; on a CPU each would cost seconds of C++
     compilation for nothing, so the decorator it picks up is the one that does nothing."""
     compiler = torch.compile
-    torch.compile = lambda function: function  # type: ignore[assignment,misc]
+    _replace(torch, compile=lambda function: function)
     try:
         import megatron.core.jit  # noqa: F401
     finally:
-        torch.compile = compiler
+        _replace(torch, compile=compiler)
 
 
 def _replace_device_functions() -> None:
-    cuda = torch.cuda
-    cuda.is_available = lambda: False  # type: ignore[assignment]
-    cuda.current_device = lambda: CPU  # type: ignore[assignment]
-    cuda.synchronize = lambda *a, **k: None  # type: ignore[assignment]
-    cuda.empty_cache = lambda *a, **k: None  # type: ignore[assignment]
-    cuda.set_device = lambda *a, **k: None  # type: ignore[assignment]
-    cuda.Stream = cuda.Event = NoStream  # type: ignore[assignment,misc]
-    cuda.stream = lambda stream: nullcontext()  # type: ignore[assignment,return-value]
-    cuda.current_stream = cuda.default_stream = lambda *a, **k: NoStream()  # type: ignore[assignment]
+    _replace(
+        torch.cuda,
+        is_available=lambda: False,
+        current_device=lambda: CPU,
+        synchronize=lambda *a, **k: None,
+        empty_cache=lambda *a, **k: None,
+        set_device=lambda *a, **k: None,
+        Stream=NoStream,
+        Event=NoStream,
+        stream=lambda stream: nullcontext(),
+        current_stream=lambda *a, **k: NoStream(),
+        default_stream=lambda *a, **k: NoStream(),
+    )
 
 
 def replace_random_states() -> None:
@@ -131,8 +144,7 @@ def replace_random_states() -> None:
     def set_state(state: Tensor, *args: Any, **kwargs: Any) -> None:
         torch.set_rng_state(state)
 
-    torch.cuda.manual_seed = torch.manual_seed  # type: ignore[assignment]
-    torch.cuda.get_rng_state, torch.cuda.set_rng_state = get_state, set_state  # type: ignore[assignment]
+    _replace(torch.cuda, manual_seed=torch.manual_seed, get_rng_state=get_state, set_rng_state=set_state)
     tp_random._get_cuda_rng_state, tp_random._set_cuda_rng_state = get_state, set_state
 
 
@@ -140,11 +152,13 @@ def mend_gloo() -> None:
     """Teach gloo what NCCL can and Megatron's token dispatcher asks for: split sizes as tensors, parts of unequal size."""
     all_to_all_single, all_gather, reduce_scatter = dist.all_to_all_single, dist.all_gather, dist.reduce_scatter
 
-    def tensor_splits(output: Tensor, input: Tensor, output_split_sizes=None, input_split_sizes=None, **kwargs: Any):  # noqa: A002
-        sizes = [s.tolist() if isinstance(s, Tensor) else s for s in (output_split_sizes, input_split_sizes)]
-        return all_to_all_single(output, input, *sizes, **kwargs)
+    def tensor_splits(
+        output: Tensor, input: Tensor, output_split_sizes: Sizes = None, input_split_sizes: Sizes = None, **kwargs: Any
+    ) -> dist.Work | None:
+        outputs, inputs = (s.tolist() if isinstance(s, Tensor) else s for s in (output_split_sizes, input_split_sizes))
+        return all_to_all_single(output, input, outputs, inputs, **kwargs)
 
-    def uneven_gather(tensor_list: list[Tensor], tensor: Tensor, group=None, **kwargs: Any):
+    def uneven_gather(tensor_list: list[Tensor], tensor: Tensor, group: dist.ProcessGroup | None = None, **kwargs: Any) -> dist.Work | None:
         sizes = [len(t) if t.dim() else 1 for t in tensor_list]
         if len(set(sizes)) == 1:
             return all_gather(tensor_list, tensor, group=group, **kwargs)
@@ -153,12 +167,16 @@ def mend_gloo() -> None:
         all_gather(padded, mine, group=group)
         for out, part in zip(tensor_list, padded, strict=True):
             out.copy_(part[: len(out)])
+        return None
 
-    def uneven_scatter(output: Tensor, input_list: list[Tensor], op=dist.ReduceOp.SUM, group=None, **kwargs: Any):
+    def uneven_scatter(
+        output: Tensor, input_list: list[Tensor], op: Any = dist.ReduceOp.SUM, group: dist.ProcessGroup | None = None, **kwargs: Any
+    ) -> dist.Work | None:
         if len({t.shape for t in input_list}) == 1:
             return reduce_scatter(output, input_list, op=op, group=group, **kwargs)
         total = torch.cat(list(input_list))
         dist.all_reduce(total, op=op, group=group)
         output.copy_(total.split([len(t) for t in input_list])[dist.get_rank(group)])
+        return None
 
-    dist.all_to_all_single, dist.all_gather, dist.reduce_scatter = tensor_splits, uneven_gather, uneven_scatter
+    _replace(dist, all_to_all_single=tensor_splits, all_gather=uneven_gather, reduce_scatter=uneven_scatter)

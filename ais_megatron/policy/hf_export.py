@@ -7,12 +7,13 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import torch.distributed as dist
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from ais_megatron.batch import Bucket
 from ais_megatron.config import Architecture
 from ais_megatron.config.hf_config import hf_config
-from ais_megatron.distributed import rank_consistent
+from ais_megatron.distributed import LOCAL_ERRORS, rank_consistent
 
 
 def save_hf(
@@ -28,20 +29,20 @@ def save_hf(
     is_main = dist.get_rank() == 0
     files: dict[str, str] = {}
     total = 0
+    error: Exception | None = None
+    for number, bucket in enumerate(buckets):  # to the end, whatever fails here: the other ranks wait in the same gathers
+        name = f"model-{number + 1:05d}.safetensors"
+        total += sum(tensor.nbytes for _, tensor in bucket)
+        files |= {key: name for key, _ in bucket}
+        if is_main and error is None:
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                save_file({key: tensor.contiguous().cpu() for key, tensor in bucket}, folder / name, metadata={"format": "pt"})
+            except (*LOCAL_ERRORS, SafetensorError) as caught:
+                error = caught
     with rank_consistent():
-        error: OSError | None = None
-        for number, bucket in enumerate(buckets):
-            name = f"model-{number + 1:05d}.safetensors"
-            total += sum(tensor.nbytes for _, tensor in bucket)
-            files |= {key: name for key, _ in bucket}
-            if is_main and error is None:
-                try:
-                    folder.mkdir(parents=True, exist_ok=True)
-                    save_file({key: tensor.contiguous().cpu() for key, tensor in bucket}, folder / name, metadata={"format": "pt"})
-                except OSError as caught:  # keep iterating: the others wait in the same gathers
-                    error = caught
         if error is not None:
-            raise RuntimeError(f"cannot write {folder}: {error}")
+            raise RuntimeError(f"cannot write {folder}: {error}") from error
         if is_main:
             index = {"metadata": {"total_size": total}, "weight_map": files}
             (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -194,7 +195,7 @@ class _Reader:
         else:
             raise ValueError(f"model.path={folder}: neither {single.name} nor {index.name} is there")
 
-    def _open(self, name: str):  # noqa: ANN202 - safetensors does not name its handle's type
+    def _open(self, name: str) -> Any:  # safetensors does not name its handle's type
         path = self.folder / name
         if not path.is_file():
             raise ValueError(f"model.path={self.folder}: the index names {name}, but there is no such file")

@@ -9,6 +9,8 @@ at a time, forward and backward; the saved tensor is the logits themselves. Colu
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -44,7 +46,16 @@ def vocab_parallel_logprobs(
 
 class _VocabParallelLogprobs(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, logits, targets, offset, num_valid, temperature, group, chunk_tokens):
+    def forward(
+        ctx: Any,
+        logits: Tensor,
+        targets: Tensor,
+        offset: int,
+        num_valid: int,
+        temperature: float,
+        group: dist.ProcessGroup | None,
+        chunk_tokens: int,
+    ) -> tuple[Tensor, Tensor]:
         # Rows: max, sum exp(z - max), sum z exp(z - max), z of the target (0 where another rank owns it).
         local = torch.zeros(4, logits.shape[0], dtype=torch.float32, device=logits.device)
         local_targets = targets - offset
@@ -66,7 +77,8 @@ class _VocabParallelLogprobs(torch.autograd.Function):
         return target_z - log_sum, entropy
 
     @staticmethod
-    def backward(ctx, grad_logprobs, grad_entropy):
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        grad_logprobs, grad_entropy = grads
         logits, local_targets, owned, log_sum, entropy = ctx.saved_tensors
         num_valid, temperature, chunk_tokens = ctx.constants
         grad = torch.zeros_like(logits) if num_valid < logits.shape[1] else torch.empty_like(logits)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib.util
 import math
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -80,7 +81,7 @@ def stretched_frequencies(frequencies: Tensor, scaling: RopeScaling) -> Tensor:
     return frequencies * (kept + (1.0 - kept) / scaling.factor)
 
 
-def _accumulate_gradients_in_place(model: nn.Module) -> None:
+def _accumulate_gradients_in_place(model: PolicyModel) -> None:
     """Let Transformer Engine's matrix products add weight gradients to DDP's FP32 buffer themselves.
 
     Megatron's own switch for this, `gradient_accumulation_fusion`, also concerns the output layer, which is Megatron's and
@@ -91,7 +92,7 @@ def _accumulate_gradients_in_place(model: nn.Module) -> None:
             module.fuse_wgrad_accumulation = True
 
 
-def _count_all_experts(model: nn.Module) -> None:
+def _count_all_experts(model: PolicyModel) -> None:
     """Mark expert weights as this rank's own, as Megatron's layers do and Megatron 0.16's Transformer Engine layers forget to:
     the gradient's norm then leaves out the experts of all but the first tensor-parallel rank."""
     for parameter in model.parameters():
@@ -227,8 +228,9 @@ class RMSNorm(nn.Module):
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-6, **_: object) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
-        self.weight.sequence_parallel = config.sequence_parallel
+        weight: Any = nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
+        weight.sequence_parallel = config.sequence_parallel  # Megatron's mark, of which torch's type knows nothing
+        self.weight: nn.Parameter = weight
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:

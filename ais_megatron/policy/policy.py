@@ -313,7 +313,7 @@ class Policy:
         shapes: Shapes,
         microbatches: Iterator[tuple[Batch, Tensor]],
         model: torch.nn.Module,
-    ):  # noqa: ANN202
+    ) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]]:
         rows, index = next(microbatches)
         given = shapes.fill(rows)
         self.calibrator.lengths = given.lengths

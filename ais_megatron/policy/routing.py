@@ -11,9 +11,10 @@ Megatron's own `MoEAuxLossAutoScaler` and therefore never meets alpha.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -50,6 +51,12 @@ class Routing:
 
     def see(self, rows: Batch) -> None:
         self._rows = rows
+
+    @property
+    def rows(self) -> Batch:
+        """The microbatch in the forward pass."""
+        assert self._rows is not None, "call see before the forward pass"
+        return self._rows
 
     @contextmanager
     def recording(self) -> Iterator[None]:
@@ -90,14 +97,14 @@ class Routing:
 
     def real_tokens(self, num_tokens: int) -> Tensor:
         """bool ``[tokens]``, False on padding."""
-        columns = torch.arange(self._rows.tokens.shape[1], device=self._rows.lengths.device)
-        return self._local(columns < self._rows.lengths[:, None], num_tokens)
+        lengths = self.rows.lengths
+        columns = torch.arange(self.rows.tokens.shape[1], device=lengths.device)
+        return self._local(columns < lengths[:, None], num_tokens)
 
     def engine_experts(self, layer: int, num_tokens: int) -> Tensor | None:
         """int64 ``[tokens, top_k]``, what the rollout engine chose, -1 where it chose nothing; None if it did not tell."""
-        if self._rows.routed_experts is None:
-            return None
-        return self._local(self._rows.routed_experts[:, :, layer], num_tokens).long()
+        routes = self.rows.routed_experts
+        return None if routes is None else self._local(routes[:, :, layer], num_tokens).long()
 
     def record(self, layer: int, chosen: Tensor, real: Tensor) -> None:
         """chosen: bool ``[tokens, num_experts]``, where the tokens were sent."""
@@ -119,7 +126,9 @@ class _Replay:
     def __init__(self, routing: Routing, layer: int, real: Tensor) -> None:
         self.routing, self.layer, self.real = routing, layer, real
 
-    def get_replay_topk(self, scores: Tensor, topk: int, num_groups, group_topk, default_compute_topk) -> tuple[Tensor, Tensor]:  # noqa: ANN001
+    def get_replay_topk(
+        self, scores: Tensor, topk: int, num_groups: Any, group_topk: Any, default_compute_topk: Callable[..., tuple[Tensor, Tensor]]
+    ) -> tuple[Tensor, Tensor]:
         values, own = default_compute_topk(scores, topk, num_groups=num_groups, group_topk=group_topk)
         engine = self.routing.engine_experts(self.layer, len(scores))
         if engine is None:

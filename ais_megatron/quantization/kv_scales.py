@@ -54,7 +54,7 @@ class KVScales:
     @classmethod
     def unit(cls, num_layers: int) -> KVScales:
         """All scales exactly 1.0: the engine's behaviour without calibration, said aloud."""
-        return cls(*(torch.zeros(num_layers) for _ in range(3)))
+        return cls(k_amax=torch.zeros(num_layers), v_amax=torch.zeros(num_layers), q_amax=torch.zeros(num_layers))
 
     @property
     def num_layers(self) -> int:

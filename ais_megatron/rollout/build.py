@@ -39,8 +39,8 @@ def _own_engine(config: Config, eos_id: int, pad_id: int) -> RolloutEngine:
     name = config.rollout.engine
     with rank_consistent():
         engine_class = doors.load("rollout.engine", name)
-        needed = [member for member in dir(RolloutEngine) if not member.startswith("_")] + ["takes_updates_while_generating"]
-        if missing := sorted(member for member in set(needed) if not hasattr(engine_class, member)):
+        needed = [member for member in dir(RolloutEngine) if not member.startswith("_")]
+        if missing := sorted(member for member in needed if not hasattr(engine_class, member)):
             raise ValueError(f"rollout.engine={name!r}: lacks {', '.join(missing)}; see RolloutEngine in ais_megatron/rollout/engine.py")
         return engine_class(config, eos_id=eos_id, pad_id=pad_id)
 
@@ -51,6 +51,7 @@ def _local_engine(config: Config, eos_id: int, pad_id: int) -> RolloutEngine:
 
 
 def _replay_engine(config: Config, eos_id: int, pad_id: int) -> RolloutEngine:
+    assert config.rollout.replay_dir is not None  # a configuration without it was refused
     with rank_consistent():
         return ReplayEngine(Path(config.rollout.replay_dir))
 

@@ -260,6 +260,7 @@ def _start_wandb(config: Config, run_dir: Path) -> Any:
     if not id_file.exists():
         write_text_atomic(id_file, uuid.uuid4().hex[:8] + "\n")
     mode = config.metrics.wandb
+    assert mode != "off"
     try:
         run = wandb.init(
             project=config.metrics.wandb_project,

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 # Okabe and Ito's colours, which colour-blind readers can tell apart, and one more for the ninth phase.
 BLUE, ORANGE, GREEN, PURPLE = "#0072B2", "#D55E00", "#009E73", "#CC79A7"
 PHASE_COLOURS = (BLUE, "#E69F00", "#56B4E9", PURPLE, ORANGE, GREEN, "#F0E442", "#8C8C8C", "#6A3D9A")
-STYLE = {
+STYLE: dict[Any, Any] = {  # (matplotlib would have its keys be a Literal of all its settings)
     "font.size": 12,
     "axes.titlesize": 13,
     "axes.titleweight": "bold",
@@ -79,11 +79,12 @@ def save_plot(plot: Plot, run: Curves, path: Path) -> None:
     import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
 
     # A Figure with its own Agg canvas: pyplot would keep global state and look for a display.
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=plot.size, layout="constrained")
-        figure.get_layout_engine().set(w_pad=0.12, h_pad=0.12, wspace=0.03, hspace=0.03)  # pads in inches
+        pads = ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.12, wspace=0.03, hspace=0.03)  # in inches
+        figure = Figure(figsize=plot.size, layout=pads)
         FigureCanvasAgg(figure)
         plot.draw(figure, run)
         figure.savefig(path)
@@ -150,8 +151,8 @@ def _draw_held_out(figure: Figure, run: Curves) -> None:
     for i in sorted({0, len(steps) - 1}):  # the two figures everybody looks for
         neighbour = percent[i - 1] if i else percent[min(1, len(percent) - 1)]
         above = percent[i] >= neighbour  # on the side that the line does not leave by
-        place = {"xytext": (0, 9 if above else -9), "va": "bottom" if above else "top"}
-        axes.annotate(f"{percent[i]:.1f} %", (steps[i], percent[i]), textcoords="offset points", ha="center", **place)
+        offset, side = (0, 9 if above else -9), "bottom" if above else "top"
+        axes.annotate(f"{percent[i]:.1f} %", (steps[i], percent[i]), offset, textcoords="offset points", ha="center", va=side)
     axes.margins(x=0.06, y=0.15)
     axes.set_title("Held-out problems")
     axes.set_ylabel("pass@1 [%]")

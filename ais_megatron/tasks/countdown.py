@@ -14,7 +14,7 @@ import ast
 import operator
 import random
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from fractions import Fraction
 from typing import Any
 
@@ -23,8 +23,13 @@ from ais_megatron.tasks.streams import StreamTask
 from ais_megatron.tasks.task import Problem, Reward, extract_answer, make_reward, wrap_answer
 
 MAX_ANSWER_CHARS = 64  # bounds the parser's depth and the size of every integer
-_BINARY = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv}
-_UNARY = {ast.UAdd: operator.pos, ast.USub: operator.neg}
+_BINARY: dict[type[ast.operator], Callable[[Fraction, Fraction], Fraction]] = {
+    ast.Add: operator.add,
+    ast.Sub: operator.sub,
+    ast.Mult: operator.mul,
+    ast.Div: operator.truediv,
+}
+_UNARY: dict[type[ast.unaryop], Callable[[Fraction], Fraction]] = {ast.UAdd: operator.pos, ast.USub: operator.neg}
 _EXPRESSION = re.compile(r"[0-9+\-*/() ]+")  # [0-9] and not \d: that would let other scripts' digits in
 
 # Signs of a >= b >= c, and the text. The other three sign patterns are never positive.
@@ -162,7 +167,7 @@ def _evaluate(node: ast.expr, numbers: list[int]) -> Fraction:
         return _BINARY[type(node.op)](_evaluate(node.left, numbers), _evaluate(node.right, numbers))
     if isinstance(node, ast.UnaryOp):
         return _UNARY[type(node.op)](_evaluate(node.operand, numbers))
-    assert isinstance(node, ast.Constant)
+    assert isinstance(node, ast.Constant) and isinstance(node.value, int)
     numbers.append(node.value)
     return Fraction(node.value)
 

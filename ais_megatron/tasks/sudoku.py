@@ -68,9 +68,9 @@ class Sudoku(StreamTask):
 
     def reward(self, problem_truth: Mapping[str, Any], response: str) -> Reward:
         answer = extract_answer(response, CELLS)
-        well_formed = answer is not None and re.fullmatch("[1-4]{16}", answer) is not None
-        correct = well_formed and is_solution(problem_truth["puzzle"], answer)
-        return make_reward(self.config.format_weight, well_formed, correct)
+        if answer is None or re.fullmatch("[1-4]{16}", answer) is None:
+            return make_reward(self.config.format_weight, well_formed=False, correct=False)
+        return make_reward(self.config.format_weight, True, is_solution(problem_truth["puzzle"], answer))
 
 
 def is_solution(puzzle: str, answer: str) -> bool:

@@ -19,18 +19,18 @@ from ais_megatron.algorithm.ais import AISState
 from ais_megatron.algorithm.correction import Correction
 from ais_megatron.algorithm.diagnostics import diagnose
 from ais_megatron.runs.metrics import PhaseTimer
-from ais_megatron.update import update
+from ais_megatron.update import Update, update
 
 
 def main() -> None:
     bench = Bench(__doc__, lambda parser: parser.add_argument("--layers", type=int, default=8))
-    configs = {name: make_config(bench, bench.options.layers, **{"train": {"optimizer": {"lr": 1e-12}}}) for name in ("none", "ais")}
+    configs = {name: make_config(bench, bench.options.layers, train={"optimizer": {"lr": 1e-12}}) for name in ("none", "ais")}
     configs = {name: config.model_copy(update={"correction": name}) for name, config in configs.items()}
     policy = make_policy(configs["none"], None)
     batch = batch_of(configs["none"], *((4, 32) if bench.tiny else (8, 2048)))
     timer = PhaseTimer(torch.cuda.synchronize if bench.on_gpu else None)
 
-    def step(name: str, rollout_logprobs: torch.Tensor):  # noqa: ANN202
+    def step(name: str, rollout_logprobs: torch.Tensor) -> Update:
         policy.config = configs[name]
         return update(policy, replace(batch, rollout_logprobs=rollout_logprobs), AISState(), timer)
 

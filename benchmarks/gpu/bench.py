@@ -72,8 +72,8 @@ class Bench:
         self._checks: list[dict[str, object]] = []
         self._skipped: list[dict[str, str]] = []
         name = torch.cuda.get_device_name() if self.on_gpu else platform.processor() or platform.machine()
-        peak = next((p for key, p in PEAKS.items() if key in name), (None, None))
-        self.peak_bytes, self.peak_flops = peak
+        peaks: tuple[float | None, float | None] = next((p for key, p in PEAKS.items() if key in name), (None, None))
+        self.peak_bytes, self.peak_flops = peaks
         print(f"{self.title}\ndevice: {name}; torch {torch.__version__}; Python {platform.python_version()}; seed 0", flush=True)
         torch.manual_seed(0)
         self._save()

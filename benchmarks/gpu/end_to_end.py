@@ -10,12 +10,14 @@ response, which any model gets half right. NOT YET RUN ON A GPU.
 
 from __future__ import annotations
 
+import argparse
 import math
 import random
 import statistics
 import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -26,6 +28,7 @@ from ais_megatron.config import Config, load_config
 from ais_megatron.distributed import init_process_group
 from ais_megatron.policy.policy import Policy, initialize_parallel
 from ais_megatron.policy.training_state import TrainingState
+from ais_megatron.rollout.local.engine import LocalEngine
 from ais_megatron.runs.metrics import PhaseTimer, read_metrics
 from ais_megatron.session import Session, with_engine
 from ais_megatron.tasks.task import Problem, Reward
@@ -39,7 +42,7 @@ Metrics = Mapping[str, float]
 
 
 def main() -> None:
-    def options(parser):  # noqa: ANN001, ANN202
+    def options(parser: argparse.ArgumentParser) -> None:
         parser.add_argument("--layers", type=int, default=28)
         parser.add_argument("--steps", type=int, default=3, help="GRPO steps of each kind; the first warms up and is not counted")
 
@@ -49,7 +52,7 @@ def main() -> None:
     phases = ("step", "generate", "logprobs", "train", "sync")
     bench.columns("model", "rollouts", *phases, "tokens/s generated", "tokens/s", "peak memory", with_checks=True)
     for what, work in (("tiny model", tiny_model), ("0.6B-shaped model", larger_model)):
-        bench.attempt(what, lambda work=work: work(bench))
+        bench.attempt(what, partial(work, bench))
         leave_parallel()
     bench.finish()
 
@@ -126,7 +129,8 @@ def steps_of(bench: Bench, session: Session, what: str) -> tuple[list[Metrics], 
     policy, timer = session.policy, PhaseTimer(torch.cuda.synchronize if bench.on_gpu else None)
     before = [parameter.detach().clone() for parameter in policy.model.parameters()]
     reset_peak(bench)
-    state, steps = begin(session, None), []
+    state = begin(session, None)
+    steps: list[Metrics] = []
     for _ in range(bench.rounds):
         if len(steps) >= 2 and bench.seconds_left <= 0:
             bench.skip(f"{what}: {bench.rounds - len(steps)} of {bench.rounds} steps", "no time left")
@@ -158,9 +162,10 @@ def check_steps(bench: Bench, what: str, config: Config, steps: Sequence[Metrics
 
 def holds_the_export(session: Session, state: TrainingState) -> bool:
     """Whether the engine's tensors are those of a sync made now, name by name and bit by bit (FP8's scales included)."""
-    latest = session.policy.calibrator.latest
+    latest, engine = session.policy.calibrator.latest, session.engine
+    assert latest is not None and isinstance(engine, LocalEngine)
     stream = weight_stream(session.policy, session.config.rollout, latest.scales)
-    held, names = session.engine.state_tensors(), set()
+    held, names = engine.state_tensors(), set()
     for bucket in stream:
         for name, tensor in bucket:
             names.add(name)

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from bench import Bench
 
 from ais_megatron.batch import Batch
 from ais_megatron.config import Config, ModelConfig, build_config
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from ais_megatron.policy.policy import Policy
 
 QWEN3_8B = dict(
     vocab_size=151_936,
@@ -49,7 +56,7 @@ def layers_of(bench: Bench) -> dict[str, str]:
     return {"transformer_impl": "local"} if "transformer_impl" in ModelConfig.model_fields else {}
 
 
-def make_config(bench: Bench, layers: int, shape: dict[str, object] = QWEN3_8B, **sections: dict[str, object]) -> Config:
+def make_config(bench: Bench, layers: int, shape: Mapping[str, object] = QWEN3_8B, **sections: Mapping[str, object]) -> Config:
     """One rank, BF16; `shape`, or with --tiny a tiny one, with `layers` layers; `sections` are merged into it."""
     architecture = {**(TINY if bench.tiny else shape), "num_hidden_layers": 2 if bench.tiny else layers}
     data: dict[str, dict[str, object]] = {
@@ -63,7 +70,7 @@ def make_config(bench: Bench, layers: int, shape: dict[str, object] = QWEN3_8B, 
     return build_config(data)
 
 
-def save_random_model(config: Config, folder: Path):  # noqa: ANN201
+def save_random_model(config: Config, folder: Path) -> PreTrainedModel:
     """transformers' model with random BF16 weights, on the device, after its Hugging Face folder is written."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -76,7 +83,7 @@ def save_random_model(config: Config, folder: Path):  # noqa: ANN201
     return model.eval()
 
 
-def make_policy(config: Config, folder: Path | None):  # noqa: ANN201
+def make_policy(config: Config, folder: Path | None) -> Policy:
     """Joins (or makes) the job of one rank first."""
     from ais_megatron.distributed import init_process_group
     from ais_megatron.policy.policy import Policy, initialize_parallel

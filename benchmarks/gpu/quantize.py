@@ -10,6 +10,7 @@ NOT YET RUN ON A GPU. (The kernel's arithmetic is tested in Triton's interpreter
 from __future__ import annotations
 
 import importlib.util
+from functools import partial
 
 import torch
 from bench import Bench, ms, number, ratio, share
@@ -43,7 +44,7 @@ def main() -> None:
     for rows, columns in [(256, 256)] if bench.tiny else [(4096, 4096), (12288, 4096), (768, 2048), (16384, 16384)]:
         weight = (torch.randn(rows, columns) * 0.02).to(torch.bfloat16).to(bench.device)
         moved = weight.numel() * 3  # two bytes read, one written
-        plain = bench.time(lambda w=weight: fp8._quantize_plain(w, fp8.FP8_E4M3))
+        plain = bench.time(partial(fp8._quantize_plain, weight, fp8.FP8_E4M3))
         bench.row(
             f"{rows}x{columns}",
             "plain",
@@ -55,7 +56,7 @@ def main() -> None:
         if has_kernel:
             from ais_megatron.quantization.fp8_triton import quantize_block_fused
 
-            fused = bench.time(lambda w=weight: quantize_block_fused(w, fp8.BLOCK, fp8.E4M3_MAX))
+            fused = bench.time(partial(quantize_block_fused, weight, fp8.BLOCK, fp8.E4M3_MAX))
             rate = moved / fused
             bench.row(
                 f"{rows}x{columns}", "fused", ms(fused), ratio(plain, fused), number(rate / 1e9, "GB/s"), share(rate, bench.peak_bytes)

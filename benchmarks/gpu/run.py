@@ -83,7 +83,9 @@ def print_table(notes: Sequence[str], results: Sequence[Result]) -> None:
     rows = [("script", "what", "result")]
     for result in results:
         rows += [(result["name"], what, came) for what, came in lines_of(result)]
-    rows += [("run.py", *note.split(": ", 1)) for note in notes]
+    for note in notes:
+        what, _, came = note.partition(": ")
+        rows.append(("run.py", what, came))
     widths = [max(len(row[column]) for row in rows) for column in (0, 1)]
     print()
     for row in rows:

@@ -9,6 +9,7 @@ are 1.0, which is right for speed alone. Skipped where SGLang is not installed i
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 import shutil
@@ -23,13 +24,14 @@ from bench import Bench, number, ratio
 from model import make_config
 
 from ais_megatron.cluster.ports import free_port
+from ais_megatron.config import Config
 from ais_megatron.rollout.sglang.server import SGLangServer
 
 VARIANTS = {"BF16": ("none", "bf16"), "FP8 weights": ("fp8_e4m3", "bf16"), "FP8 weights, FP8 KV": ("fp8_e4m3", "fp8_e4m3")}
 
 
 def main() -> None:
-    def options(parser):  # noqa: ANN001, ANN202
+    def options(parser: argparse.ArgumentParser) -> None:
         parser.add_argument("--layers", type=int, default=36)
         parser.add_argument("--sglang-python", default="python", help="interpreter of the environment that holds SGLang")
 
@@ -70,15 +72,19 @@ def missing(python: str) -> str | None:
     return None
 
 
-def configuration(bench: Bench, quantization: str, kv_cache: str):  # noqa: ANN201
-    sglang = {"python": bench.options.sglang_python, "device": bench.device.type, "mem_fraction": 0.85 if bench.on_gpu else None}
+def configuration(bench: Bench, quantization: str, kv_cache: str) -> Config:
+    sglang: dict[str, object] = {
+        "python": bench.options.sglang_python,
+        "device": bench.device.type,
+        "mem_fraction": 0.85 if bench.on_gpu else None,
+    }
     if bench.tiny:
         sglang |= {"max_running": 8}
     rollout = {"engine": "sglang", "quantization": quantization, "kv_cache": kv_cache, "sglang": sglang}
-    model = {"architecture": make_config(bench, bench.options.layers).architecture.model_dump()}
+    architecture = make_config(bench, bench.options.layers).architecture.model_dump()
     if bench.tiny:  # SGLang cuts weights into whole blocks of 128
-        model["architecture"] |= {"num_key_value_heads": 4}
-    return make_config(bench, bench.options.layers, rollout=rollout, model=model)
+        architecture |= {"num_key_value_heads": 4}
+    return make_config(bench, bench.options.layers, rollout=rollout, model={"architecture": architecture})
 
 
 def throughput(bench: Bench, server: SGLangServer, name: str, requests: int, prompt: int, response: int) -> float:

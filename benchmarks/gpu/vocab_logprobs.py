@@ -8,6 +8,9 @@ log_softmax in float32. NOT YET RUN ON A GPU.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 from bench import Bench, mib, ms, ratio
 from torch import Tensor
@@ -15,6 +18,8 @@ from torch import Tensor
 from ais_megatron.policy.logprobs import vocab_parallel_logprobs
 
 TEMPERATURE = 1.3
+
+Function = Callable[..., tuple[Tensor, Tensor]]
 
 
 def naive(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
@@ -29,10 +34,11 @@ def main() -> None:
     def chunked(logits: Tensor, targets: Tensor, chunk: int) -> tuple[Tensor, Tensor]:
         return vocab_parallel_logprobs(logits, targets, vocab_size=vocabulary, temperature=TEMPERATURE, chunk_tokens=chunk)
 
-    def both(function, logits: Tensor, targets: Tensor, *arguments: int) -> Tensor:  # noqa: ANN001
+    def both(function: Function, logits: Tensor, targets: Tensor, *arguments: int) -> Tensor:
         logits = logits.detach().requires_grad_()
         logprobs, entropy = function(logits, targets, *arguments)
         (logprobs.sum() - 0.01 * entropy.sum()).backward()
+        assert logits.grad is not None
         return logits.grad
 
     logits = (torch.randn(48, vocabulary) * 3).to(bench.device)
@@ -51,15 +57,14 @@ def main() -> None:
     logits = torch.randn(tokens, vocabulary, dtype=torch.bfloat16, device=bench.device)
     targets = torch.randint(0, vocabulary, (tokens,), device=bench.device)
     base = 0.0
-    for name, function, arguments in (
-        ("naive", naive, ()),
-        *((f"chunks of {c}", chunked, (c,)) for c in ((16, 64) if bench.tiny else (512, 2048, 4096))),
-    ):
+    variants: list[tuple[str, Function, tuple[int, ...]]] = [("naive", naive, ())]
+    variants += [(f"chunks of {c}", chunked, (c,)) for c in ((16, 64) if bench.tiny else (512, 2048, 4096))]
+    for name, function, arguments in variants:
         with torch.no_grad():
-            forward = bench.time(lambda f=function, a=arguments: f(logits, targets, *a))
-        whole = bench.time(lambda f=function, a=arguments: both(f, logits, targets, *a))
+            forward = bench.time(partial(function, logits, targets, *arguments))
+        whole = bench.time(partial(both, function, logits, targets, *arguments))
         base = base or whole
-        peak = bench.peak_memory(lambda f=function, a=arguments: both(f, logits, targets, *a))
+        peak = bench.peak_memory(partial(both, function, logits, targets, *arguments))
         bench.row(name, ms(forward), ms(whole), ratio(base, whole), mib(peak))
     bench.finish()
 

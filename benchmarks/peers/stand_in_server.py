@@ -27,7 +27,8 @@ def http(body: bytes) -> bytes:
 class Answer(asyncio.Protocol):
     generated, info = b"", b""
 
-    def connection_made(self, transport: asyncio.Transport) -> None:
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport)
         self.transport, self.received = transport, b""
 
     def data_received(self, data: bytes) -> None:

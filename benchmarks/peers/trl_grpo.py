@@ -6,6 +6,7 @@ The first step includes warm-up. Random weights hardly ever end a response, so t
 import os
 import tempfile
 import time
+from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
@@ -36,14 +37,14 @@ class Clock(TrainerCallback):
     def __init__(self) -> None:
         self.seconds: list[float] = []
 
-    def on_step_begin(self, *args, **kwargs) -> None:
+    def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
         self.started = time.perf_counter()
 
-    def on_step_end(self, *args, **kwargs) -> None:
+    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
         self.seconds.append(time.perf_counter() - self.started)
 
 
-def reward(completions, **kwargs) -> list[float]:
+def reward(completions: list[str], **kwargs: Any) -> list[float]:
     return [float("1" in text) for text in completions]
 
 

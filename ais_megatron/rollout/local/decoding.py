@@ -11,7 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from transformers import PreTrainedModel
 
 from ais_megatron.batch import Prompt
 from ais_megatron.config import Architecture
@@ -36,7 +37,7 @@ class Model:
     routing: what the experts of the latest forward pass are read from, None where nobody asks for them.
     """
 
-    causal_lm: nn.Module
+    causal_lm: PreTrainedModel
     architecture: Architecture
     kv_scales: Tensor | None
     dtype: torch.dtype
@@ -128,7 +129,7 @@ def decode_wave(model: Model, prompts: Sequence[Prompt], rows: Sequence[Row], sa
                 chosen = chosen[keep]
         state.logits = model.forward(chosen[:, None], state.positions, state.mask[..., : cache.length + 1], cache)
         state.positions = state.positions + 1
-        if routed is not None:
+        if routed is not None and model.routing is not None:
             routed[state.origin, cache.length - 1] = model.routing.latest()
     return Responses(tokens.cpu(), logprobs.cpu(), None if routed is None else routed.cpu())
 

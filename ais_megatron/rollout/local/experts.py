@@ -19,6 +19,7 @@ from collections.abc import Iterator
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from ais_megatron.batch import routes_dtype
 from ais_megatron.config import Architecture
@@ -32,7 +33,8 @@ class RoutingRecord:
     """The experts that each layer chose in the model's latest forward pass."""
 
     def __init__(self, num_layers: int, num_experts: int) -> None:
-        self._layers: list[Tensor | None] = [None] * num_layers
+        self._num_layers = num_layers
+        self._layers: dict[int, Tensor] = {}
         self._dtype = routes_dtype(num_experts)
 
     def put(self, layer: int, chosen: Tensor) -> None:
@@ -41,7 +43,7 @@ class RoutingRecord:
 
     def latest(self) -> Tensor:
         """`routes_dtype` ``[tokens, num_layers, experts_per_token]``."""
-        return torch.stack(self._layers, dim=1).to(self._dtype)
+        return torch.stack([self._layers[layer] for layer in range(self._num_layers)], dim=1).to(self._dtype)
 
 
 class Experts(nn.Module):
@@ -53,6 +55,9 @@ class Experts(nn.Module):
     Raises:
         ValueError: sizes that `grouped_mm` cannot take.
     """
+
+    gate_up: Tensor
+    down: Tensor
 
     def __init__(self, architecture: Architecture, dtype: torch.dtype) -> None:
         super().__init__()
@@ -112,6 +117,11 @@ class QuantizedExperts(Experts):
     Products and sums are float32, over a dequantised copy.
     """
 
+    gate_up_scale_inv: Tensor
+    down_scale_inv: Tensor
+    dequantized_gate_up: Tensor
+    dequantized_down: Tensor
+
     def __init__(self, architecture: Architecture, fmt: Format = FP8_E4M3) -> None:
         super().__init__(architecture, fmt.dtype)
         self.format = fmt
@@ -152,7 +162,7 @@ def _per_expert(gate_up: Tensor, down: Tensor, kind: str) -> Iterator[tuple[str,
 
 
 def replace_experts(
-    causal_lm: nn.Module, architecture: Architecture, dtype: torch.dtype, fmt: Format | None, record: bool
+    causal_lm: PreTrainedModel, architecture: Architecture, dtype: torch.dtype, fmt: Format | None, record: bool
 ) -> RoutingRecord | None:
     """Put experts of `dtype`, or quantised to `fmt`, into every layer of a Qwen3-MoE model; returns their record if one is asked for."""
     routing = RoutingRecord(architecture.num_hidden_layers, architecture.num_experts) if record else None

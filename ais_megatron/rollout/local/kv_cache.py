@@ -9,10 +9,12 @@ there (0.3 against 0.65 ms for 128 rows of 68 tokens) and rounds less; elsewhere
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
-from transformers import Cache
+from torch import Tensor
+from transformers import Cache, PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ais_megatron.config import Architecture
@@ -84,18 +86,19 @@ class KVCache(Cache):
         return self.length
 
 
-def set_kv_scales(model: nn.Module, scales: Tensor) -> None:
+def set_kv_scales(model: PreTrainedModel, scales: Tensor) -> None:
     """Tell each attention layer the scales it undoes. scales: float32 ``[num_layers, 2]``; read as floats once per update."""
     for layer, (k_scale, v_scale) in zip(model.model.layers, scales.tolist(), strict=True):
         layer.self_attn.k_scale, layer.self_attn.v_scale = k_scale, v_scale
 
 
 def attention(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor, *, scaling: float, **kwargs: object
+    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor, *, scaling: float, **kwargs: object
 ) -> tuple[Tensor, None]:
     """Attention over a `KVCache`, under transformers' interface.
 
     Args:
+        module: the model's attention layer, with the two scales of `set_kv_scales`.
         query: ``[rows, heads, new, head_dim]``; key, value: ``[rows, kv_heads, length, head_dim]``, a cache's.
         attention_mask: additive, ``[rows, 1, new, length]``, in the cache's dtype.
     Returns:

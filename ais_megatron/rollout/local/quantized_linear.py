@@ -31,9 +31,11 @@ class InputQuantizer:
         self._output: Tensor | None = None
 
     def __call__(self, x: Tensor) -> Tensor:
-        if x is not self._input:
-            self._input, self._output = x, quantize_dequantize_groups(x, self.format)
-        return self._output
+        output = self._output
+        if output is None or x is not self._input:
+            output = quantize_dequantize_groups(x, self.format)
+            self._input, self._output = x, output
+        return output
 
     def forget(self) -> None:
         """Let go of the last activations' memory."""
@@ -48,6 +50,11 @@ class QuantizedLinear(nn.Module):
     model's dtype, as SGLang does. Input and output are ``[..., in]`` and ``[..., out]`` in the model's dtype. Written for CPU and CUDA
     alike; it has not been run on a GPU, where it would need no FP8 hardware, nor profit from it.
     """
+
+    weight: Tensor
+    weight_scale_inv: Tensor
+    dequantized: Tensor
+    bias: Tensor | None
 
     def __init__(
         self,

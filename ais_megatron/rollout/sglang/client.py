@@ -182,7 +182,8 @@ class SGLangEngine:
             raise ValueError(f"version={version}: must be 0 or more; -1 means that there are no weights")
         is_first, after_failure, self._version = not self._known and self._version < 0, self._version < 0, -1
         self._acceptable.add(version)
-        if self._transport is None:
+        transport = self._transport
+        if transport is None:
             for _ in buckets:
                 pass
             self._version = version
@@ -190,18 +191,18 @@ class SGLangEngine:
         self._updated, fresh = self._run(self._servers_to_update(is_first, after_failure))
         servers = [server.api for server in self._updated]
         self._known -= {server.url for server in fresh}
-        self._run(self._transport.lost([*fresh, *(server.api for server in self._servers if server not in self._updated)]))
+        self._run(transport.lost([*fresh, *(server.api for server in self._servers if server not in self._updated)]))
         noise = self._run(randomize(fresh))
-        scales = self._push(buckets, servers, version)
+        scales = self._push(transport, buckets, servers, version)
         self._run(check_coverage(fresh, noise, scales))
         if scales and fresh:
-            self._run(check_scales(fresh, self._transport, scales, self._format.name(version), self._architecture.vocab_size))
+            self._run(check_scales(fresh, transport, scales, self._format.name(version), self._architecture.vocab_size))
         self._known |= {server.url for server in servers}
         self._version = version
 
-    def _push(self, buckets: Iterable[Bucket], servers: Sequence[ServerAPI], version: int) -> Bucket:
+    def _push(self, transport: Transport, buckets: Iterable[Bucket], servers: Sequence[ServerAPI], version: int) -> Bucket:
         """The session itself; returns the KV scales that were in it."""
-        update = WeightUpdate(self._transport, servers, self._config.pause, self._format.name(version))
+        update = WeightUpdate(transport, servers, self._config.pause, self._format.name(version))
         self._manifest.begin()
         scales: Bucket = []
         underway: Future[None] | None = None
@@ -217,6 +218,7 @@ class SGLangEngine:
             if underway is not None:
                 underway.result()
             self._manifest.check_complete()
+            assert last is not None  # nothing complete is empty
             self._run(update.end(last))
         except BaseException:
             self._run(update.abandon())
@@ -252,7 +254,8 @@ class SGLangEngine:
         while True:
             names = dict(zip(self._servers, await versions_of(self._servers), strict=True))
             absent = {server: str(name) for server, name in names.items() if isinstance(name, Exception)}
-            fresh = {s for s in names if s not in absent and (self._format.version(names[s]) is None or s.api.url not in self._known)}
+            answers = {server: name for server, name in names.items() if isinstance(name, str)}
+            fresh = {s for s, name in answers.items() if self._format.version(name) is None or s.api.url not in self._known}
             doubtful = [server for server in names if server not in absent and (after_failure or server in fresh)]
             for server, healthy in zip(doubtful, await asyncio.gather(*(s.api.is_healthy() for s in doubtful)), strict=True):
                 if not healthy:
@@ -273,9 +276,10 @@ class SGLangEngine:
 
         async def ask(server: Server) -> list[Rollout]:
             answers = await asyncio.gather(*(self._ask(server, p, sampling, i) for p in prompts for i in range(sampling.num_samples)))
-            if any(answer is None for answer in answers):
+            rollouts = [answer for answer in answers if answer is not None]
+            if len(rollouts) < len(answers):
                 raise RuntimeError(f"{server.api.url}: answers with other weights than version {self._version}, right after a sync")
-            return list(answers)
+            return rollouts
 
         async def ask_all() -> list[list[Rollout]]:
             return list(await asyncio.gather(*(ask(server) for server in self._updated)))

@@ -126,7 +126,8 @@ class Dispatcher:
             try:
                 rollout = await request
             except (Unreachable, Refused, asyncio.CancelledError) as error:
-                if asyncio.current_task().cancelling():  # the work as a whole ends, not only this request
+                this = asyncio.current_task()
+                if this is not None and this.cancelling():  # the work as a whole ends, not only this request
                     raise
                 queue.appendleft(key)
                 await self._failed(server, generation, key, error)

@@ -26,9 +26,14 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from ais_megatron.models.registry import FAMILIES
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 KEY_FILE_VARIABLE = "AIS_MEGATRON_KEY_FILE"
 
@@ -50,7 +55,7 @@ def install() -> None:
         HookRegistry.register(HTTP_SERVER, require_key, HookType.BEFORE)
 
 
-def add_kv_scales(result: None, attention, *args, **kwargs) -> None:
+def add_kv_scales(result: None, attention: Any, *args: Any, **kwargs: Any) -> None:
     """After an attention's `__init__`: give it `k_scale` and `v_scale` if the cache is FP8 and it has none.
 
     They are left out of a BF16 cache, where some backends would divide by whatever is in them. Families that pass their
@@ -65,16 +70,16 @@ def add_kv_scales(result: None, attention, *args, **kwargs) -> None:
     if layer.k_scale is None:
         layer.quant_method = BaseKVCacheMethod(None)
         layer.quant_method.create_weights(layer)
-    for scale in (layer.k_scale, layer.v_scale):
-        scale._skip_weight_check = False  # so that /weights_checker tells whether a sync has brought them
+    for name in ("k_scale", "v_scale"):
+        getattr(layer, name)._skip_weight_check = False  # so that /weights_checker tells whether a sync has brought them
 
 
-def keep_parameter_names(rename, name: str, params_dict: dict) -> str | None:
+def keep_parameter_names(rename: Callable[..., str | None], name: str, params_dict: dict[str, Any]) -> str | None:
     """Around the loaders' renaming of checkpoint scales: what already is a parameter's name stays as it is."""
     return name if name in params_dict else rename(name, params_dict)
 
 
-def load_block_scales(load, model, weights) -> None:
+def load_block_scales(load: Callable[..., object], model: Any, weights: Iterable[tuple[str, Tensor]]) -> None:
     """Around Llama's `load_weights`: scales of block-FP8 weights go by the loader that walks the modules, as Qwen2's layers have it.
 
     Llama's own takes ``X.weight_scale_inv`` for a per-tensor scale, renames it to ``X.weight_scale``, finds no such parameter and
@@ -82,9 +87,9 @@ def load_block_scales(load, model, weights) -> None:
     """
     from sglang.srt.model_loader.auto_loader import AutoWeightsLoader
 
-    scales = []
+    scales: list[tuple[str, Tensor]] = []
 
-    def others():
+    def others() -> Iterator[tuple[str, Tensor]]:
         for name, tensor in weights:
             if name.endswith(".weight_scale_inv"):
                 scales.append((name, tensor))
@@ -95,7 +100,7 @@ def load_block_scales(load, model, weights) -> None:
     AutoWeightsLoader(model).load_weights(iter(scales))
 
 
-def require_key(*args, **kwargs) -> None:
+def require_key(*args: Any, **kwargs: Any) -> None:
     """Before the HTTP app runs: refuse requests without the key. An unreadable file ends the server rather than opening it."""
     from sglang.srt.entrypoints.http_server import app
     from sglang.srt.utils.auth import add_api_key_middleware

@@ -71,14 +71,15 @@ class ResponseFormat:
             raise Refused(503, f"aborted by the server: {meta['finish_reason'].get('message')}")
         spans = [(self.version(span["version"]), span["end"] - span["start"]) for span in meta.get("weight_versions") or []]
         spans = spans or [(self.version(meta["weight_version"]), len(answer["output_ids"]))]
-        if any(version is None for version, _ in spans):
+        known = [(version, count) for version, count in spans if version is not None]
+        if len(known) < len(spans):
             return None
         tokens = tuple(answer["output_ids"])
         logprobs = tuple(entry[0] for entry in meta.get("output_token_logprobs") or ())
-        versions = tuple(span for span in spans if span[1])
+        versions = tuple(span for span in known if span[1])
         # (One value that is not finite makes the sum so; no finite log-probabilities add up to infinity.)
         if not tokens or len(logprobs) != len(tokens) or None in logprobs or not math.isfinite(sum(logprobs)):
-            stand_in, version = prompt.token_ids[-1:], min(version for version, _ in spans)
+            stand_in, version = prompt.token_ids[-1:], min(version for version, _ in known)
             return Rollout(prompt, stand_in, (0.0,), DROPPED, version, self._routing(None, len(prompt.token_ids)))
         routed = self._routing(meta.get("routed_experts"), len(prompt.token_ids) + len(tokens) - 1)
         # The engine reports the end-of-sequence token as a stop, whether or not it was also the last one allowed.

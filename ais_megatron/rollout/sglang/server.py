@@ -32,8 +32,8 @@ POLL_S, HTTP_TIMEOUT_S, STOP_S = 0.5, 30.0, 10.0
 LOG_TAIL = 30
 
 # Of the process that starts a server, not of the server: torchrun's rendezvous, and paths into another environment.
-FOREIGN_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "PYTHONPATH", "PYTHONHOME")
-FOREIGN_VARIABLES += (MAX_CONNECTIONS, *ALLOCATOR_VARIABLES)  # the trainer's (`cuda_environment`); SGLang settles its own
+_LAUNCHERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "PYTHONPATH", "PYTHONHOME")
+FOREIGN_VARIABLES = (*_LAUNCHERS, MAX_CONNECTIONS, *ALLOCATOR_VARIABLES)  # the last are the trainer's; SGLang settles its own
 FOREIGN_PREFIXES = ("TORCHELASTIC_", "GROUP_", "ROLE_")
 
 _DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # servers are in the cluster: no proxy stands between
@@ -159,7 +159,7 @@ class SGLangServer:
         self.log_path = folder / "server.log"
         self.key = read_or_create_key(config.rollout.sglang.key_file) if config.rollout.sglang.key_file else None
         self.command = server_command(config, folder / "model", port, index)
-        self._process: subprocess.Popen | None = None
+        self._process: subprocess.Popen[bytes] | None = None
         self._log_start = 0
 
     def start(self) -> None:

@@ -21,6 +21,7 @@ import shutil
 import socket
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 from types import SimpleNamespace
@@ -28,6 +29,7 @@ from typing import Any, Protocol
 from urllib.parse import urlsplit
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -180,6 +182,7 @@ class Broadcast:
             **ending,
         }
         group = self._group
+        assert group is not None, "buckets are sent between open and close"
         mine = in_thread(lambda: group.broadcast(flat))
         await self._both("broadcasting weights to", mine, servers, lambda server: server.update("distributed", **body))
 
@@ -202,8 +205,8 @@ class Broadcast:
             for task in tasks:
                 task.cancel()
         for task in tasks:  # what a server says names it, and is the cause more often than what torch says
-            if task.done() and not task.cancelled() and task.exception():
-                raise task.exception()
+            if task.done() and not task.cancelled() and (error := task.exception()):
+                raise error
         if mine.exception():
             raise RuntimeError(f"{doing} {', '.join(server.url for server in servers)} failed: {mine.exception()}") from mine.exception()
         return mine.result()
@@ -258,7 +261,11 @@ class SharedFolder:
     async def send(self, servers: Sequence[ServerAPI], bucket: FlatBucket, ending: dict[str, Any]) -> None:
         name = f"model-{len(set(self._index.values())) + 1:05d}.safetensors"
         tensors = {key: tensor.cpu() for key, tensor in bucket.parts}
-        await asyncio.get_running_loop().run_in_executor(None, lambda: save_file(tensors, self._folder / name, metadata={"format": "pt"}))
+        write = partial(save_file, tensors, self._folder / name, metadata={"format": "pt"})
+        try:
+            await asyncio.get_running_loop().run_in_executor(None, write)
+        except SafetensorError as error:
+            raise RuntimeError(f"{self._folder / name}: the weights could not be written ({error}); is the disk full?") from error
         self._index |= dict.fromkeys(tensors, name)
 
     async def close(self, servers: Sequence[ServerAPI], ending: dict[str, Any]) -> None:
@@ -319,11 +326,11 @@ class WeightUpdate:
         Bounded: a server that still waits for weights answers nothing.
         """
         for leave in (ServerAPI.end_update, ServerAPI.resume):
-            await each(
-                self._servers,
-                lambda server, leave=leave: asyncio.wait_for(leave(server), ABANDON_S),
-                tolerate=(Unreachable, Refused, TimeoutError),
-            )
+            await each(self._servers, partial(_in_time, leave), tolerate=(Unreachable, Refused, TimeoutError))
+
+
+async def _in_time(action: Callable[[ServerAPI], Awaitable[None]], server: ServerAPI) -> None:
+    await asyncio.wait_for(action(server), ABANDON_S)
 
 
 async def each(

@@ -54,10 +54,9 @@ class WeightGroup:
         store, _, _ = next(c10d.rendezvous(f"tcp://{address}:{port}", 0, world, timeout=joining))
         store.set_timeout(joining)
         store = c10d.PrefixStore(name, store)
+        make: Any = c10d._new_process_group_helper  # private: what types it takes differs between torch's versions
         with _environment(NO_WATCHDOG if backend == "nccl" else {}):
-            self._group, _ = c10d._new_process_group_helper(
-                world, 0, [], c10d.Backend(backend), store, group_name=name, backend_options=None, timeout=joining
-            )
+            self._group, _ = make(world, 0, [], c10d.Backend(backend), store, group_name=name, backend_options=None, timeout=joining)
         _take_off_the_books(self._group)
 
     def broadcast(self, flat: Tensor) -> None:
@@ -98,6 +97,8 @@ def in_thread(work: Callable[[], T]) -> asyncio.Future[T]:
             put(outcome)
 
     def run() -> None:
+        put: Callable[[Any], None]
+        outcome: Any
         try:
             put, outcome = future.set_result, work()
         except BaseException as error:
@@ -140,7 +141,7 @@ def _side_stream(flat: Tensor) -> Iterator[None]:
 def _take_off_the_books(group: dist.ProcessGroup) -> None:
     """Undo _register_pg_in_world, as destroy_process_group does after its shutdown."""
     world = c10d._world
-    tag = world.pg_to_tag.pop(group, None)
+    tag = world.pg_to_tag.pop(group, "")
     for books in (world.pg_map, world.pg_names, world.pg_group_ranks, world.pg_backend_config):
         books.pop(group, None)
     for groups in (world.tags_to_pg.get(tag, []), world.tags_to_pg.get("", [])):
