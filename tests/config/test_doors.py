@@ -105,7 +105,7 @@ def test_names_are_found_without_an_import(code: Path) -> None:
         ({"objective": {"name": "grop"}}, r"^objective.name='grop': unknown objective; .*did you mean grpo\?$"),
         ({"objective": {"name": "my_code:my_objectiv"}}, r"has no function my_objectiv; did you mean my_code:my_objective\?$"),
         ({"objective": {"name": "my_code:shouting"}}, r"its preset: aggregation='loud': input should be 'token', 'sequence' or 'constant'"),
-        ({"objective": {"name": "my_code:computed"}}, r"must be one call with plain numbers"),
+        ({"objective": {"name": "my_code:computed"}}, r"must be one call whose arguments are plain numbers"),
     ],
 )
 def test_what_cannot_work_is_refused_when_the_configuration_is_read(code: Path, sections: dict[str, object], message: str) -> None:
