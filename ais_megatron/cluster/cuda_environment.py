@@ -1,4 +1,4 @@
-"""Variables that CUDA, NCCL and torch's allocator read once, as they start in a process: set beforehand, where nobody has."""
+"""Sets environment variables that CUDA, NCCL and torch's allocator read only once, when they start in a process."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ MAX_CONNECTIONS = "CUDA_DEVICE_MAX_CONNECTIONS"
 
 
 def prepare_cuda(config: Config, environment: MutableMapping[str, str] = os.environ) -> None:
-    """Call it before torch is imported. It changes nothing that is set already, and nothing for a job on CPUs.
+    """Set the variables for a job on GPUs. Call this before torch is imported. Variables that are already set do not change.
 
-    One hardware queue (Megatron-Core's advice with tensor parallelism, before Blackwell) keeps launches in their order, so that
-    communication overlaps with the product that it was launched beside. Expandable segments waste less memory on batches of
-    changing lengths. The NCCL switches are SGLang's.
+    With one hardware queue kernels start in the order of their launches, so communication overlaps with the matrix product that
+    was launched beside it. Megatron-Core advises this for tensor parallelism on GPUs before Blackwell. Expandable segments waste
+    less memory when lengths vary between batches. The NCCL variables get SGLang's values.
     """
     if config.run.backend == "cpu":
         return

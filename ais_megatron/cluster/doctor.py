@@ -1,7 +1,7 @@
-"""`ais-megatron doctor`: which parts of the machine are there, and what each missing one switches off.
+"""`ais-megatron doctor`: which parts are installed on this machine, and what each missing part switches off.
 
-Nothing heavy is imported except torch, which alone can ask the driver for GPUs: packages are recognised by their metadata
-and their files. A probe that fails is itself a finding, so a broken installation is described and never hides the rest.
+Packages are recognised by their metadata and files. Only torch is imported, because it alone can ask the driver for GPUs. If a
+probe fails, the failure is reported as a finding, so a broken package does not hide the other findings.
 """
 
 from __future__ import annotations
@@ -21,28 +21,30 @@ from ais_megatron.cluster import nccl
 from ais_megatron.cluster.cuda_environment import ALLOCATOR_VARIABLES, MAX_CONNECTIONS
 from ais_megatron.cluster.sglang_doctor import Check
 
-FP8_CAPABILITY = (8, 9)  # the first CUDA compute capability whose tensor cores multiply FP8 (Ada; Hopper is 9.0)
+FP8_CAPABILITY = (8, 9)  # the first CUDA compute capability with FP8 tensor cores (Ada; Hopper is 9.0)
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One part of the environment: `version` is None where absent or unknown; `note` says what it gives or switches off."""
+    """One part of the environment."""
 
     name: str
     present: bool
     version: str | None
+    """None if absent or unknown."""
     note: str
+    """What the part provides, or what its absence switches off."""
 
 
 def inspect_environment() -> list[Finding]:
-    """All findings, in a fixed order. Never raises: a probe that does is reported as absent, with its error as the note."""
+    """All findings, in a fixed order. Never raises. A part whose probe fails is reported as absent, with the error as its note."""
     return [_safely(name, probe) for name, probe in _PROBES]
 
 
 def _safely(name: str, probe: Callable[[], Finding]) -> Finding:
     try:
         return probe()
-    except Exception as error:  # the point of a doctor: half-installed packages raise anything, and each is worth reporting
+    except Exception as error:  # half-installed packages can raise anything, and each error is worth reporting
         return Finding(name, False, None, f"cannot be inspected: {type(error).__name__}: {error}")
 
 
@@ -62,7 +64,9 @@ def print_doctor() -> None:
 
 
 def print_checks(checks: list[Check], where: str = "") -> bool:
-    """Print what a run needs, one line each; returns whether all of it is there. where: in front, if several nodes print."""
+    """Print one line for each thing that a run needs. Returns whether all of them are there.
+
+    where: text in front of each line, for several nodes."""
     for check in checks:
         print(f"{where}{'ok     ' if check.ok else 'PROBLEM'}  {check.name}: {check.note}", flush=True)
     return all(check.ok for check in checks)
@@ -75,7 +79,7 @@ def _python() -> Finding:
 
 def _cuda() -> Finding:
     if find_spec("torch") is None:
-        return Finding("CUDA", False, None, "torch is missing, so GPUs cannot be asked for")
+        return Finding("CUDA", False, None, "torch is missing, so there is no way to ask for GPUs")
     import torch
 
     if not torch.cuda.is_available():
@@ -91,11 +95,11 @@ def _cuda() -> Finding:
 
 
 def lacking_of_transformer_engine() -> str | None:
-    """Why Transformer Engine cannot be used; None if it can."""
+    """Why Transformer Engine cannot be used, or None if it can."""
     folders = _folders("transformer_engine")
     if not folders:
         return "it is not installed"
-    # The package is a shell around a compiled extension, whose place changed over its releases.
+    # The package needs a compiled extension, whose place differs between releases.
     places = [place for folder in folders for place in (folder, folder.parent, folder / "wheel_lib")]
     if find_spec("transformer_engine_torch") is None and not any(any(place.glob("transformer_engine_torch*.so")) for place in places):
         return "its torch extension is missing (install transformer-engine[pytorch])"
@@ -112,7 +116,7 @@ def _transformer_engine() -> Finding:
 
 def _apex() -> Finding:
     name, off = "NVIDIA Apex", "off: Apex's fused Adam and norms; torch's own are used"
-    # Only `amp_C`, built by Apex's --cuda_ext, and apex/optimizers tell it from the web toolkit that PyPI calls apex.
+    # On PyPI the name apex belongs to an unrelated web toolkit. NVIDIA's has apex/optimizers, and `amp_C` if built with --cuda_ext.
     folders = _folders("apex")
     if any((folder / "optimizers").is_dir() for folder in folders):
         extension = find_spec("amp_C") is not None
@@ -123,9 +127,9 @@ def _apex() -> Finding:
             name,
             False,
             _version("apex"),
-            "the apex installed is PyPI's unrelated package: pip uninstall apex, then build NVIDIA/apex from source; " + off,
+            "the installed apex is an unrelated package from PyPI; pip uninstall apex, then build NVIDIA/apex from source; " + off,
         )
-    return Finding(name, False, None, off + " (do not `pip install apex`: PyPI's is another project)")
+    return Finding(name, False, None, off + " (do not `pip install apex`: on PyPI that is another project)")
 
 
 def _gradient_accumulation_fusion() -> Finding:
@@ -134,14 +138,14 @@ def _gradient_accumulation_fusion() -> Finding:
         return Finding(name, True, None, "from NVIDIA Apex, for all of Megatron's linear layers")
     if lacking_of_transformer_engine() is None:
         return Finding(name, True, None, "from Transformer Engine, for its own linear layers")
-    return Finding(name, False, None, "off: adding weight gradients inside their matrix product; needs Transformer Engine or NVIDIA Apex")
+    return Finding(name, False, None, "off: adding up weight gradients inside the matrix product; needs Transformer Engine or NVIDIA Apex")
 
 
 def _fused_adam() -> Finding:
     for finding in (_transformer_engine(), _apex()):
         if finding.present:
             return Finding("fused Adam", True, None, f"from {finding.name}")
-    return Finding("fused Adam", False, None, "off: one kernel for the whole optimizer step; torch's own AdamW is used")
+    return Finding("fused Adam", False, None, "off: the optimizer step in one kernel; torch's own AdamW is used")
 
 
 def _nccl() -> Finding:
@@ -154,16 +158,16 @@ def _nccl() -> Finding:
 def _max_connections() -> Finding:
     value = os.environ.get(MAX_CONNECTIONS)
     if value in (None, "1"):
-        return Finding(MAX_CONNECTIONS, True, value, "1 in trainers with parallel.tp > 1, which set it themselves where it is unset")
-    off = "off: the order of launches on which Megatron's TP and SP overlap relies on Hopper and before; unset it for the trainer"
+        return Finding(MAX_CONNECTIONS, True, value, "trainers with parallel.tp > 1 set it to 1, unless it is already set")
+    off = "off: overlap of communication and compute under TP and SP on Hopper and older GPUs, which needs 1; unset it for the trainer"
     return Finding(MAX_CONNECTIONS, False, value, off)
 
 
 def _expandable_segments() -> Finding:
     name, value = "expandable segments", next((os.environ[v] for v in ALLOCATOR_VARIABLES if v in os.environ), None)
     if value is None or "expandable_segments:true" in value.lower().replace(" ", ""):
-        return Finding(name, True, None, "of the CUDA allocator, for less fragmentation; trainers on GPUs ask for them themselves")
-    off = f"off: less fragmentation of GPU memory; add expandable_segments:True to {ALLOCATOR_VARIABLES[0]}, or unset it (now: {value})"
+        return Finding(name, True, None, "of the CUDA allocator, for less fragmentation; trainers on GPUs turn them on")
+    off = f"off: GPU memory fragments more; add expandable_segments:True to {ALLOCATOR_VARIABLES[0]}, or unset it (now: {value})"
     return Finding(name, False, None, off)
 
 
@@ -184,7 +188,7 @@ def _slurm() -> Finding:
 
 
 def _package(name: str, distribution: str, module: str, gives: str, off: str) -> Callable[[], Finding]:
-    """A probe for `module` (dots allowed), whose version is that of `distribution`."""
+    """A probe for `module` (dots allowed), which belongs to `distribution`."""
 
     def probe() -> Finding:
         top, _, inner = module.partition(".")
@@ -205,7 +209,7 @@ def _version(distribution: str) -> str | None:
 
 
 def _folders(package: str) -> list[Path]:
-    """Folders of a top-level package, found without importing it; empty when it is not installed."""
+    """Folders of a top-level package, found without importing it; empty if it is not installed."""
     spec = find_spec(package)
     return [Path(folder) for folder in (spec.submodule_search_locations or ())] if spec is not None else []
 
@@ -229,7 +233,7 @@ _PROBES: tuple[tuple[str, Callable[[], Finding]], ...] = (
             "sglang",
             "sglang",
             "the SGLang rollout engine",
-            "SGLang in this environment; servers have one of their own, which `doctor CONFIG` looks into",
+            "SGLang in this environment; servers have their own environment, which `doctor CONFIG` checks",
         ),
     ),
     ("Slurm", _slurm),

@@ -1,12 +1,13 @@
-"""How a run ends: the statuses that scripts and schedulers may rely on, and the one ending that is no error.
+"""Exit statuses of a run, which scripts and schedulers may rely on.
 
 0    finished
-1    `doctor` found something missing that the configuration needs, `plan` that it cannot fit, `compare` runs that did not finish
-2    something the user can mend, or a fault; the message says what
-75   stopped by SIGTERM or SIGUSR1 after a whole step, with a checkpoint: start it again with run.resume=true
-124  a rank made no progress for run.watchdog_minutes; logs/rank_N.stacks shows where each one stood
+1    `doctor` found something missing that the configuration needs, `plan` found that a run cannot fit, or `compare` has unfinished
+     runs
+2    an error; the message says whether the user can correct it
+75   stopped by SIGTERM or SIGUSR1 after a complete step, with a checkpoint; start it again with run.resume=true
+124  a rank made no progress for run.watchdog_minutes; logs/rank_N.stacks shows what each rank was doing
 130  interrupted (Ctrl-C)
-128+N  a rank was killed by signal N (137: SIGKILL, often the kernel's for want of memory)
+128+N  a rank was killed by signal N (137 is SIGKILL, often sent by the kernel because memory ran out)
 """
 
 from __future__ import annotations
@@ -19,5 +20,6 @@ INTERRUPTED = 130
 
 
 class Preempted(Exception):
-    """Raised on all ranks together when a signal asked the run to stop and its state is saved; no error, hence neither
-    ValueError nor RuntimeError."""
+    """A signal asked the run to stop, and its state is saved. All ranks raise this together.
+
+    This is not an error, so it is neither a ValueError nor a RuntimeError."""

@@ -1,6 +1,6 @@
-"""Why a job with run.backend=cuda would fail on this node, found before any of its processes starts.
+"""Finds out why a job with run.backend=cuda would fail on this node, before any of its processes starts.
 
-torch is imported to ask the driver for GPUs; Transformer Engine and Apex are recognised by their files.
+torch is imported to ask the driver for GPUs. Transformer Engine and Apex are recognised by their files.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ INSTALL = f"{sys.executable} -m pip install --no-build-isolation '.[cuda]' (Pyth
 
 
 def gpu_problems(config: Config, local_ranks: int | None = None) -> list[str]:
-    """What this node lacks for the trainer, each with what to do about it; empty unless run.backend=cuda. Never raises.
+    """What the trainer needs and this node lacks, each with what to do about it. Empty unless run.backend=cuda. Never raises.
 
-    local_ranks: that this node will hold; None: as many as `train` starts by itself.
+    local_ranks: number of ranks on this node; None: as many as `train` starts by itself.
     """
     if config.run.backend != "cuda":
         return []
@@ -26,7 +26,7 @@ def gpu_problems(config: Config, local_ranks: int | None = None) -> list[str]:
     for check in (lambda: _devices(ranks), lambda: _transformer_engine(config)):
         try:
             problems += check()
-        except Exception as error:  # half-installed packages raise anything, and that is the finding
+        except Exception as error:  # half-installed packages can raise anything, and the user must know
             problems.append(f"run.backend=cuda: GPUs cannot be checked ({type(error).__name__}: {error}); repair the installation")
     return problems
 
@@ -41,19 +41,19 @@ def _devices(ranks: int) -> list[str]:
         ]
     if visible is not None and visible.strip() in ("", "-1", "NoDevFiles"):
         return [
-            f"run.backend=cuda: CUDA_VISIBLE_DEVICES={visible!r} hides every GPU; unset it or name the GPUs to use (a Slurm job: ask for "
+            f"run.backend=cuda: CUDA_VISIBLE_DEVICES={visible!r} hides every GPU; unset it or name the GPUs to use (in a Slurm job ask for "
             "GPUs with --gpus-per-node)"
         ]
     if not torch.cuda.is_available():
         return [
-            f"run.backend=cuda: torch {torch.__version__} (CUDA {torch.version.cuda}) finds no usable GPU: {_why()}; look at `nvidia-smi`: "
-            "the node needs a GPU and a driver that is new enough for that CUDA"
+            f"run.backend=cuda: torch {torch.__version__} (CUDA {torch.version.cuda}) finds no usable GPU: {_why()}; run `nvidia-smi` to "
+            "see whether the node has a GPU, and a driver that is new enough for that CUDA"
         ]
     count = torch.cuda.device_count()
     if count < ranks:
         shown = "" if visible is None else f" (CUDA_VISIBLE_DEVICES={visible})"
         return [
-            f"run.backend=cuda: {ranks} ranks on this node, but {count} GPUs{shown}, and a rank needs one of its own; use more nodes, "
+            f"run.backend=cuda: {ranks} ranks on this node, but {count} GPUs{shown}; each rank needs one of its own; use more nodes, "
             "make more GPUs visible, or lower parallel.tp, parallel.pp, parallel.cp or parallel.dp"
         ]
     return []
@@ -66,7 +66,7 @@ def _why() -> str:
         torch.cuda.init()
     except Exception as error:
         return str(error).splitlines()[0]
-    return "the driver names none"
+    return "the driver reports none"
 
 
 def _transformer_engine(config: Config) -> list[str]:
@@ -74,6 +74,6 @@ def _transformer_engine(config: Config) -> list[str]:
     if lacking is None or config.model.transformer_impl == "local":
         return []
     return [
-        f"run.backend=cuda: Transformer Engine cannot be used: {lacking}; install it: {INSTALL}, or set model.transformer_impl=local "
-        "for Megatron's own, slower layers"
+        f"run.backend=cuda: Transformer Engine cannot be used, because {lacking}; install it: {INSTALL}, or set "
+        "model.transformer_impl=local for Megatron's own, slower layers"
     ]

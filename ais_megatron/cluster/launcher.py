@@ -1,9 +1,9 @@
-"""Starting the local ranks of a job when no launcher has.
+"""Starts the local ranks of a job if no launcher has started them.
 
-One process per rank, each in a session of its own, with torchrun's variables; the rendezvous store is hosted here, on the
-loopback interface, so that no rank has to be the first. Signals are passed on and the ranks decide: torch's elastic agent,
-which this replaces, kills ranks 30 seconds after a SIGTERM, and a step of a large model takes longer than that. When a rank
-fails, the others get a few seconds to say why (they usually fail with it) and are then killed.
+Every rank is a process in its own process session, with the variables that torchrun would set. This process hosts the rendezvous
+store on the loopback interface, so the ranks may start in any order. Signals are passed on to the ranks, which decide when to
+stop. torch's elastic agent would kill them 30 seconds after a SIGTERM, and a step of a large model takes longer than that. If a
+rank fails, the others usually fail with it. They get a few seconds to print their errors and are then killed.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def is_launched() -> bool:
 
 
 def ranks_here() -> int:
-    """How many ranks of the job that torchrun or srun started run on this node."""
+    """Number of ranks on this node, of the job that torchrun or srun started."""
     if "LOCAL_WORLD_SIZE" in os.environ:
         return int(os.environ["LOCAL_WORLD_SIZE"])
     per_node = re.match(r"\d+", os.environ.get("SLURM_STEP_TASKS_PER_NODE") or os.environ.get("SLURM_TASKS_PER_NODE", ""))  # "8(x2)"
@@ -40,9 +40,9 @@ def ranks_here() -> int:
 
 
 def run_ranks(num_ranks: int, arguments: list[str], log: IO[bytes] | None = None) -> int:
-    """Run ``python -m ais_megatron ARGUMENTS`` as `num_ranks` local ranks; returns the job's exit status (`exits`).
+    """Run ``python -m ais_megatron ARGUMENTS`` as `num_ranks` local ranks and return the job's exit status (`exits`).
 
-    log: where their output goes; empty: to this process's own.
+    log: file for their output; None: the output of this process.
     """
     received: list[int] = []
     ranks: list[subprocess.Popen[bytes]] = []
@@ -60,7 +60,7 @@ def run_ranks(num_ranks: int, arguments: list[str], log: IO[bytes] | None = None
             environment = _environment(number, num_ranks, store.port)
             command = [sys.executable, "-m", "ais_megatron", *arguments]
             ranks.append(subprocess.Popen(command, env=environment, start_new_session=True, stdout=log, stderr=log))
-        if received:  # before there was anybody to pass it on to
+        if received:  # the signal arrived before the ranks were started
             _send(ranks, received[-1])
         return _status(_wait(ranks, received), received)
     finally:
@@ -76,17 +76,17 @@ def _environment(rank: int, num_ranks: int, port: int) -> dict[str, str]:
         **{name: str(num_ranks) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE")},
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
-        "TORCHELASTIC_USE_AGENT_STORE": "True",  # torch: the store at that port is hosted by the launcher, not by rank 0
+        "TORCHELASTIC_USE_AGENT_STORE": "True",  # tells torch that the launcher, not rank 0, hosts the store at that port
     }
     return {"OMP_NUM_THREADS": str(threads), **os.environ, **ours}
 
 
 def _wait(ranks: Sequence[subprocess.Popen[bytes]], received: list[int]) -> int:
-    """Until all ranks have ended; returns the return code of the first that failed, 0 if none did."""
+    """Wait until all ranks have ended. Returns the return code of the first rank that failed, or 0."""
     first_failure, deadline = 0, float("inf")
     while True:
         codes = [process.poll() for process in ranks]
-        failed = sorted(code for code in codes if code)  # negative first: a killed rank is the cause, its neighbours' errors follow
+        failed = sorted(code for code in codes if code)  # negative first: a killed rank is the cause, and the other ranks' errors follow
         if not first_failure and failed:
             first_failure, deadline = failed[0], time.monotonic() + GRACE_SECONDS
             if first_failure < 0 and not received:
@@ -109,16 +109,16 @@ def _wait(ranks: Sequence[subprocess.Popen[bytes]], received: list[int]) -> int:
 
 
 def _status(code: int, received: list[int]) -> int:
-    """The job's status for the first failing rank's return code, given the signals that were passed on."""
+    """The job's exit status, from the return code of the first rank that failed and the signals that were passed on."""
     if signal.SIGINT in received:
         return INTERRUPTED
-    if code < 0 and -code in received:  # it came before the rank listened, so before there was anything to save
+    if code < 0 and -code in received:  # the signal came before the rank handled it, so there was nothing to save
         return EXIT_REQUEUE
     return code if code >= 0 else 128 - code
 
 
 def _send(ranks: Sequence[subprocess.Popen[bytes]], number: int) -> None:
-    """To every rank that runs, and to the processes it has started."""
+    """Send a signal to every running rank and to the processes that it has started."""
     for process in ranks:
         if process.poll() is None:
             os.killpg(process.pid, number)

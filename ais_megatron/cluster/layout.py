@@ -1,8 +1,8 @@
-"""How an experiment spreads over the nodes of a cluster job: which trainer ranks and which SGLang servers run where.
+"""Decides which trainer ranks and which SGLang servers of a cluster job run on which node.
 
-Trainer nodes carry one rank per GPU; a rollout node carries as many servers as its GPUs hold tensor-parallel groups, on the
-ports `rollout.sglang.port`, + 1, …. The sbatch files ask here before they start anything, so that a job which cannot work
-ends in its first seconds with a message instead of in its first step.
+A trainer node runs one rank per GPU. A rollout node runs one server per `rollout.sglang.tp` GPUs, on the ports
+`rollout.sglang.port`, + 1, and so on. The sbatch files ask for the layout before they start anything. A job that cannot work then
+ends in its first seconds with a message, and not in its first step.
 """
 
 from __future__ import annotations
@@ -18,11 +18,13 @@ MAX_PORT = 65535
 
 @dataclass(frozen=True)
 class Server:
-    """One SGLang server: GPUs are numbered within its node; none on a CPU."""
+    """One SGLang server."""
 
     node: str
+    """Host name."""
     port: int
     gpus: tuple[int, ...]
+    """Numbers of its GPUs within the node; empty on a CPU."""
 
     @property
     def url(self) -> str:
@@ -37,11 +39,11 @@ class Layout:
 
     @property
     def num_workers(self) -> int:
-        """GPUs in use, trainer's and servers'; on a CPU processes."""
+        """Number of GPUs that trainer and servers use together; on CPUs the number of processes."""
         return len(self.trainer_nodes) * self.ranks_per_node + sum(max(len(server.gpus), 1) for server in self.servers)
 
     def lines(self) -> list[str]:
-        """Tab-separated ``trainer NODE RANKS`` and ``server NODE PORT GPUS`` ("-" for none), which a shell can read."""
+        """Lines for a shell script, tab-separated: ``trainer NODE RANKS`` and ``server NODE PORT GPUS`` ("-" for no GPUs)."""
         trainers = [f"trainer\t{node}\t{self.ranks_per_node}" for node in self.trainer_nodes]
         return trainers + [f"server\t{s.node}\t{s.port}\t{','.join(map(str, s.gpus)) or '-'}" for s in self.servers]
 
@@ -55,7 +57,7 @@ def read_layout(path: Path) -> Layout:
 
 
 def plan_from_file(path: Path, overrides: list[str], trainer_nodes: list[str], rollout_nodes: list[str], gpus_per_node: int) -> Layout:
-    """`plan` for a configuration file; data parallelism then follows from the ranks, and is checked with all else in it."""
+    """`plan` for a configuration file. The number of ranks then gives the data-parallel size, which is checked with everything else."""
     config = load_config(path, overrides)
     layout = plan(config, trainer_nodes, rollout_nodes, gpus_per_node)
     dp = len(trainer_nodes) * layout.ranks_per_node // config.parallel.model_parallel_size
@@ -67,16 +69,18 @@ def plan(config: Config, trainer_nodes: list[str], rollout_nodes: list[str], gpu
     """Place ranks and servers.
 
     Args:
-        trainer_nodes, rollout_nodes: host names; no rollout nodes with the embedded engine, or with servers named in the config.
-        gpus_per_node: 0 on a CPU: ranks are then `parallel`'s product, and a rollout node carries one server.
+        trainer_nodes, rollout_nodes: host names. There are no rollout nodes with an embedded engine, or if the configuration names
+            its servers.
+        gpus_per_node: 0 on a CPU. The number of ranks is then the product of the sizes in `parallel`, and a rollout node runs one
+            server.
 
     Raises:
-        ConfigError: nodes, GPUs and configuration do not fit together; all that is wrong in one message.
+        ConfigError: nodes, GPUs and configuration do not fit together. One message lists all problems.
     """
     problems = [*_trainer_problems(config, len(trainer_nodes), gpus_per_node), *_rollout_problems(config, rollout_nodes, gpus_per_node)]
     twice = sorted(set(trainer_nodes) & set(rollout_nodes))
     if twice:
-        problems.append(f"nodes {', '.join(twice)}: both trainer and rollout nodes; give each node one part")
+        problems.append(f"nodes {', '.join(twice)}: named as trainer and as rollout node; name each node once")
     if problems:
         raise ConfigError("\n".join(problems))
     ranks = gpus_per_node or config.parallel.local_world_size // len(trainer_nodes)
@@ -95,7 +99,7 @@ def _servers_per_node(config: Config, gpus_per_node: int) -> int:
 
 def _trainer_problems(config: Config, num_nodes: int, gpus_per_node: int) -> list[str]:
     if num_nodes == 0:
-        return ["no trainer nodes: a job needs at least one"]
+        return ["no trainer nodes: a job needs at least one; name it with --trainer-nodes"]
     parallel = config.parallel
     copy = f"parallel.tp={parallel.tp} * parallel.pp={parallel.pp} * parallel.cp={parallel.cp}"
     if not gpus_per_node:
@@ -108,11 +112,12 @@ def _trainer_problems(config: Config, num_nodes: int, gpus_per_node: int) -> lis
     if ranks % parallel.model_parallel_size:
         return [
             f"{copy} = {parallel.model_parallel_size} GPUs for one copy of the model: does not divide the {ranks} GPUs of {nodes}; "
-            "change the number of trainer nodes, or tp and pp"
+            "change the number of trainer nodes, parallel.tp or parallel.pp"
         ]
     if parallel.dp not in (None, copies):
         return [
-            f"parallel.dp={parallel.dp}: {nodes} hold {copies} copies of the model ({copy}); set parallel.dp={copies} or leave it empty"
+            f"parallel.dp={parallel.dp}: {nodes} have room for {copies} copies of the model ({copy}); set parallel.dp={copies} or leave "
+            "it empty"
         ]
     return []
 
@@ -123,14 +128,18 @@ def _rollout_problems(config: Config, rollout_nodes: list[str], gpus_per_node: i
         unused = f"{len(rollout_nodes)} rollout nodes: rollout.engine=local generates on the trainer's ranks; set AIS_ROLLOUT_NODES=0"
         return [unused] if rollout_nodes else []
     if sglang.servers:
-        return [f"rollout.sglang.servers={sglang.servers}: leave it empty, the job fills in its own servers"]
+        return [f"rollout.sglang.servers={sglang.servers}: leave it empty, because the job starts its own servers"]
     if not rollout_nodes:
-        return ["no rollout nodes: rollout.engine=sglang needs at least one for its servers; ask for more nodes than trainer nodes"]
+        return [
+            "no rollout nodes: rollout.engine=sglang needs at least one for its servers; ask for more nodes in total than trainer nodes"
+        ]
     problems = []
     if gpus_per_node and gpus_per_node % sglang.tp:
         allowed = [n for n in range(1, gpus_per_node + 1) if gpus_per_node % n == 0]
         problems.append(f"rollout.sglang.tp={sglang.tp}: does not divide the {gpus_per_node} GPUs of a rollout node; use one of {allowed}")
     last = sglang.port + _servers_per_node(config, gpus_per_node) - 1
     if last > MAX_PORT:
-        problems.append(f"rollout.sglang.port={sglang.port}: the last server of a node would take port {last}; the largest is {MAX_PORT}")
+        problems.append(
+            f"rollout.sglang.port={sglang.port}: the last server of a node would get port {last}; the largest is {MAX_PORT}; lower it"
+        )
     return problems

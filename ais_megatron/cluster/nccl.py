@@ -1,10 +1,10 @@
-"""NCCL as trainer and SGLang servers must share it: one version, one set of switches.
+"""Makes trainer and SGLang servers agree on the version and the variables of NCCL.
 
-Weights travel in a communicator that has ranks of both. NCCL refuses one with two versions (ncclInvalidUsage, "Mismatched NCCL
-version detected"). SGLang 0.5.23 turns two features off in its processes where the user has said nothing
-(`entrypoints/engine.py`, _set_envs_and_config): the trainer then has to do the same.
+Weights travel in a communicator that has members on both sides. NCCL refuses a communicator with two versions (ncclInvalidUsage,
+"Mismatched NCCL version detected"). SGLang 0.5.23 turns two features off in its processes unless the user has set their variables
+(`entrypoints/engine.py`, _set_envs_and_config). The trainer then has to do the same.
 
-Nothing outside the standard library is imported: another environment's interpreter runs this file to describe itself.
+Only the standard library is imported, because the interpreter of another environment runs this file to describe itself.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ ASK_TORCH = "import torch; print('.'.join(map(str, torch.cuda.nccl.version())))"
 
 
 def match_sglang_nccl_environment(sglang: SGLangConfig, environment: MutableMapping[str, str] = os.environ) -> None:
-    """Give this process the servers' NCCL switches where `environment` says nothing. Call it before NCCL starts in the process.
+    """Give this process the servers' NCCL variables, unless `environment` already sets them. Call this before NCCL starts.
 
     Nothing changes unless weights travel over NCCL. Without NVLS the trainer's own all-reduces do not use NVLink SHARP either.
     """
@@ -36,7 +36,7 @@ def match_sglang_nccl_environment(sglang: SGLangConfig, environment: MutableMapp
 
 
 def server_switches(sglang: SGLangConfig, environment: Mapping[str, str]) -> dict[str, str]:
-    """The switches of a server that a process with `environment` starts, as SGLang 0.5.23 settles them on one node."""
+    """The NCCL variables of a server that a process with `environment` starts on one node, as SGLang 0.5.23 sets them."""
     found = {name: sglang.env.get(name, environment.get(name, "0")) for name in (CUMEM, NVLS)}
     if "--enable-symm-mem" in sglang.extra_args:
         found[CUMEM] = found[NVLS] = "1"
@@ -46,7 +46,8 @@ def server_switches(sglang: SGLangConfig, environment: Mapping[str, str]) -> dic
 
 
 def installed() -> dict[str, str | None]:
-    """`torch` and `nccl`: versions in this environment, None where absent. torch is imported, elsewhere, only if no package says it."""
+    """The versions of `torch` and `nccl` in this environment, None if missing. If no package names the NCCL version, torch is asked in
+    another process."""
     try:
         torch, required = metadata.version("torch"), metadata.requires("torch") or []
     except metadata.PackageNotFoundError:
@@ -61,7 +62,7 @@ def installed() -> dict[str, str | None]:
 
 
 def _ask_torch() -> str | None:
-    """What the library that torch links against says of itself: a container's torch requires no NCCL package."""
+    """The version of the NCCL library that torch links against. The torch in a container needs no NCCL package."""
     done = subprocess.run([sys.executable, "-P", "-c", ASK_TORCH], capture_output=True, text=True, timeout=120, check=False)
     return done.stdout.strip() or None
 

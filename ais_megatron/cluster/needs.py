@@ -1,7 +1,7 @@
-"""What a configuration needs of this machine, as `ais-megatron doctor CONFIG` prints it.
+"""Checks whether this machine has what a configuration needs, for `ais-megatron doctor CONFIG`.
 
-A job's trainer and its servers may live on different nodes, in different environments. Each side can then be checked where it
-will run: the trainer's side writes what the servers must agree with into a folder that both see, the servers' side compares.
+The trainer and the servers of a job may run on different nodes and in different environments. Each side can then be checked where
+it will run. The trainer's side writes its versions into a folder that both sides can read, and the servers' side compares them.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ Part = Literal["all", "trainer", "servers"]
 
 
 def check_needs(config: Config, part: Part = "all", folder: Path | None = None, local_ranks: int | None = None) -> list[Check]:
-    """Everything that can be known before a process is started. Never raises for what it finds.
+    """All checks that are possible before a process is started. A failed check is returned, not raised.
 
     Args:
-        part: of the job that will run on this machine.
-        folder: shared by the nodes of a job. The trainer's side leaves HOST.json there, and the servers' side compares itself
-            with every such file.
-        local_ranks: of the trainer on this node; see `gpu_problems`.
+        part: the part of the job that will run on this machine.
+        folder: a folder that all nodes of the job share. The trainer's side writes HOST.json there, and the servers' side compares
+            itself with every such file.
+        local_ranks: number of trainer ranks on this node; see `gpu_problems`.
     """
     checks = []
     if part != "servers":
@@ -47,11 +47,13 @@ def check_needs(config: Config, part: Part = "all", folder: Path | None = None, 
 def _gpus(config: Config, local_ranks: int | None) -> list[Check]:
     if config.run.backend != "cuda":
         return []
-    return [Check("GPUs", False, problem) for problem in gpu_problems(config, local_ranks)] or [Check("GPUs", True, "one for each rank")]
+    return [Check("GPUs", False, problem) for problem in gpu_problems(config, local_ranks)] or [
+        Check("GPUs", True, "there is one for each rank")
+    ]
 
 
 def _nccl(sglang: SGLangConfig, part: Part, folder: Path | None) -> list[Check]:
-    """Where both sides are known: whether they agree. The servers' side is known where `rollout.sglang.python` is."""
+    """Whether both sides agree on NCCL, as far as they are known here. `rollout.sglang.python` tells the servers' side."""
     if part == "trainer":
         mine = trainer_facts(sglang, os.environ)
         if folder is not None:
@@ -60,7 +62,7 @@ def _nccl(sglang: SGLangConfig, part: Part, folder: Path | None) -> list[Check]:
         return [_trainer_nccl(mine)]
     if part == "all" and sglang.servers:
         mine = trainer_facts(sglang, os.environ)
-        note = "the servers run elsewhere: run `doctor CONFIG --part servers` there, it prints theirs"
+        note = "the servers run on another machine; run `doctor CONFIG --part servers` there to see their NCCL"
         return [_trainer_nccl(mine), Check("NCCL of the servers", True, note)]
     theirs = _server_facts(sglang, os.environ)
     if part == "all":
@@ -70,38 +72,41 @@ def _nccl(sglang: SGLangConfig, part: Part, folder: Path | None) -> list[Check]:
     files = sorted(folder.glob("*.json"))
     if not files:
         return [
-            Check("NCCL", False, f"{folder}: nothing there to compare with; run `doctor CONFIG --part trainer` first, with that folder")
+            Check("NCCL", False, f"{folder}: holds nothing to compare with; first run `doctor CONFIG --part trainer` with the same --facts")
         ]
     return [check for file in files for check in compare(json.loads(file.read_text()), theirs, sglang.python, f" ({file.stem})")]
 
 
 def trainer_facts(sglang: SGLangConfig, environment: Mapping[str, str]) -> dict[str, Any]:
-    """Versions of torch and NCCL of this interpreter, and the switches that its ranks will have."""
+    """Versions of torch and NCCL in this environment, and the NCCL variables that the ranks will have."""
     own = dict(environment)
     nccl.match_sglang_nccl_environment(sglang, own)
     return {**nccl.installed(), "switches": {name: own.get(name, "unset") for name in (nccl.CUMEM, nccl.NVLS)}}
 
 
 def _server_facts(sglang: SGLangConfig, environment: Mapping[str, str]) -> dict[str, Any]:
-    """The same of SGLang's interpreter, which runs nccl.py itself."""
+    """The same for SGLang's environment, whose interpreter runs nccl.py."""
     facts: dict[str, Any] = {"torch": None, "nccl": None}
     try:
         done = subprocess.run([sglang.python, "-P", nccl.__file__], capture_output=True, text=True, timeout=PROBE_TIMEOUT_S, check=False)
         facts |= json.loads(done.stdout)
     except (OSError, ValueError, subprocess.TimeoutExpired):
-        pass  # that the interpreter is no good is said by check_sglang
+        pass  # check_sglang reports an interpreter that cannot be used
     return {**facts, "switches": nccl.server_switches(sglang, environment)}
 
 
 def compare(trainer: dict[str, Any], servers: dict[str, Any], python: str, where: str = "") -> list[Check]:
-    """Two checks: versions, switches. python: of the servers; where: the trainer is, if not here."""
+    """Compare the versions and the variables of both sides.
+
+    python: interpreter of the servers. where: the trainer's host in brackets, if it is not this one."""
     versions = f"trainer{where} {_described(trainer)}, servers {_described(servers)}"
     same = trainer["nccl"] is not None and trainer["nccl"] == servers["nccl"]
     if not same:
         torch = f"torch=={servers['torch']}" if servers["torch"] else "SGLang's torch"
         versions += (
-            f": one communicator must have one NCCL. Install one torch on both sides. SGLang pins its own, so put {torch} into the "
-            f"trainer's environment (`pip install '.[cuda]'` asks for that of SGLang 0.5.23). The servers' interpreter is {python}"
+            ": trainer and servers need the same NCCL version. Install the same torch on both sides. SGLang pins its own, so install "
+            f"{torch} in the trainer's environment (`pip install '.[cuda]'` asks for the torch of SGLang 0.5.23). The servers' "
+            f"interpreter is {python}"
         )
     different = [name for name, value in servers["switches"].items() if trainer["switches"].get(name) != value]
     switches = ", ".join(f"{name}={value}" for name, value in servers["switches"].items())
@@ -109,7 +114,7 @@ def compare(trainer: dict[str, Any], servers: dict[str, Any], python: str, where
         switches = "; ".join(
             f"{name} is {trainer['switches'].get(name)} at the trainer, {servers['switches'][name]} here" for name in different
         )
-        switches += ": set them alike (in the job's environment, rollout.sglang.env and rollout.sglang.extra_args)"
+        switches += "; set the same value on both sides (in the job's environment, rollout.sglang.env and rollout.sglang.extra_args)"
     return [Check("NCCL version", same, versions), Check("NCCL switches", not different, switches)]
 
 

@@ -1,16 +1,16 @@
-"""TCP ports that a server of this host can bind: is this one free, which ones are."""
+"""Finds TCP ports that a server on this host can bind to."""
 
 from __future__ import annotations
 
 import random
 import socket
 
-# Below what Linux hands to outgoing connections (32768 and up): such a port is nobody's by chance between the check and its use.
+# Linux gives outgoing connections ports from 32768 on. Below that, no connection takes a port between its check and its use.
 _LOWEST, _HIGHEST = 10_000, 32_767
 
 
 def try_bind(host: str, port: int) -> None:
-    """Raises `OSError` if no server could bind (host, port) now."""
+    """Raise `OSError` if no server can bind to (host, port) now."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a port whose last server has just closed is free
@@ -18,17 +18,19 @@ def try_bind(host: str, port: int) -> None:
 
 
 def free_port(count: int = 1, host: str = "127.0.0.1") -> int:
-    """A port that is free now; the first of `count` ports in a row that are free now.
+    """The first of `count` consecutive ports that are free now.
 
     Raises:
-        OSError: a hundred tries found none.
+        OSError: none was found in a hundred tries.
     """
     for _ in range(100):
-        first = random.SystemRandom().randint(_LOWEST, _HIGHEST - count + 1)  # the global one is seeded: the same ports in every process
+        first = random.SystemRandom().randint(
+            _LOWEST, _HIGHEST - count + 1
+        )  # the global generator is seeded and would give every process the same ports
         try:
             for port in range(first, first + count):
                 try_bind(host, port)
         except OSError:
             continue
         return first
-    raise OSError(f"no {count} free ports in a row on {host} between {_LOWEST} and {_HIGHEST}")
+    raise OSError(f"found no {count} consecutive free ports on {host} between {_LOWEST} and {_HIGHEST}")

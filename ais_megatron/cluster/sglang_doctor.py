@@ -1,4 +1,4 @@
-"""Whether SGLang is there, in the environment that it has to itself: asked of that environment's own interpreter."""
+"""Checks SGLang in its own environment, by asking that environment's interpreter."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ais_megatron.cluster.ports import try_bind
 from ais_megatron.config.sglang import SGLangConfig
 
 PLUGIN_GROUP, PLUGIN = "sglang.srt.plugins", "ais_megatron"
-PROBE_TIMEOUT_S, CONNECT_TIMEOUT_S = 120.0, 10.0  # a first import from a network disk takes its time
+PROBE_TIMEOUT_S, CONNECT_TIMEOUT_S = 120.0, 10.0  # the first import from a network disk is slow
 
 _PROBE = f"""
 import importlib, importlib.metadata as metadata, json
@@ -27,17 +27,18 @@ print(json.dumps(dict(version=metadata.version("sglang"), plugin=bool(plugins)))
 
 @dataclass(frozen=True)
 class Check:
-    """One thing that a run with rollout.engine=sglang needs; `note` says what was found, or what to do."""
+    """One thing that a run needs."""
 
     name: str
     ok: bool
     note: str
+    """What was found, or what to do."""
 
 
 def check_sglang(sglang: SGLangConfig) -> list[Check]:
-    """Everything that can be known before a server is started or spoken to; never raises.
+    """All checks that are possible before a server is started. Never raises.
 
-    Named servers are only asked whether their port is open: whether they are the right ones a client sees.
+    Servers that the configuration names are only asked whether they are healthy. The client checks later whether they fit.
     """
     if sglang.servers:
         return [_reachable(url) for url in [*sglang.servers, *([sglang.router] if sglang.router else [])]]
@@ -46,20 +47,34 @@ def check_sglang(sglang: SGLangConfig) -> list[Check]:
 
 def _environment(python: str) -> list[Check]:
     name = f"rollout.sglang.python={python}"
-    # Only what is installed counts: -P and no PYTHONPATH keep out the folder we happen to be in.
+    # Only installed packages count, so -P and an empty PYTHONPATH keep the working directory out.
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     command = [python, "-P", "-c", _PROBE]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=PROBE_TIMEOUT_S, check=False, env=environment)
     except OSError as error:
-        return [Check(name, False, f"cannot be run ({error.strerror}); name an interpreter that has SGLang (`make sglang-cpu` makes one)")]
+        return [
+            Check(
+                name,
+                False,
+                f"cannot be run ({error.strerror}); name an interpreter that has SGLang (`make sglang-cpu` installs one for CPUs)",
+            )
+        ]
     except subprocess.TimeoutExpired:
-        return [Check(name, False, f"did not import sglang within {PROBE_TIMEOUT_S:g} s")]
+        return [
+            Check(
+                name,
+                False,
+                f"importing sglang took more than {PROBE_TIMEOUT_S:g} s; try it again, or move the environment to a faster disk",
+            )
+        ]
     if done.returncode:
         last = (done.stderr.strip().splitlines() or ["no output"])[-1]
         return [Check(name, False, f"cannot import sglang or our plugin: {last}")]
     found = json.loads(done.stdout.strip().splitlines()[-1])
-    install = f"not installed beside SGLang: no key, and KV scales stay 1.0; run {python} -m pip install --no-deps ais_megatron"
+    install = (
+        f"not installed beside SGLang, so there is no access key and KV scales stay 1.0; run {python} -m pip install --no-deps ais_megatron"
+    )
     return [
         Check(name, True, f"SGLang {found['version']}"),
         Check(f"plugin {PLUGIN}", found["plugin"], "KV scales and access key" if found["plugin"] else install),
@@ -70,13 +85,13 @@ def _free(host: str, port: int) -> Check:
     try:
         try_bind(host, port)
     except OSError as error:
-        note = f"cannot be bound ({error.strerror}); stop what holds it, or change rollout.sglang.port"
+        note = f"cannot be bound ({error.strerror}); stop the process that uses it, or change rollout.sglang.port"
         return Check(f"{host}:{port}", False, note)
     return Check(f"{host}:{port}", True, "free")
 
 
 def _reachable(url: str) -> Check:
-    """An HTTP answer of any status to GET /health counts."""
+    """Ask the server for GET /health."""
     parts = urlsplit(url)
     kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
     connection = kind(parts.hostname or "", parts.port, timeout=CONNECT_TIMEOUT_S)
@@ -87,4 +102,8 @@ def _reachable(url: str) -> Check:
         return Check(url, False, f"does not answer ({error}); start it with `ais-megatron serve`, or correct rollout.sglang.servers")
     finally:
         connection.close()
-    return Check(url, status == 200, "healthy" if status == 200 else f"/health answers {status}: it is starting, or not well")
+    return Check(
+        url,
+        status == 200,
+        "healthy" if status == 200 else f"/health answers with HTTP {status}: the server is still starting, or not healthy",
+    )

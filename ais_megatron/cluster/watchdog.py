@@ -1,7 +1,7 @@
-"""Ends a job in which a rank hangs: nobody pays for a machine that waits, and the stacks say where it stood.
+"""Ends a job in which a rank hangs, and writes the stacks of all ranks, which show where it hung.
 
-Every rank watches itself. Ranks that wait for a hung one in a collective make no progress either, so all of them write
-``logs/rank_N.stacks`` and leave with status 124.
+Every rank watches itself. Ranks that wait for a hung rank in a collective make no progress either. So all of them write
+``logs/rank_N.stacks`` and exit with status 124.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from ais_megatron.cluster.exits import EXIT_HUNG
 
 
 class Watchdog:
-    """A context; inside it `beat` must be called at least every `minutes`, from any thread. 0 minutes: it does nothing.
+    """A context in which `beat` must be called at least every `minutes`, from any thread. With 0 minutes it does nothing.
 
-    A hang inside C code that keeps the interpreter's lock stops the watching thread as well; for that faulthandler's own
-    timer, which needs no interpreter, is set to twice the time (it leaves with status 1).
+    A hang in C code that holds the interpreter's lock stops the watching thread as well. For this case faulthandler's own timer,
+    which needs no interpreter, is set to twice the time. It exits with status 1.
     """
 
     def __init__(self, minutes: float, run_dir: Path, rank: int) -> None:
@@ -33,13 +33,13 @@ class Watchdog:
     def __enter__(self) -> Watchdog:
         if self._seconds:
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            self._stacks = self._path.open("w", encoding="utf-8")  # opened now: a hung file system must not stop us later
+            self._stacks = self._path.open("w", encoding="utf-8")  # opened now, because a hung file system could block it later
             self.beat()
             threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
         return self
 
     def beat(self) -> None:
-        """Progress was made."""
+        """Report progress, which restarts the time limit."""
         if self._seconds:
             self._deadline = time.monotonic() + self._seconds
             faulthandler.dump_traceback_later(2 * self._seconds, exit=True, file=self._stacks)
@@ -55,10 +55,10 @@ class Watchdog:
     def _watch(self) -> None:
         while not self._ended.wait(max(self._deadline - time.monotonic(), 0.0)):
             if time.monotonic() < self._deadline:
-                continue  # it beat while we slept
+                continue  # there was progress during the wait
             print(
                 f"error: rank {self._rank} made no progress for {self._seconds / 60:g} minutes (run.watchdog_minutes); "
-                f"its stacks are in {self._path}; status {EXIT_HUNG}",
+                f"its stacks are in {self._path}; ending the job with status {EXIT_HUNG}",
                 file=sys.stderr,
                 flush=True,
             )

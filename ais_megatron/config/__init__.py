@@ -1,4 +1,4 @@
-"""The experiment as data: a YAML file plus ``key=value`` overrides becomes one frozen `Config`. Nothing here imports torch."""
+"""The configuration: a YAML file plus ``key=value`` overrides becomes one frozen `Config`. Nothing here imports torch."""
 
 from ais_megatron.config.algorithm import AISConfig, CorrectionOptions, ObjectiveConfig
 from ais_megatron.config.architecture import Architecture

@@ -1,8 +1,8 @@
-"""The configuration of the algorithm: which objective, which correction, how alpha is found; and the presets behind them.
+"""The sections `correction_options`, `ais` and `objective`, and the presets of every correction and objective.
 
-An experiment changes one word (``correction=mis``, ``objective.name=gspo``): every setting that differs between
-corrections or objectives is empty in the file, which means "that method's own", and the tables here say what that is.
-Empty values stay empty in a written configuration, so that changing the word later changes all that belongs to it.
+One word is enough to change the experiment (``correction=mis``, ``objective.name=gspo``). A setting that differs between
+corrections or objectives is empty by default. Empty means the default of the chosen method, which the tables here give. Empty
+values stay empty in a written configuration, so changing the word later also changes every setting that depends on it.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ REJECTIONS = ("geo_rs", "k3_rs")
 
 
 class ObjectivePreset(NamedTuple):
-    """What an objective brings along; every field but the last is a key of `objective`, which wins where it is set."""
+    """Defaults of one objective. Every field but the last is also a key of the section `objective`, whose value wins if it is set."""
 
     clip_low: float = 0.2
     clip_high: float = 0.2
@@ -31,12 +31,12 @@ class ObjectivePreset(NamedTuple):
     dynamic_sampling: bool = False
     overlong_filter: bool = False
     sequence_level: bool = False
-    """All tokens of a response have the same J, so that ais.level=auto gives a response one importance weight."""
+    """All tokens of a response have the same J. With ais.level=auto a response then gets one importance weight."""
 
 
-# The papers' values: DAPO 2503.14476, Dr.GRPO 2503.20783, GSPO 2507.18071. CISPO (2506.13585) bounds its weights from above
-# only, here at 5 as ScaleRL (2510.13786) does. For TBPO (2604.07853) GSPO's order of magnitude would suit many small
-# updates; the bounds here are wide, for a ratio that starts at 1 in every batch.
+# These are the papers' values: DAPO 2503.14476, Dr.GRPO 2503.20783, GSPO 2507.18071. CISPO (2506.13585) bounds its weights only
+# from above; the bound here is 5, as in ScaleRL (2510.13786). TBPO (2604.07853) has wide bounds here, because its ratio starts
+# at 1 in every batch. For many small updates per batch, bounds of GSPO's order of magnitude would fit better.
 OBJECTIVE_PRESETS = {
     "grpo": ObjectivePreset(0.2, 0.2, "token", "group_std"),
     "dr_grpo": ObjectivePreset(0.2, 0.2, "constant", "group_mean"),
@@ -46,38 +46,45 @@ OBJECTIVE_PRESETS = {
     "tbpo": ObjectivePreset(0.2, 0.2, "sequence", "group_std", sequence_level=True),
 }
 PRESET_KEYS = tuple(field for field in ObjectivePreset._fields if field != "sequence_level")
-# (low, high) of the band in which a correction leaves a token or a response alone.
+# (low, high): a correction keeps a token or a response whose weight lies in this band.
 CORRECTION_BANDS = {"mis": (0.5, 2.0), "icepop": (0.5, 5.0), "geo_rs": (0.99, 1.01)}
 
 
 class AISConfig(Section):
-    """The coefficient alpha; the words are those of docs/algorithm.md."""
+    """How alpha is computed. docs/algorithm.md explains the terms."""
 
     coefficient: Literal["product", "oracle", "constant"] = Field(
-        "product", description="product: rho (1 - exp(-D / tau)) / max(1, nu); oracle: least estimated MSE; constant: constant_alpha"
+        "product",
+        description="how alpha is computed. product: rho (1 - exp(-D / tau)) / max(1, nu). oracle: the alpha with the least estimated "
+        "error. constant: constant_alpha",
     )
-    constant_alpha: Fraction = Field(0.5, description="alpha under coefficient=constant")
+    constant_alpha: Fraction = Field(0.5, description="alpha if coefficient=constant")
     factors: list[Literal["reliability", "severity", "amplification"]] = Field(
         ["reliability", "severity", "amplification"],
         min_length=1,
-        description="factors of the product: rho, 1 - exp(-D / tau), 1 / max(1, nu); leave one out to see what it does",
+        description="factors of coefficient=product: reliability is rho, severity is 1 - exp(-D / tau), amplification is 1 / max(1, nu); "
+        "leave one out to see its effect",
     )
     level: Literal["auto", "token", "sequence"] = Field(
-        "auto", description="sequence: one geometric-mean weight per response; auto: sequence for the sequence-level objectives"
+        "auto",
+        description="token: one importance weight per token. sequence: one geometric-mean weight per response. auto: sequence for "
+        "sequence-level objectives such as gspo and tbpo, else token",
     )
     tau: float | Literal["auto"] = Field(
-        2e-3, description="divergence (nats per token) at which alpha reaches 63 % of rho / max(1, nu); auto: the first batches' mean"
+        2e-3,
+        description="divergence D (nats per token) at which alpha reaches 63 % of rho / max(1, nu); auto: the mean D of the first "
+        "auto_batches batches",
     )
-    auto_batches: PositiveInt = Field(10, description="tau=auto: batches whose mean divergence becomes tau")
-    ema: float = Field(0.0, ge=0.0, lt=1.0, description="weight of the past in the moving average of alpha over batches; 0: none")
-    lag: Literal[0, 1] = Field(0, description="1: the previous batch's alpha, and no forward pass for old_logprobs")
-    alpha_min: Fraction = Field(0.0, description="alpha is never smaller")
-    alpha_max: Fraction = Field(1.0, description="alpha is never larger")
+    auto_batches: PositiveInt = Field(10, description="with tau=auto: number of batches whose mean D becomes tau")
+    ema: float = Field(0.0, ge=0.0, lt=1.0, description="weight of earlier batches in the moving average of alpha; 0: no average")
+    lag: Literal[0, 1] = Field(0, description="1: use the previous batch's alpha, which saves the forward pass for old_logprobs")
+    alpha_min: Fraction = Field(0.0, description="alpha is never smaller than this")
+    alpha_max: Fraction = Field(1.0, description="alpha is never larger than this")
     weight_cap: float = Field(
-        2.0, gt=1.0, description="C: importance weights are truncated at this value, for ais, tis and the diagnostics"
+        2.0, gt=1.0, description="C: importance weights above this value are truncated to it, for ais, tis and the diagnostics"
     )
     reliability: Literal["truncated", "raw"] = Field(
-        "truncated", description="rho from the truncated importance weights, or from the raw ones"
+        "truncated", description="compute rho from the truncated importance weights or from the raw ones"
     )
 
     @model_validator(mode="after")
@@ -90,50 +97,69 @@ class AISConfig(Section):
 
 
 class CorrectionOptions(Section):
-    """What the corrections other than ais can be told; empty: the correction's own (`CORRECTION_BANDS`)."""
+    """Options of the corrections other than ais. An empty value means the correction's default in `CORRECTION_BANDS`."""
 
     level: Literal["auto", "token", "sequence", "geometric"] = Field(
         "auto",
-        description="tis, mis: per token, exp(sum l) or exp(mean l) per response; auto: token, but sequence for gspo, tbpo",
+        description="for tis and mis, with l = log pi_old - log mu. token: one weight exp(l) per token. sequence: exp(sum l) per "
+        "response. geometric: exp(mean l) per response. auto: sequence for sequence-level objectives, else token",
     )
-    low: float | None = Field(None, ge=0.0, description="mis, icepop, geo_rs: lower end of the band")
-    high: float | None = Field(None, gt=0.0, description="mis, icepop, geo_rs: upper end of the band")
-    k3_limit: float = Field(2e-3, gt=0.0, description="k3_rs: largest mean k3 of a response, in nats per token")
+    low: float | None = Field(
+        None,
+        ge=0.0,
+        description="mis, icepop, geo_rs: tokens or responses with a weight below this are dropped; empty: mis 0.5, icepop 0.5, geo_rs "
+        "0.99",
+    )
+    high: float | None = Field(
+        None,
+        gt=0.0,
+        description="mis, icepop, geo_rs: tokens or responses with a weight above this are dropped; empty: mis 2, icepop 5, geo_rs 1.01",
+    )
+    k3_limit: float = Field(2e-3, gt=0.0, description="k3_rs: a response with a larger mean k3 (nats per token) is dropped")
     batch_normalise: bool = Field(
         False,
-        description="divide the weights by their mean over the global batch, after truncation: the mean over tokens, or over responses "
-        "where one weight stands for a response",
+        description="divide the weights by their mean over the global batch, after truncation. The mean is over tokens, or over "
+        "responses if each response has one weight",
     )
 
     def band(self, correction: str) -> tuple[float, float]:
-        """(low, high) for this correction; (0, inf) for one without a band."""
+        """(low, high) of this correction, or (0, inf) if it has no band."""
         low, high = CORRECTION_BANDS.get(correction, (0.0, float("inf")))
         return low if self.low is None else self.low, high if self.high is None else self.high
 
 
 class ObjectiveConfig(Section):
-    """What is maximised; empty: the objective's own (`OBJECTIVE_PRESETS`)."""
+    """What is maximised. An empty value means the objective's default in `OBJECTIVE_PRESETS`."""
 
     name: str = Field(
-        "grpo", description="grpo, dr_grpo, dapo, gspo, cispo or tbpo; or a function of your own as module:function (docs/extending.md)"
+        "grpo", description="grpo, dr_grpo, dapo, gspo, cispo, tbpo, or a function of your own as module:function (docs/extending.md)"
     )
-    clip_low: Fraction | None = Field(None, description="policy ratios are clipped below 1 - clip_low")
-    clip_high: float | None = Field(None, ge=0.0, description="policy ratios are clipped above 1 + clip_high")
+    clip_low: Fraction | None = Field(
+        None,
+        description="policy ratios below 1 - clip_low are clipped; empty: the objective's default, as for all empty keys of this section",
+    )
+    clip_high: float | None = Field(None, ge=0.0, description="policy ratios above 1 + clip_high are clipped")
     aggregation: Literal["token", "sequence", "constant"] | None = Field(
-        None, description="mean over tokens; mean of the responses' means; or sum over responses * rollout.max_response_tokens"
+        None,
+        description="token: mean over all tokens. sequence: mean of each response, then mean over responses. constant: sum over tokens, "
+        "divided by the number of responses times rollout.max_response_tokens",
     )
     advantages: Literal["group_std", "group_mean", "reward"] | None = Field(
-        None, description="group_std: (R - mean) / std of the group; group_mean: R - mean; reward: R itself, no baseline"
+        None,
+        description="advantage of a response with reward R. group_std: (R - mean) / std of its group. group_mean: R - mean. reward: R, "
+        "without a baseline",
     )
-    std_floor: float = Field(1e-6, gt=0.0, description="added to a group's reward deviation before dividing by it")
-    dynamic_sampling: bool | None = Field(None, description="replace groups whose rewards are all equal by the stream's next prompts")
-    max_refills: PositiveInt = Field(3, description="dynamic_sampling: rounds of generation after the first")
-    overlong_filter: bool | None = Field(None, description="responses cut at the length limit leave the loss")
-    kl_coefficient: float = Field(0.0, ge=0.0, description="penalty on the KL divergence from the starting policy; 0: none")
+    std_floor: float = Field(1e-6, gt=0.0, description="added to a group's standard deviation of rewards before dividing by it")
+    dynamic_sampling: bool | None = Field(None, description="replace groups whose rewards are all equal by groups of further prompts")
+    max_refills: PositiveInt = Field(3, description="dynamic_sampling: most rounds of generation after the first one")
+    overlong_filter: bool | None = Field(None, description="leave responses that were cut at rollout.max_response_tokens out of the loss")
+    kl_coefficient: float = Field(
+        0.0, ge=0.0, description="coefficient of a penalty on the KL divergence from the starting policy; 0: no penalty"
+    )
     kl_estimator: Literal["k1", "k3"] = Field(
-        "k3", description="estimate of that divergence: k3 is exp(-d) - 1 + d and k1 is d, where d = log pi - log pi_ref"
+        "k3", description="estimator of that divergence, with d = log pi - log pi_ref: k3 is exp(-d) - 1 + d, k1 is d"
     )
-    entropy_bonus: float = Field(0.0, ge=0.0, description="coefficient of the mean entropy in the objective")
+    entropy_bonus: float = Field(0.0, ge=0.0, description="coefficient of the mean entropy, which is added to the objective; 0: no bonus")
 
     @field_validator("name")
     @classmethod
@@ -151,12 +177,12 @@ class ObjectiveConfig(Section):
 
     @property
     def preset(self) -> ObjectivePreset:
-        """What `name` brings along, before the file's own settings."""
+        """The defaults of the objective `name`, without the settings in the file."""
         return own_preset(self.name) if doors.is_own(self.name) else OBJECTIVE_PRESETS[self.name]
 
     @property
     def resolved(self) -> ObjectivePreset:
-        """The preset of `name` with what the file sets in place."""
+        """The preset of `name`, with the settings in the file in place of its defaults."""
         return self.preset._replace(**{key: value for key in PRESET_KEYS if (value := getattr(self, key)) is not None})
 
     @property
@@ -166,11 +192,12 @@ class ObjectiveConfig(Section):
 
 @lru_cache
 def own_preset(name: str) -> ObjectivePreset:
-    """The `ObjectivePreset(...)` that the user's module assigns to ``function.preset``, read without importing the module;
-    GRPO's where there is none.
+    """The `ObjectivePreset(...)` that the user's module assigns to ``function.preset``, or GRPO's if there is no such line.
+
+    The module is parsed, not imported.
 
     Raises:
-        ValueError: unknown or too many arguments, or values that are not written out.
+        ValueError: unknown or too many arguments, or values that are not plain literals.
     """
     arguments = doors.literal_call("objective.name", name, "preset")
     if arguments is None:
@@ -182,7 +209,7 @@ def own_preset(name: str) -> ObjectivePreset:
 
 
 def _check_preset(name: str, preset: ObjectivePreset) -> None:
-    """A user's preset is held to the rules of the keys that it stands for."""
+    """Check a user's preset with the same rules as the keys of the section `objective`."""
     try:
         ObjectiveConfig(**{key: getattr(preset, key) for key in PRESET_KEYS})
     except ValidationError as error:
@@ -191,7 +218,7 @@ def _check_preset(name: str, preset: ObjectivePreset) -> None:
 
 
 def weight_level(correction: str, ais: AISConfig, options: CorrectionOptions, objective: ObjectiveConfig) -> Level:
-    """The level of the importance weights in use, `auto` resolved."""
+    """The level of the importance weights, with `auto` resolved."""
     if correction == "ais":
         level = "sequence" if objective.is_sequence_level and ais.level == "auto" else ais.level
         return "geometric" if level == "sequence" else "token"
@@ -205,29 +232,31 @@ def weight_level(correction: str, ais: AISConfig, options: CorrectionOptions, ob
 def algorithm_problems(
     correction: str, ais: AISConfig, options: CorrectionOptions, objective: ObjectiveConfig, updates_per_batch: int, group_size: int
 ) -> list[str]:
-    """Combinations that contradict each other, each naming both keys."""
+    """Settings of the algorithm that contradict each other, one line each, with both keys."""
     resolved, problems = objective.resolved, []
     low, high = options.band(correction)
     if low >= high:
         problems.append(f"correction_options.low={low}: must be below correction_options.high={high} (correction={correction})")
     if correction == "icepop" and options.level in ("sequence", "geometric"):
         problems.append(
-            f"correction_options.level={options.level}: correction=icepop weighs tokens only; use correction=mis, or level=token"
+            f"correction_options.level={options.level}: correction=icepop weights single tokens only; use correction=mis, or level=token"
         )
     if correction in REJECTIONS and options.level == "token":
-        problems.append(f"correction_options.level=token: correction={correction} rejects whole responses; leave the level out")
+        problems.append(
+            f"correction_options.level=token: correction={correction} rejects whole responses; leave out correction_options.level"
+        )
     if correction == "ais" and options.level != "auto":
         problems.append(f"correction_options.level={options.level}: correction=ais has its own key; set ais.level")
     if ais.lag:
         problems += _lag_problems(correction, options, resolved, updates_per_batch)
     if resolved.advantages == "reward" and resolved.dynamic_sampling:
         problems.append(
-            "objective.dynamic_sampling=true: with objective.advantages=reward a group of equal rewards still carries a signal; "
-            "set one of group_std, group_mean, or dynamic_sampling=false"
+            "objective.dynamic_sampling=true: with objective.advantages=reward even a group of equal rewards has a gradient, so nothing "
+            "should be replaced; set objective.advantages to group_std or group_mean, or objective.dynamic_sampling=false"
         )
     if group_size == 1 and resolved.advantages != "reward":
         problems.append(
-            f"rollout.group_size=1: group-relative advantages (objective.advantages={resolved.advantages}) of one response are "
+            f"rollout.group_size=1: the group-relative advantage (objective.advantages={resolved.advantages}) of a single response is "
             "always zero; use 2 or more, or objective.advantages=reward"
         )
     return problems
@@ -237,16 +266,16 @@ def _lag_problems(correction: str, options: CorrectionOptions, resolved: Objecti
     problems = []
     if updates_per_batch > 1:
         problems.append(
-            f"ais.lag=1: with train.updates_per_batch={updates_per_batch} old_logprobs are not the training forward's own; "
-            "set ais.lag=0 or train.updates_per_batch=1"
+            f"ais.lag=1: with train.updates_per_batch={updates_per_batch} the training forward pass does not give old_logprobs "
+            "after the first update; set ais.lag=0 or train.updates_per_batch=1"
         )
     if options.batch_normalise:
         problems.append(
-            "ais.lag=1: correction_options.batch_normalise=true needs this batch's mean weight before the loss; set one of them off"
+            "ais.lag=1: correction_options.batch_normalise=true needs this batch's mean weight before the loss; turn one of them off"
         )
     if correction in REJECTIONS and resolved.aggregation != "token":
         problems.append(
-            f"ais.lag=1: correction={correction} with objective.aggregation={resolved.aggregation} needs the number of responses kept "
-            "before the loss; set ais.lag=0 or objective.aggregation=token"
+            f"ais.lag=1: correction={correction} with objective.aggregation={resolved.aggregation} needs the number of "
+            "kept responses before the loss; set ais.lag=0 or objective.aggregation=token"
         )
     return problems

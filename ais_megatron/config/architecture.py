@@ -1,4 +1,4 @@
-"""A model's architecture under the names of its Hugging Face ``config.json``."""
+"""The section `model.architecture`: a model's sizes, named as in its Hugging Face ``config.json``."""
 
 from __future__ import annotations
 
@@ -12,12 +12,19 @@ from ais_megatron.models.registry import FAMILIES
 
 
 class RopeScaling(Section):
-    """Llama 3's stretching of the rotary embedding's low frequencies, under the names of config.json's ``rope_parameters``."""
+    """How Llama 3.1 and later stretch the low frequencies of the rotary embedding, named as in ``rope_parameters`` of config.json."""
 
-    factor: float = Field(8.0, ge=1.0, description="low frequencies are divided by this")
-    low_freq_factor: float = Field(1.0, gt=0.0, description="wavelengths above original_max_position_embeddings / this are divided in full")
-    high_freq_factor: float = Field(4.0, gt=0.0, description="wavelengths below original_max_position_embeddings / this stay as they are")
-    original_max_position_embeddings: PositiveInt = Field(8192, description="context length before it was stretched")
+    factor: float = Field(8.0, ge=1.0, description="low frequencies are divided by this factor")
+    low_freq_factor: float = Field(
+        1.0,
+        gt=0.0,
+        description="frequencies whose wavelength is above original_max_position_embeddings / low_freq_factor are divided by the whole "
+        "factor",
+    )
+    high_freq_factor: float = Field(
+        4.0, gt=0.0, description="frequencies whose wavelength is below original_max_position_embeddings / high_freq_factor do not change"
+    )
+    original_max_position_embeddings: PositiveInt = Field(8192, description="context length of the model before stretching")
 
     @model_validator(mode="after")
     def _band(self) -> RopeScaling:
@@ -27,26 +34,28 @@ class RopeScaling(Section):
 
 
 class Architecture(Section):
-    """A model under the names of its Hugging Face ``config.json``; see `models.registry` for the families there are."""
+    """A model's sizes, named as in its Hugging Face ``config.json``. `models.registry` lists the supported families."""
 
-    model_type: str = Field("qwen3", description="the model's family: qwen3, qwen3_moe, qwen2 or llama")
-    vocab_size: PositiveInt = Field(description="rows of the embedding; the tokenizer may have fewer tokens")
+    model_type: str = Field("qwen3", description="model family: qwen3, qwen3_moe, qwen2 or llama")
+    vocab_size: PositiveInt = Field(description="number of rows of the embedding; the tokenizer may have fewer tokens")
     hidden_size: PositiveInt = Field(description="width of the residual stream")
     intermediate_size: PositiveInt = Field(description="width of a dense layer's MLP")
     num_hidden_layers: PositiveInt = Field(description="number of transformer layers")
-    num_attention_heads: PositiveInt = Field(description="query heads of a layer")
-    num_key_value_heads: PositiveInt = Field(description="key and value heads of a layer; divides num_attention_heads")
+    num_attention_heads: PositiveInt = Field(description="number of query heads in a layer")
+    num_key_value_heads: PositiveInt = Field(description="number of key and value heads in a layer; must divide num_attention_heads")
     head_dim: PositiveInt = Field(description="width of one head")
-    max_position_embeddings: PositiveInt = Field(32768, description="longest prompt with its response, in tokens")
+    max_position_embeddings: PositiveInt = Field(32768, description="most tokens that a prompt and its response may have together")
     rms_norm_eps: float = Field(1e-6, description="added to the mean square in every RMS norm")
     rope_theta: float = Field(1_000_000.0, description="base of the rotary embedding's frequencies")
-    rope_scaling: RopeScaling | None = Field(None, description="llama: stretched frequencies, as from Llama 3.1 on; empty: none")
-    tie_word_embeddings: bool = Field(False, description="the output layer uses the embedding's weights")
-    initializer_range: float = Field(0.02, description="standard deviation of random starting weights")
-    num_experts: int = Field(0, ge=0, description="qwen3_moe: experts in every layer; 0 in a dense model")
-    num_experts_per_tok: int = Field(0, ge=0, description="qwen3_moe: experts that each token is sent to")
+    rope_scaling: RopeScaling | None = Field(
+        None, description="llama: how the frequencies are stretched, from Llama 3.1 on; empty: not at all"
+    )
+    tie_word_embeddings: bool = Field(False, description="the output layer shares the embedding's weights")
+    initializer_range: float = Field(0.02, description="standard deviation of random initial weights")
+    num_experts: int = Field(0, ge=0, description="qwen3_moe: number of experts in a layer; 0 for a dense model")
+    num_experts_per_tok: int = Field(0, ge=0, description="qwen3_moe: number of experts that each token is sent to")
     moe_intermediate_size: int = Field(0, ge=0, description="qwen3_moe: width of one expert's MLP")
-    norm_topk_prob: bool = Field(True, description="the chosen experts' probabilities are scaled to sum 1")
+    norm_topk_prob: bool = Field(True, description="qwen3_moe: scale the probabilities of the chosen experts so that their sum is 1")
 
     @property
     def family(self) -> Family:

@@ -1,6 +1,7 @@
-"""Combinations of settings that contradict each other, each found before a process is started.
+"""Finds settings that contradict each other, before any process starts.
 
-Every function looks at the sections it names and returns lines. A line names the keys, their values and what to change.
+Every function checks the sections in its arguments and returns one line per problem. A line names the keys, their values and what
+to change.
 """
 
 from __future__ import annotations
@@ -24,16 +25,14 @@ SGLANG_QUANTIZATIONS = ("none", "fp8_e4m3")
 
 
 def layout_problems(parallel: ParallelConfig, model: ModelConfig) -> list[str]:
-    """Ways to spread the model over ranks that Megatron cannot take, or would take and compute wrong numbers."""
+    """Layouts of the model over ranks that Megatron would refuse, or with which it would compute wrong numbers."""
     arch, problems = model.architecture, []
     if parallel.sequence_parallel and parallel.tp == 1:
+        problems.append("parallel.sequence_parallel=true: parallel.tp=1 leaves nothing to split; set it to false or raise parallel.tp")
+    if parallel.cp > 1:  # Megatron would run, but every rank would treat a whole row as its slice and compute wrong numbers
         problems.append(
-            "parallel.sequence_parallel=true: there is nothing to shard with parallel.tp=1; set it to false or raise parallel.tp"
-        )
-    if parallel.cp > 1:  # Megatron would run, and every rank would attend to whole rows as if they were its slice: wrong numbers
-        problems.append(
-            f"parallel.cp={parallel.cp}: context parallelism does not work yet, because rows are not cut into slices; set parallel.cp=1 "
-            "(for long rows raise parallel.tp with parallel.sequence_parallel=true, or parallel.pp)"
+            f"parallel.cp={parallel.cp}: context parallelism does not work yet, because sequences are not split; set parallel.cp=1 "
+            "(for long sequences raise parallel.tp with parallel.sequence_parallel=true, or parallel.pp)"
         )
     if arch is None:
         return problems
@@ -53,32 +52,38 @@ def layout_problems(parallel: ParallelConfig, model: ModelConfig) -> list[str]:
 
 
 def replay_problems(moe: MoEConfig, rollout: RolloutConfig, arch: Architecture | None) -> list[str]:
-    """Routing replay without routes."""
+    """Routing replay without recorded routes."""
     if not moe.routing_replay:
         return []
     if arch is not None and not arch.is_moe:
-        return [f"moe.routing_replay=true: there is no routing with model.architecture.model_type={arch.model_type}"]
+        return [
+            f"moe.routing_replay=true: model.architecture.model_type={arch.model_type} has no experts to route to; set "
+            "moe.routing_replay=false"
+        ]
     if not rollout.return_routed_experts:
-        return ["moe.routing_replay=true: the engine must tell its routing; set rollout.return_routed_experts=true too"]
+        return ["moe.routing_replay=true: the engine must report the experts it chose; set rollout.return_routed_experts=true too"]
     return []
 
 
 def recording_problems(rollout: RolloutConfig) -> list[str]:
-    """Recordings that are replayed without a folder, or written over themselves."""
+    """A replay without a folder, or a recording that would overwrite what is being replayed."""
     problems = []
     if rollout.engine_traits.replays and rollout.replay_dir is None:
         problems.append("rollout.engine=replay: set rollout.replay_dir to the rollout.save_dir of the run to replay")
     if not rollout.engine_traits.replays and rollout.replay_dir is not None:
         problems.append(
-            f"rollout.replay_dir={rollout.replay_dir}: without effect on rollout.engine={rollout.engine}; set rollout.engine=replay"
+            f"rollout.replay_dir={rollout.replay_dir}: has no effect with rollout.engine={rollout.engine}; set rollout.engine=replay, or "
+            "leave it out"
         )
     if rollout.replay_dir is not None and rollout.replay_dir == rollout.save_dir:
-        problems.append(f"rollout.save_dir={rollout.save_dir}: is what is being replayed (rollout.replay_dir); choose another folder")
+        problems.append(
+            f"rollout.save_dir={rollout.save_dir}: is the folder that is being replayed (rollout.replay_dir); choose another folder"
+        )
     return problems
 
 
 def engine_problems(rollout: RolloutConfig, run: RunConfig, calibration: CalibrationConfig, arch: Architecture | None) -> list[str]:
-    """What an SGLang server could not load."""
+    """Settings with which an SGLang server could not start or load the model."""
     if not rollout.engine_traits.has_servers:
         return []
     if rollout.quantization not in SGLANG_QUANTIZATIONS:
@@ -91,8 +96,9 @@ def engine_problems(rollout: RolloutConfig, run: RunConfig, calibration: Calibra
     sglang, problems = rollout.sglang, graph_problems(rollout.sglang, rollout.kv_cache_is_fp8)
     if sglang.startup_timeout_s >= run.timeout_minutes * 60:
         problems.append(
-            f"rollout.sglang.startup_timeout_s={sglang.startup_timeout_s:g}: the other ranks wait for the first one, which waits for the "
-            f"servers, only run.timeout_minutes={run.timeout_minutes:g}; lower the one or raise the other"
+            f"rollout.sglang.startup_timeout_s={sglang.startup_timeout_s:g}: must be shorter than "
+            f"run.timeout_minutes={run.timeout_minutes:g}, because all other ranks wait that long at most while rank 0 waits for the "
+            "servers; lower the first or raise the second"
         )
     if arch.num_attention_heads % sglang.tp:
         problems.append(f"rollout.sglang.tp={sglang.tp}: does not divide model.architecture.num_attention_heads={arch.num_attention_heads}")
@@ -103,15 +109,15 @@ def engine_problems(rollout: RolloutConfig, run: RunConfig, calibration: Calibra
     if rollout.quantization != "none" and (ragged := _ragged_shards(arch, sglang.tp, sglang.ep)):
         works = [n for n in range(1, arch.num_attention_heads + 1) if arch.num_attention_heads % n == 0]
         works = [n for n in works if n >= sglang.ep and not _ragged_shards(arch, n, sglang.ep)]
-        remedy = f"use one of {works}" if works else "no value works for this architecture: make its sizes multiples of 128"
+        remedy = f"use one of {works}" if works else "no value works for this model, because its sizes are not multiples of 128"
         problems.append(
-            f"rollout.sglang.tp={sglang.tp}: block-FP8 weights are cut at multiples of {FP8_BLOCK}, but {ragged[0]}; {remedy}, "
+            f"rollout.sglang.tp={sglang.tp}: the shards of block-FP8 weights must be multiples of {FP8_BLOCK}, but {ragged[0]}; {remedy}, "
             "or set rollout.quantization=none"
         )
     if sglang.pause == "in_place" and rollout.kv_cache_is_fp8 and calibration.mode != "off":
         problems.append(
-            "rollout.sglang.pause=in_place: would keep a KV cache that was quantised with the previous step's scales; use retract, "
-            "or rollout.kv_cache=bf16"
+            "rollout.sglang.pause=in_place: would keep a KV cache that was quantised with the previous step's scales; set it to "
+            "retract, or set rollout.kv_cache=bf16"
         )
     return problems
 
@@ -122,7 +128,7 @@ def _ragged_shards(arch: Architecture, tp: int, ep: int) -> list[str]:
 
 
 def _expert_problems(parallel: ParallelConfig, arch: Architecture, recompute: str) -> list[str]:
-    """What expert parallelism asks for; Megatron would fail on each of these later and less clearly."""
+    """Requirements of expert parallelism. Megatron would fail on each of them later, with a less clear message."""
     if not arch.is_moe:
         return [
             f"parallel.{key}={size}: a dense model has no experts to spread; set parallel.{key}=1"
@@ -131,9 +137,11 @@ def _expert_problems(parallel: ParallelConfig, arch: Architecture, recompute: st
         ]
     problems = []
     if recompute == "full" and parallel.pp > 1:
-        problems.append(f"model.recompute=full with parallel.pp={parallel.pp}: not supported for MoE models; set one of them to none or 1")
+        problems.append(
+            f"model.recompute=full with parallel.pp={parallel.pp}: not supported for MoE models; set model.recompute=none or parallel.pp=1"
+        )
     if parallel.tp > 1 and not parallel.sequence_parallel:
-        problems.append(f"parallel.tp={parallel.tp}: a MoE model needs parallel.sequence_parallel=true with it")
+        problems.append(f"parallel.tp={parallel.tp}: a MoE model needs parallel.sequence_parallel=true if parallel.tp > 1")
     if arch.num_experts % parallel.ep:
         problems.append(f"parallel.ep={parallel.ep}: does not divide model.architecture.num_experts={arch.num_experts}")
     if arch.moe_intermediate_size % parallel.etp:
@@ -144,13 +152,13 @@ def _expert_problems(parallel: ParallelConfig, arch: Architecture, recompute: st
     if parallel.dp and replicas % (parallel.ep * parallel.etp):
         problems.append(
             f"parallel.ep={parallel.ep} * parallel.etp={parallel.etp}: does not divide parallel.tp * parallel.cp * parallel.dp={replicas}, "
-            "the ranks of one pipeline stage over which experts are spread"
+            "the number of ranks in one pipeline stage, over which the experts are spread"
         )
     return problems
 
 
 def batch_problems(rollout: RolloutConfig, train: TrainConfig, sft: SFTConfig, dp: int, arch: Architecture | None) -> list[str]:
-    """Batches that cannot be divided, and rows that do not fit into the context."""
+    """Batches that cannot be divided evenly, and sequences that do not fit into the context."""
     problems = []
     if rollout.prompts_per_step % dp:
         problems.append(f"rollout.prompts_per_step={rollout.prompts_per_step}: must be a multiple of parallel.dp={dp}")
@@ -167,11 +175,13 @@ def batch_problems(rollout: RolloutConfig, train: TrainConfig, sft: SFTConfig, d
         ("sft", sft.optimizer, sft.steps),
     ):
         if steps and optimizer.warmup_steps > steps:
-            problems.append(f"{key}.optimizer.warmup_steps={optimizer.warmup_steps}: longer than the {steps} updates of {key}.steps")
+            problems.append(
+                f"{key}.optimizer.warmup_steps={optimizer.warmup_steps}: larger than the {steps} updates of {key}.steps; lower it"
+            )
     if arch is not None and rollout.max_response_tokens >= arch.max_position_embeddings:
         problems.append(
             f"rollout.max_response_tokens={rollout.max_response_tokens}: leaves no room for a prompt within "
-            f"model.architecture.max_position_embeddings={arch.max_position_embeddings}"
+            f"model.architecture.max_position_embeddings={arch.max_position_embeddings}; lower it"
         )
     if rollout.return_routed_experts and arch is not None and not arch.is_moe:
         problems.append(
@@ -182,13 +192,13 @@ def batch_problems(rollout: RolloutConfig, train: TrainConfig, sft: SFTConfig, d
 
 
 def source_problems(model: ModelConfig, tokenizer: TokenizerConfig, task: TaskConfig) -> list[str]:
-    """A model, a tokenizer or a task whose files are not named."""
+    """A model, a tokenizer or a task without its files."""
     problems = []
     if model.architecture is None:
-        problems.append("model: set model.path to a Hugging Face checkpoint folder, or describe model.architecture")
+        problems.append("model: no model is named; set model.path to a Hugging Face checkpoint folder, or describe model.architecture")
     if tokenizer.kind == "hf" and tokenizer.path is None and model.path is None:
         problems.append("tokenizer.kind=hf: set tokenizer.path (or model.path, whose tokenizer is then used)")
     builtin = BUILTIN_TASKS.get(task.name)
     if builtin is not None and builtin.needs_file and task.test_path is None:
-        problems.append(f"task.name={task.name}: its questions are not generated; set task.test_path (and task.train_path) to its files")
+        problems.append(f"task.name={task.name}: its problems come from files; set task.test_path (and task.train_path) to them")
     return problems

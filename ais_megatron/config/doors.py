@@ -1,9 +1,9 @@
-"""The doors for the user's own code: a key of the configuration names it as ``module:attribute``.
+"""Finds the user's own code, which a key of the configuration names as ``module:attribute``.
 
-`check` runs when the configuration is read. It finds the module's source and looks for the name with `ast`, so nothing is
-imported, a wrong name costs milliseconds, and no process has started yet. `load` imports the module, on every rank.
+`check` runs when the configuration is read. It finds the module's source and looks for the name with `ast`. Nothing is imported,
+so a wrong name is found in milliseconds and before any process starts. `load` imports the module, on every rank.
 
-The working directory is searched first, as ``python -m`` does it, so that launcher and ranks find the same file.
+The working directory is searched first, as in ``python -m``, so that launcher and ranks find the same file.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ Kind = Literal["class", "function"]
 
 
 def is_own(name: str) -> bool:
-    """Whether `name` is written as the user's own code, ``module:attribute``; built-in names have no colon."""
+    """Whether `name` is the user's own code, written as ``module:attribute``. Built-in names have no colon."""
     return ":" in name
 
 
 def check(key: str, name: str, kind: Kind) -> None:
-    """Find out without an import whether ``module:attribute`` can be what `key` needs.
+    """Find out, without an import, whether ``module:attribute`` exists and is the `kind` that `key` needs.
 
-    A module without source (a compiled one) and a name that may come from ``import *`` are accepted: `load` judges those.
+    A module without source (a compiled one) and a name that may come from ``import *`` pass this check. `load` checks them later.
 
     Raises:
-        ValueError: the text is not module:attribute, the module or the attribute does not exist (with the nearest name that
-            does), the source has a syntax error, or the attribute is a function where a class is needed or the reverse.
+        ValueError: the text is not module:attribute, the module or the attribute does not exist (the message names the nearest
+            one), the source has a syntax error, or the attribute is a function where a class is needed, or the reverse.
     """
     module, _, attribute = name.partition(":")
     is_file = module.endswith(".py")
@@ -56,7 +56,7 @@ def load(key: str, name: str) -> Any:
     """Import the module of ``module:attribute`` and return the attribute.
 
     Raises:
-        RuntimeError: the import fails; the cause is the user's own exception.
+        RuntimeError: the import failed; the user's own exception is its cause.
         ValueError: the module has no such attribute, or it cannot be called.
     """
     module, _, attribute = name.partition(":")
@@ -71,13 +71,13 @@ def load(key: str, name: str) -> Any:
 
 
 def source_digest(name: str) -> str:
-    """SHA-256 of the source file of ``module:attribute``, in hexadecimal digits; empty where there is no source."""
+    """SHA-256 of the source file of ``module:attribute`` in hexadecimal digits, or "" if there is no source."""
     path = _source(_find(name.partition(":")[0]))
     return hashlib.sha256(path.read_bytes()).hexdigest() if path else ""
 
 
 def literal_call(key: str, name: str, member: str) -> tuple[list[Any], dict[str, Any]] | None:
-    """The arguments of ``attribute.member = Anything(...)`` at the top of the module; None where there is no such line.
+    """The arguments of the line ``attribute.member = Anything(...)`` at the top level of the module, or None without such a line.
 
     Raises:
         ValueError: the line is not a call with plain values, so it cannot be read without running the module.
@@ -93,12 +93,14 @@ def literal_call(key: str, name: str, member: str) -> tuple[list[Any], dict[str,
             return [ast.literal_eval(a) for a in call.args], {str(k.arg): ast.literal_eval(k.value) for k in call.keywords}
         except ValueError as error:
             text = ast.unparse(statement)
-            raise ValueError(f"{key}={name!r}: {text!r} must be one call with plain numbers, words, true or false") from error
+            raise ValueError(
+                f"{key}={name!r}: {text!r} must be one call whose arguments are plain numbers, texts, True or False"
+            ) from error
     return None
 
 
 def _tree(key: str, name: str) -> ast.Module | None:
-    """The module's parsed source; None for a module without source."""
+    """The module's parsed source, or None for a module without source."""
     module = name.partition(":")[0]
     if (spec := _find(module)) is None:
         nearest = _nearest(module, _modules_beside(module), "")
@@ -119,7 +121,7 @@ def _search_working_directory() -> None:
 
 
 def _find(module: str) -> ModuleSpec | None:
-    """The module's spec. `importlib.util.find_spec` would import the packages around it, and with them perhaps torch."""
+    """The module's spec, or None. `importlib.util.find_spec` would import its parent packages, and perhaps torch with them."""
     _search_working_directory()
     spec, folders, full = None, list(sys.path), ""
     for part in module.split("."):
@@ -135,7 +137,7 @@ def _find(module: str) -> ModuleSpec | None:
 
 
 def _from_other_finders(name: str) -> ModuleSpec | None:
-    """Built-in modules, and packages that an editable installation put in place."""
+    """The spec of a built-in module, or of a package from an editable installation."""
     found = (finder.find_spec(name, None) for finder in sys.meta_path if finder is not PathFinder and hasattr(finder, "find_spec"))
     return next((spec for spec in found if spec is not None), None)
 
@@ -145,8 +147,9 @@ def _source(spec: ModuleSpec | None) -> Path | None:
 
 
 def _names(tree: ast.Module) -> tuple[dict[str, Kind | None], bool]:
-    """What the top of the module defines, as what (None: an import or an assignment, which may be anything); and whether it
-    may define more than can be seen, by ``import *`` or a ``__getattr__``."""
+    """The names that the module defines at its top level, and whether it may define more through ``import *`` or ``__getattr__``.
+
+    A name's kind is None if it is imported or assigned, because it may then be anything."""
     names: dict[str, Kind | None] = {}
     for statement in _statements(tree.body):
         if isinstance(statement, ast.ClassDef):
@@ -162,7 +165,7 @@ def _names(tree: ast.Module) -> tuple[dict[str, Kind | None], bool]:
 
 
 def _statements(body: list[ast.stmt]) -> Iterator[ast.stmt]:
-    """Those of the module's top, also inside if, try and with."""
+    """All statements at the top level of the module, including those inside if, try and with."""
     for statement in body:
         yield statement
         if isinstance(statement, ast.If | ast.Try | ast.With):
@@ -173,7 +176,7 @@ def _statements(body: list[ast.stmt]) -> Iterator[ast.stmt]:
 
 
 def _modules_beside(module: str) -> list[str]:
-    """Names of modules that may have been meant: those of the package that `module` names, or of the working directory."""
+    """Names of modules that may have been meant: those in the package that `module` names, or in the working directory."""
     package, _, _ = module.rpartition(".")
     spec = _find(package) if package else None
     folders = list(spec.submodule_search_locations or []) if spec and spec.origin else [os.getcwd()]

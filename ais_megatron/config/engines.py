@@ -1,7 +1,7 @@
-"""What the rest of the program needs to know about a rollout engine before there is one. (No torch: the planner asks too.)
+"""Properties of every rollout engine, which the rest of the program needs before an engine exists. (No torch, for the planner.)
 
-Nobody outside ``rollout/`` compares `rollout.engine` with a name: a new engine is a line here and a line in `rollout.build`,
-or a class of the user's own with its traits beside it.
+No module outside ``rollout/`` compares `rollout.engine` with a name. A new engine is a line here and a line in `rollout.build`, or a
+class of the user's own with its traits beside it.
 """
 
 from __future__ import annotations
@@ -14,17 +14,17 @@ from ais_megatron.config import doors
 
 class EngineTraits(NamedTuple):
     is_embedded: bool = False
-    """It generates on the trainer's own ranks, and shares their memory."""
+    """It generates on the trainer's own ranks and shares their memory."""
     has_servers: bool = False
     """It consists of servers, which are configured in `rollout.sglang`."""
     replays: bool = False
     """Its responses were recorded earlier, in `rollout.replay_dir`."""
     keeps_kv_scales: bool = False
-    """It may hold KV scales from before, so that also scales of 1 must be sent to it."""
+    """It keeps the KV scales of an earlier sync, so scales of 1 must be sent to it too."""
 
     @property
     def can_evaluate(self) -> bool:
-        """It can answer with any weights that it is given. A recording cannot."""
+        """It can generate with any weights. A recording cannot."""
         return not self.replays
 
 
@@ -37,11 +37,12 @@ ENGINES = {
 
 @lru_cache
 def own_traits(name: str) -> EngineTraits:
-    """The `EngineTraits(...)` that the user's module assigns to ``Class.traits``, read without importing the module; an embedded
-    engine's where there is none.
+    """The `EngineTraits(...)` that the user's module assigns to ``Class.traits``, or an embedded engine's if there is no such line.
+
+    The module is parsed, not imported.
 
     Raises:
-        ValueError: unknown or too many arguments, or values that are not written out.
+        ValueError: unknown or too many arguments, or values that are not plain literals.
     """
     arguments = doors.literal_call("rollout.engine", name, "traits")
     if arguments is None:

@@ -1,4 +1,4 @@
-"""How a wrong configuration is reported: one line for each key, with the value received, what is allowed and what to change."""
+"""How mistakes in a configuration are reported: one line per key, with its value, what is allowed and what to change."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ais_megatron.config.section import Section
 
 
 class ConfigError(ValueError):
-    """The configuration cannot be used; the message says which keys, and what to write instead."""
+    """The configuration cannot be used. The message names the keys and says what to write instead."""
 
 
 def known_keys(section: type[BaseModel], prefix: str = "") -> list[str]:
@@ -27,7 +27,7 @@ def _types_in(annotation: Any) -> list[Any]:
 
 
 def explain(error: ValidationError, schema: type[BaseModel]) -> str:
-    """pydantic's findings about a `schema` as lines of `key: what is wrong, what is allowed`."""
+    """pydantic's errors about a `schema`, one line each: the key, what is wrong and what is allowed."""
     lines = []
     for item in error.errors():
         key = ".".join(str(part) for part in item["loc"] if not _is_union_member(part))
@@ -39,14 +39,14 @@ def explain(error: ValidationError, schema: type[BaseModel]) -> str:
             names_itself = not key or message.startswith((f"{key}=", f"{key}."))
             lines.append(message if names_itself else f"{key}: {message}")
         elif item["type"] == "missing":
-            lines.append(f"{key}: missing; set it")
+            lines.append(f"{key}: missing; this key has no default, set it")
         else:
             lines.append(f"{key}={item['input']!r}: {item['msg'][0].lower()}{item['msg'][1:]}")
     return "\n".join(lines)
 
 
 def _is_union_member(part: str | int) -> bool:
-    """Whether pydantic put this into a location to say which type of ``float | Literal["auto"]`` did not match; it is no key."""
+    """Whether this part of a pydantic location is no key, but a type of ``float | Literal["auto"]`` that did not match."""
     return part == "float" or str(part).startswith("literal[")
 
 

@@ -1,4 +1,4 @@
-"""The whole configuration: one frozen `Config` of sections, whose combinations are checked when it is made."""
+"""The whole configuration: one frozen `Config` of all sections. Creating it checks how their settings fit together."""
 
 from __future__ import annotations
 
@@ -41,7 +41,10 @@ class Config(Section):
     task: TaskConfig = TaskConfig()
     rollout: RolloutConfig = RolloutConfig()
     correction: CorrectionName = Field(
-        "ais", description="what is done about the mismatch of rollouts and trainer; none: nothing; ais: as much as each batch needs"
+        "ais",
+        description="how the mismatch between rollout engine and trainer is corrected. none: not at all. tis: truncated importance "
+        "weights in full. ais: truncated importance weights, as strongly as each batch needs. mis, icepop: tokens whose weight is too "
+        "far from 1 are dropped. geo_rs, k3_rs: such responses are dropped",
     )
     correction_options: CorrectionOptions = CorrectionOptions()
     ais: AISConfig = AISConfig()
@@ -74,7 +77,7 @@ class Config(Section):
 
     @property
     def weight_level(self) -> Level:
-        """What one importance weight stands for: a token, or a response by its product or its geometric mean."""
+        """What an importance weight belongs to: a token, or a response (as the product or the geometric mean over its tokens)."""
         return weight_level(self.correction, self.ais, self.correction_options, self.objective)
 
     @property

@@ -1,4 +1,4 @@
-"""A model's config.json, read and written. transformers' names are ours, so an `Architecture` needs little added to become one."""
+"""Reads and writes a model's config.json. An `Architecture` uses the same names as transformers, so little is converted."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ LLAMA3_KEYS = ("factor", "low_freq_factor", "high_freq_factor", "original_max_po
 
 
 def rope_parameters(architecture: Architecture) -> dict[str, object]:
-    """The rotary embedding as transformers 5 describes it."""
+    """The ``rope_parameters`` of config.json, as transformers 5 writes them."""
     scaling = architecture.rope_scaling
     kind = {"rope_type": "default"} if scaling is None else {"rope_type": "llama3", **scaling.model_dump()}
     return {**kind, "rope_theta": architecture.rope_theta}
@@ -28,7 +28,8 @@ def hf_config(architecture: Architecture, dtype: str, eos_id: int | None = None,
     """The content of config.json.
 
     Args:
-        dtype: "bf16" or "fp32", of the weights.
+        dtype: "bf16" or "fp32", the precision of the weights.
+        eos_id, pad_id: token ids of the tokenizer, or None.
     """
     return {
         **architecture.model_dump(exclude={"rope_scaling"} | (set() if architecture.is_moe else MOE_KEYS)),
@@ -42,10 +43,10 @@ def hf_config(architecture: Architecture, dtype: str, eos_id: int | None = None,
 
 
 def read_architecture(folder: str | Path) -> Architecture:
-    """The `Architecture` in a Hugging Face checkpoint folder's ``config.json``.
+    """The `Architecture` in the ``config.json`` of a Hugging Face checkpoint folder.
 
     Raises:
-        ConfigError: it is missing, not JSON, of a family that is not known, or of a variant of one that is not supported.
+        ConfigError: the file is missing or not JSON, or the model's family or variant is not supported.
     """
     path = Path(folder) / "config.json"
     if not path.is_file():
@@ -74,7 +75,7 @@ def read_architecture(folder: str | Path) -> Architecture:
 
 
 def _rope(raw: dict[str, Any], family: Family, folder: str | Path) -> dict[str, object]:
-    """`rope_theta` and `rope_scaling`, which transformers 5 keeps in ``rope_parameters`` and earlier versions side by side."""
+    """`rope_theta` and `rope_scaling`. transformers 5 writes both into ``rope_parameters``, earlier versions write two keys."""
     rope = (raw.get("rope_scaling") or {}) | (raw.get("rope_parameters") or {})
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind not in family.rope_types:

@@ -1,4 +1,4 @@
-"""Every key of the configuration with its type, default, allowed values and description, read from the schema. (No torch.)"""
+"""Lists every key of the configuration with its type, default, allowed values and description. (No torch.)"""
 
 from __future__ import annotations
 
@@ -19,8 +19,10 @@ from ais_megatron.config.section import Section
 BOUNDS = {"ge": "from {}", "gt": "greater than {}", "le": "at most {}", "lt": "less than {}", "min_length": "at least {} of them"}
 HEAD = """# Every configuration key
 
-After this page you know every key that a YAML file or a `key=value` override may set. It is generated from the schema: do not edit
-it, run `ais-megatron keys --markdown > docs/configuration.md`. `ais-megatron keys rollout` prints one section in the terminal.
+After this page you know every key that a YAML file or a `key=value` override may set. `ais-megatron keys rollout` prints one section in
+the terminal. "Empty" is `null` in YAML.
+
+This page is generated from `ais_megatron/config/`. Do not edit it: run `ais-megatron keys --markdown > docs/configuration.md`.
 """
 
 
@@ -29,16 +31,16 @@ class Key:
     name: str
     """The whole key, such as ``rollout.top_p``."""
     type: str
-    """In words: whole number, number, text, true or false, …"""
+    """The type in words, such as whole number, number, text, or true or false."""
     default: str
-    """As YAML writes it; "required" where there is none, "empty" for null."""
+    """The default as YAML writes it; "required" if there is none, "empty" for null."""
     allowed: str
-    """The words to choose from, or the bounds; "" where the type says all."""
+    """The words to choose from, or the bounds; "" if every value of the type is allowed."""
     description: str
 
 
 def all_keys() -> list[Key]:
-    """In the order of the schema."""
+    """All keys, in the order of `Config`."""
     return _keys_of(Config, Config.model_construct(), "")
 
 
@@ -46,7 +48,7 @@ def keys_of(section: str) -> list[Key]:
     """The keys of a section such as ``rollout`` or ``train.optimizer``, or one key by its whole name.
 
     Raises:
-        ConfigError: there is no such section or key; the message names the nearest.
+        ConfigError: there is no such section or key. The message names the nearest one.
     """
     keys = all_keys()
     found = [key for key in keys if key.name == section or key.name.startswith(section + ".")]
@@ -59,7 +61,7 @@ def keys_of(section: str) -> list[Key]:
 
 
 def as_text(keys: list[Key], width: int) -> str:
-    """For a terminal that is `width` characters wide: one line of facts for each key, and its description below it."""
+    """Text for a terminal of `width` characters: one line with the facts of each key, and its description below."""
     lines = []
     for key in keys:
         joined = " " if key.type.endswith(" of") else ", "
@@ -87,7 +89,8 @@ def _sections(name: str) -> list[str]:
 
 
 def _keys_of(schema: type[BaseModel], values: BaseModel | None, prefix: str) -> list[Key]:
-    """values: a section with the defaults in force, which differ from the schema's own where one schema serves two sections."""
+    """values: a section with its defaults, or None. They differ from the schema's if one schema serves two sections, as `OptimizerConfig`
+    does."""
     keys = []
     for name, field in schema.model_fields.items():
         value = getattr(values, name, None) if values is not None else field.get_default(call_default_factory=True)
@@ -130,7 +133,7 @@ def _in_words(annotation: Any) -> str:
 
 
 def _allowed(field: FieldInfo) -> tuple[str, str]:
-    """(the words of a Literal, the bounds of a number), either may be ""."""
+    """The words of a Literal and the bounds of a number, as text; each may be ""."""
     words: list[str] = []
     metadata = list(field.metadata)
 

@@ -1,8 +1,8 @@
-"""From files to a `Config` and back: one YAML file plus ``key=value`` overrides.
+"""Turns a YAML file plus ``key=value`` overrides into a `Config`, and a `Config` into YAML.
 
 OmegaConf merges the file and the overrides. pydantic checks names, types and every combination that can be judged without
-starting a process. Whatever is wrong is reported in one `ConfigError`. Nothing here imports torch, so a typo costs
-milliseconds, not a cluster.
+starting a process. One `ConfigError` reports all mistakes. Nothing here imports torch, so a typo is found in milliseconds and
+before any node of a cluster is used.
 """
 
 from __future__ import annotations
@@ -23,16 +23,17 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
     """Read a YAML file, apply ``key=value`` overrides in order, and check everything.
 
     Raises:
-        ConfigError: unreadable file, unknown key (with the nearest known one), wrong type, impossible combination.
+        ConfigError: the file cannot be read, a key is unknown (the message names the nearest one), a type is wrong, or a combination
+            is impossible.
     """
     return build_config(read_yaml(path, overrides))
 
 
 def read_yaml(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> dict[str, Any]:
-    """A YAML file with ``key=value`` overrides applied in order, unchecked.
+    """The content of a YAML file with ``key=value`` overrides applied in order. Names and types are not checked.
 
     Raises:
-        ConfigError: a file that cannot be read or is not a mapping, or an override that is not ``key=value``.
+        ConfigError: the file cannot be read or is not a mapping, or an override is not ``key=value``.
     """
     path = Path(path)
     if not path.is_file():
@@ -52,14 +53,15 @@ def read_yaml(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> 
         raise
     except (OmegaConfBaseException, OSError, ValueError, AttributeError, TypeError) as error:
         raise ConfigError(f"{path}: {error}") from error
-    except Exception as error:  # PyYAML's errors share no public base class with OmegaConf's
+    except Exception as error:  # PyYAML's errors and OmegaConf's have no public base class in common
         if type(error).__module__.startswith("yaml"):
             raise ConfigError(f"{path}: not valid YAML: {error}") from error
         raise
 
 
 def build_config(data: dict[str, Any]) -> Config:
-    """Check a nested mapping and freeze it; see `load_config`. A given ``model.path`` supplies ``model.architecture``."""
+    """Check a nested mapping and return it as a frozen `Config`, see `load_config`. If ``model.path`` is set, its config.json gives
+    ``model.architecture``."""
     model = data.get("model")
     if isinstance(model, dict) and model.get("path"):
         data = {**data, "model": {**model, "architecture": read_architecture(model["path"]).model_dump()}}
@@ -70,5 +72,5 @@ def build_config(data: dict[str, Any]) -> Config:
 
 
 def dump_config(config: Config) -> str:
-    """The resolved configuration as YAML; `load_config` of it gives an equal `Config`."""
+    """The resolved configuration as YAML. `load_config` turns it into an equal `Config` again."""
     return OmegaConf.to_yaml(OmegaConf.create(config.model_dump(mode="json")))

@@ -1,4 +1,4 @@
-"""The section `rollout`: which engine generates, in which precision, how many responses, and how they are sampled."""
+"""The section `rollout`: which engine generates, in which precision, how many responses, and how it samples."""
 
 from __future__ import annotations
 
@@ -16,30 +16,37 @@ from ais_megatron.config.sglang import SGLangConfig
 class RolloutConfig(Section):
     engine: str = Field(
         "local",
-        description="local: embedded in each rank; sglang: servers, see rollout.sglang; replay: none, responses from replay_dir; "
-        "or a class of your own as module:Class (docs/extending.md)",
+        description="what generates. local: an engine embedded in each rank. sglang: servers, see rollout.sglang. replay: nothing, "
+        "responses are read from replay_dir. Or a class of your own as module:Class (docs/extending.md)",
     )
-    save_dir: str | None = Field(None, description="folder that every response is recorded in, for a later replay; empty: none")
-    replay_dir: str | None = Field(None, description="engine=replay: the save_dir of an earlier run")
+    save_dir: str | None = Field(None, description="folder in which every response is recorded for a later replay; empty: no recording")
+    replay_dir: str | None = Field(None, description="engine=replay: the rollout.save_dir of an earlier run")
     quantization: Annotated[
         Literal["none", "fp8_e4m3", "fp8_e5m2", "fp4_e2m1"],
         BeforeValidator(lambda v: {"fp8": "fp8_e4m3", "bf16": "none", None: "none"}.get(v, v)),
     ] = Field(
         "fp8_e4m3",
-        description="none: BF16 weights; fp8_e4m3 (or fp8), fp8_e5m2: block-128x128 weights, 1x128 activations; fp4_e2m1: blocks of "
-        "1x32 for both. Local engine only: fp8_e5m2, fp4_e2m1",
+        description="precision of the engine's weights and activations. none: BF16. fp8_e4m3 (or fp8) and fp8_e5m2: one scale per "
+        "128x128 block of weights and per 1x128 block of activations. fp4_e2m1: one scale per 1x32 block of both. SGLang does not have "
+        "fp8_e5m2 and fp4_e2m1",
     )
-    kv_cache: Literal["auto", "bf16", "fp8_e4m3"] = Field("auto", description="auto: FP8 exactly when the weights are quantised")
-    prompts_per_step: PositiveInt = Field(32, description="prompts of one step, over all ranks")
-    group_size: PositiveInt = Field(8, description="responses sampled for each prompt")
+    kv_cache: Literal["auto", "bf16", "fp8_e4m3"] = Field(
+        "auto", description="precision of the KV cache; auto: fp8_e4m3 if the weights are quantised, else bf16"
+    )
+    prompts_per_step: PositiveInt = Field(32, description="number of prompts per step, over all ranks")
+    group_size: PositiveInt = Field(8, description="number of responses sampled for each prompt")
     max_response_tokens: PositiveInt = Field(48, description="a response is cut at this length")
-    temperature: float = Field(1.0, gt=0.0, description="of sampling; log-probabilities are those at this temperature")
-    top_p: float = Field(1.0, gt=0.0, le=1.0, description="sample only from the likeliest tokens that hold this probability; 1: from all")
-    top_k: int = Field(0, ge=0, description="sample only from so many of the likeliest tokens; 0: no limit")
-    max_batch: PositiveInt = Field(256, description="responses that one engine decodes side by side")
-    return_routed_experts: bool = Field(False, description="MoE models: every response carries the experts the engine chose for it")
-    sync_bucket_mb: float = Field(64.0, gt=0.0, description="bytes of weights in flight during a weight sync, in MiB")
-    ahead: int = Field(0, ge=0, le=1, description="1: the next batch is generated while this one trains, with weights one step older")
+    temperature: float = Field(1.0, gt=0.0, description="sampling temperature; all log-probabilities are computed at this temperature")
+    top_p: float = Field(
+        1.0, gt=0.0, le=1.0, description="sample only from the likeliest tokens that together have this probability; 1: from all tokens"
+    )
+    top_k: int = Field(0, ge=0, description="sample only from this many of the likeliest tokens; 0: no limit")
+    max_batch: PositiveInt = Field(256, description="most responses that one embedded engine decodes at the same time")
+    return_routed_experts: bool = Field(False, description="MoE models: record which experts the engine chose for every token")
+    sync_bucket_mb: float = Field(
+        64.0, gt=0.0, description="size of one bucket of weights in a weight sync, in MiB; a sync holds two of them"
+    )
+    ahead: int = Field(0, ge=0, le=1, description="1: generate the next batch while this one trains, with weights that are one step older")
     sglang: SGLangConfig = SGLangConfig()
 
     @field_validator("engine")

@@ -1,4 +1,4 @@
-"""What every section of the configuration is: frozen, and strict about names and numbers. (See `config`; no torch here either.)"""
+"""The base class of every section of the configuration: frozen, and strict about names and numbers. (No torch here either.)"""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from pydantic import BaseModel, ConfigDict, Field
 
 
 class Section(BaseModel):
-    """Frozen, and unknown keys are errors: a typo must never silently leave a default in force.
+    """A frozen section. Unknown keys are errors, because otherwise a typo would silently leave a default in use.
 
-    nan and inf are errors for every float key. They pass bounds such as ``gt=1``, they turn the loss into nan, and a written
-    configuration would hold null in their place, which cannot be loaded again. A key for which inf means something allows it
+    nan and inf are errors for every float key. They pass bounds such as ``gt=1`` and turn the loss into nan. A written
+    configuration would hold null in their place, which cannot be loaded again. A key for which inf has a meaning can allow it
     with ``Field(allow_inf_nan=True)``.
     """
 

@@ -1,4 +1,4 @@
-"""The section `task`: which problems the policy is trained on, and who judges its answers."""
+"""The section `task`: which problems the policy is trained on, and what judges its answers."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from ais_megatron.config.section import Fraction, PositiveInt, Section
 
 class BuiltinTask(NamedTuple):
     module: str
-    """Of ais_megatron.tasks."""
+    """Name of the module in ais_megatron.tasks."""
     attribute: str
-    """The class in it."""
+    """Name of the class in that module."""
     needs_file: bool = False
-    """Its questions are written, not generated."""
+    """Its problems come from files and cannot be generated."""
 
 
 BUILTIN_TASKS = {
@@ -30,18 +30,21 @@ BUILTIN_TASKS = {
 
 class TaskConfig(Section):
     name: str = Field(
-        "countdown", description="countdown, sudoku, gsm8k or math500; or a class of your own as module:Class (docs/extending.md)"
+        "countdown", description="countdown, sudoku, gsm8k, math500, or a class of your own as module:Class (docs/extending.md)"
     )
     reward: str | None = Field(
         None,
-        description="a function of your own as module:function, which judges in place of the task (docs/extending.md); empty: the task's",
+        description="a function of your own, as module:function, that judges the answers in place of the task (docs/extending.md); "
+        "empty: the task judges",
     )
-    options: dict[str, Any] = Field({}, description="anything that your own class or function reads; built-in tasks take no options")
-    train_path: str | None = Field(None, description="JSONL file or HF-datasets folder; empty: puzzles generated from run.seed")
-    test_path: str | None = Field(None, description="held-out file; empty: generated puzzles that never occur in training")
-    max_number: PositiveInt = Field(99, description="countdown: largest number and target that is generated")
-    empty_cells: PositiveInt = Field(8, le=16, description="sudoku: cells left empty in generated puzzles")
-    format_weight: Fraction = Field(0.1, description="share of the reward given for a well-formed answer alone")
+    options: dict[str, Any] = Field({}, description="options for your own class or function; built-in tasks have none")
+    train_path: str | None = Field(
+        None, description="JSONL, CSV, parquet or arrow file, or a Hugging Face datasets folder; empty: puzzles generated from run.seed"
+    )
+    test_path: str | None = Field(None, description="the same for held-out problems; empty: generated puzzles that never occur in training")
+    max_number: PositiveInt = Field(99, description="countdown: largest number and largest target in generated puzzles")
+    empty_cells: PositiveInt = Field(8, le=16, description="sudoku: number of empty cells in generated puzzles")
+    format_weight: Fraction = Field(0.1, description="reward of an answer that is well-formed but wrong; a correct answer has 1")
 
     @field_validator("name")
     @classmethod
@@ -66,6 +69,6 @@ class TaskConfig(Section):
         if self.options and not doors.is_own(self.name) and self.reward is None:
             raise ValueError(
                 f"task.options={self.options}: nothing reads them, because task.name={self.name} is built in and task.reward is empty; "
-                "leave task.options out, or name code of your own"
+                "leave out task.options, or set task.name or task.reward to your own code"
             )
         return self

@@ -1,8 +1,8 @@
-"""The run folder: everything needed to say later what a run was, written so that a kill leaves no half-written file.
+"""The run folder records what a run was. A kill at any moment leaves no half-written file in it.
 
-``config.yaml`` holds the resolved configuration below comment lines with the date, the git revision of the code and the
-package versions, so that `load_config(run_dir / "config.yaml")` starts the same experiment again. Files are replaced
-whole (write beside, fsync, rename); only ``metrics.jsonl`` grows, one line per step (see `metrics.Sinks`).
+``config.yaml`` holds the resolved configuration, below comment lines with the date, the git revision of the code and the package
+versions. `load_config(run_dir / "config.yaml")` starts the same experiment again. Files are replaced as a whole: a new file is
+written beside the old one, synced and renamed. Only ``metrics.jsonl`` grows, by one line per step (see `metrics.Sinks`).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ CONFIG_FILE = "config.yaml"
 METRICS_FILE = "metrics.jsonl"
 SUMMARY_FILE = "summary.json"
 
-# Distributions whose version can change a result; those that are not installed are left out of the record.
+# Packages whose version can change a result. Those that are not installed are not recorded.
 RECORDED_PACKAGES = (
     "torch",
     "megatron-core",
@@ -44,9 +44,9 @@ _PACKAGE_FOLDER = Path(__file__).resolve().parents[1]
 def open_run_folder(config: Config, is_main: bool) -> Path:
     """Create ``run.dir`` with its ``config.yaml`` and return it.
 
-    Only the main rank touches the disk: were every rank to look for an earlier run, a slow one would find the
-    ``metrics.jsonl`` that the main rank has just begun. The caller makes the main rank's error known to the others.
-    A resumed run whose record differs (configuration, revision or versions) keeps the earlier one as ``config.1.yaml``, ...
+    Only the main rank reads or writes here. If every rank looked for an earlier run, a slow rank would find the
+    ``metrics.jsonl`` that the main rank has just begun. The caller tells the other ranks about an error. If a resumed run has
+    another configuration, revision or versions, the earlier file is kept as ``config.1.yaml`` and so on.
 
     Raises:
         ConfigError: ``run.dir`` holds a run and ``run.resume`` is false, or the folder cannot be written.
@@ -64,7 +64,7 @@ def open_run_folder(config: Config, is_main: bool) -> Path:
 
 
 def check_run_folder(config: Config) -> None:
-    """Refuse at once what `open_run_folder` would refuse once the ranks run. Creates nothing.
+    """Make the checks of `open_run_folder` before any rank starts. Creates nothing.
 
     Raises:
         ConfigError: as `open_run_folder`.
@@ -77,7 +77,8 @@ def check_run_folder(config: Config) -> None:
         raise _unusable(config, error) from error
     if holds_a_run and not config.run.resume:
         raise ConfigError(
-            f"run.dir={config.run.dir}: already holds a run ({METRICS_FILE}); choose another run.dir, delete it, or set run.resume=true"
+            f"run.dir={config.run.dir}: already holds a run ({METRICS_FILE}); choose another run.dir, delete this folder, or set "
+            "run.resume=true to continue the run"
         )
 
 
@@ -86,10 +87,10 @@ def _unusable(config: Config, error: OSError) -> ConfigError:
 
 
 def check_export_folder(folder: Path) -> None:
-    """Refuse a place for an export before a model is loaded. Creates nothing.
+    """Check the folder of an export before a model is loaded. Creates nothing.
 
     Raises:
-        ConfigError: it exists and is not empty, or it cannot be written.
+        ConfigError: the folder exists and is not empty, or it cannot be written.
     """
     try:
         check_can_create(folder)
@@ -101,10 +102,10 @@ def check_export_folder(folder: Path) -> None:
 
 
 def check_can_create(folder: Path) -> None:
-    """Whether `folder` is there and can be written, or could be made with its parents. Leaves nothing behind.
+    """Check that `folder` can be written, or can be created with its parents. Leaves nothing behind.
 
     Raises:
-        OSError: it cannot: something that is not a folder lies in the way, or no file can be made where it would be.
+        OSError: something on the path is not a folder, or no file can be created there.
     """
     nearest = folder.absolute()
     while True:
@@ -115,18 +116,18 @@ def check_can_create(folder: Path) -> None:
             nearest = nearest.parent
     if not nearest.is_dir():
         raise NotADirectoryError(f"{nearest} is not a folder")
-    # Permissions alone do not tell: a file system may be read-only, full, or one like /proc that takes no files even from root.
+    # Permissions are not enough. A file system may be read-only or full, or allow no files even for root, like /proc.
     try:
         tempfile.TemporaryFile(dir=nearest).close()
     except OSError as error:
-        raise OSError(f"no file can be made in {nearest}: {error.strerror}") from error
+        raise OSError(f"no file can be created in {nearest}: {error.strerror}") from error
 
 
 def _write_config(path: Path, text: str) -> None:
     if path.exists():
         earlier = path.read_text(encoding="utf-8")
         if _without_date(earlier) == _without_date(text):
-            return  # a requeued job: the date of the first start is the one worth keeping
+            return  # a requeued job keeps the date of its first start
         number = 1
         while (kept := path.with_name(f"config.{number}.yaml")).exists():
             number += 1
@@ -139,18 +140,18 @@ def _without_date(text: str) -> list[str]:
 
 
 def _provenance() -> str:
-    """What produced the run, as YAML comments: they inform the reader and never the loader."""
+    """Date, git revision and versions as YAML comments, which are for readers and not loaded."""
     lines = [f"{_DATE_PREFIX} {datetime.now(UTC).isoformat(timespec='seconds')}", f"# git revision: {git_revision()}"]
     lines += [f"# {name}: {version}" for name, version in package_versions().items()]
     return "\n".join(lines) + "\n"
 
 
 def git_revision(folder: Path = _PACKAGE_FOLDER) -> str:
-    """Commit hash of the code in `folder`, with ``+dirty`` when files there are changed or new; ``unknown`` outside git.
+    """Commit hash of the code in `folder`, with ``+dirty`` if files there are changed or new; ``unknown`` outside git.
 
-    An installed copy may lie inside somebody else's repository (a virtual environment in a checkout), so files that
-    repository does not track are ``unknown`` too. Only `folder` counts as dirty or clean: the rest (configs, notes, run
-    folders) does not change what the code does.
+    An installed copy may lie inside another repository, for example in a virtual environment in its checkout. Files that the
+    repository does not track are therefore ``unknown`` too. Only changes in `folder` count as dirty, because configurations,
+    notes and run folders do not change what the code does.
     """
     revision = _git(folder, "rev-parse", "HEAD")
     changes = _git(folder, "status", "--porcelain", "--", ".")
@@ -160,7 +161,7 @@ def git_revision(folder: Path = _PACKAGE_FOLDER) -> str:
 
 
 def _git(folder: Path, *arguments: str) -> str | None:
-    """Output of one git command, or None where git is missing, refuses or hangs."""
+    """Output of one git command, or None if git is missing, fails or hangs."""
     try:
         done = subprocess.run(["git", "-C", str(folder), *arguments], capture_output=True, text=True, timeout=10, check=False)
     except (OSError, subprocess.TimeoutExpired):
@@ -180,7 +181,7 @@ def package_versions() -> dict[str, str]:
 
 
 def encode_json(obj: Any, indent: int | None = None) -> str:
-    """Strict JSON: floats at full precision, and NaN or infinity as null, for which JSON has no word."""
+    """Strict JSON with floats at full precision. NaN and infinity become null, because JSON does not have them."""
     return json.dumps(_finite(obj), indent=indent, ensure_ascii=False, allow_nan=False)
 
 
@@ -200,13 +201,13 @@ def write_json_atomic(path: Path, obj: Any) -> None:
 
 
 def write_text_atomic(path: Path, text: str) -> None:
-    """Replace `path` by `text` (UTF-8): a reader, or a kill at any moment, finds the old file or the new one, whole."""
+    """Replace the content of `path` by `text` (UTF-8). At any moment the file is complete, either the old one or the new one."""
     path = Path(path)
-    # The temporary file lies beside its target because a rename is atomic only within one file system.
+    # The temporary file is in the same folder, because a rename is atomic only within one file system.
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(handle, "w", encoding="utf-8", newline="") as file:
-            # mkstemp makes files private; a run folder is shared like any other file of its owner.
+            # mkstemp creates private files, but a run folder has the usual permissions of its owner's files.
             os.fchmod(file.fileno(), 0o666 & ~_umask())
             file.write(text)
             file.flush()

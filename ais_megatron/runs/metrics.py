@@ -1,9 +1,9 @@
-"""What a run tells about itself: seconds per phase, one JSON row per step, and figures for the eye.
+"""A run's metrics: the seconds of each phase, one line of ``metrics.jsonl`` per step, and what the terminal shows.
 
-``metrics.jsonl`` is always written and is the only sink anything reads back (`read_metrics`, `report`, resuming);
-TensorBoard and Weights & Biases are copies for those who ask (``metrics.tensorboard``, ``metrics.wandb``). A row is one
-``os.write`` to a descriptor opened with O_APPEND, so a killed process leaves whole lines; only a crashed machine or a full
-disk can tear the last one, and the readers here ignore it.
+``metrics.jsonl`` is always written. It is the only record that is read again, by `read_metrics`, `report` and resumed runs.
+TensorBoard and Weights & Biases get copies (``metrics.tensorboard``, ``metrics.wandb``). Every line is a single ``os.write`` to a
+descriptor opened with O_APPEND, so a killed process leaves complete lines. Only a crashed machine or a full disk can leave an
+incomplete last line, which the readers here ignore.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from ais_megatron.runs.folder import METRICS_FILE, encode_json, write_text_atomi
 PHASES = ("generate", "reward", "logprobs", "diagnose", "train", "calibrate", "sync", "evaluate", "checkpoint")
 WANDB_ID_FILE = "wandb_id"
 
-# (metric, how the step line shows it): the few figures that tell a healthy run from a sick one.
+# (metric, its format in the line of a step): the few figures that show whether a run is healthy.
 _LINE_FIGURES = (
     ("reward_mean", "reward {:.3f}"),
     ("held_out_accuracy", "held-out {:.1%}"),
@@ -46,8 +46,8 @@ class PhaseTimer:
     """Wall seconds spent in each phase of one step.
 
     Args:
-        synchronize: called when a phase ends well, before its clock stops. On CUDA pass ``torch.cuda.synchronize``:
-            kernels run behind Python, and their time would be booked to whichever later phase waits for them.
+        synchronize: called at the end of a phase that did not raise, before its clock stops. On CUDA pass
+            ``torch.cuda.synchronize``. Kernels run asynchronously, so otherwise a later phase would seem to take their time.
     """
 
     def __init__(self, synchronize: Callable[[], None] | None = None) -> None:
@@ -57,7 +57,7 @@ class PhaseTimer:
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Add the block's wall seconds to phase `name`, also when the block raises. Phases do not nest: their sum is the step."""
+        """Add the wall seconds of the block to phase `name`, even if the block raises. Phases do not nest, so they add up to the step."""
         assert name in PHASES, f"unknown phase {name!r}; known: {', '.join(PHASES)}"
         assert self._open is None, f"phase {name!r} begins inside phase {self._open!r}"
         self._open = name
@@ -71,7 +71,7 @@ class PhaseTimer:
             self._open = None
 
     def take(self) -> dict[str, float]:
-        """``{"time/generate": seconds, ...}`` of the phases entered since the last call, and start again from zero."""
+        """``{"time/generate": seconds, ...}`` for the phases since the last call. Starts again from zero."""
         assert self._open is None, f"phase {self._open!r} is still running"
         taken = {f"time/{name}": seconds for name, seconds in self._seconds.items()}
         self._seconds = {}
@@ -79,10 +79,10 @@ class PhaseTimer:
 
 
 class Sinks:
-    """Where a step's figures go: metrics.jsonl, the terminal and, when asked, TensorBoard and Weights & Biases.
+    """Writes the metrics of every step to metrics.jsonl, the terminal and, if configured, TensorBoard and Weights & Biases.
 
-    Every rank constructs one, so that a missing package is an error on all of them; only the main rank writes, and
-    on the others every method does nothing. Use it as a context manager.
+    Every rank constructs one, so that a missing package is an error on all of them. Only the main rank writes. On the other ranks
+    every method does nothing. Use it as a context manager.
 
     Raises:
         ConfigError: ``metrics.tensorboard`` or ``metrics.wandb`` asks for a package that is not installed, or Weights &
@@ -105,10 +105,10 @@ class Sinks:
         self._wandb = _start_wandb(config, self._run_dir) if is_main and wandb_mode != "off" else None
 
     def log(self, step: int, row: Mapping[str, float | int | str | None]) -> None:
-        """Record one step. `row` holds plain numbers and strings; ``step`` may be among them and must then agree.
+        """Record one step. `row` holds plain numbers and strings. If it contains ``step``, the value must be the same.
 
         Raises:
-            RuntimeError: the row could not be written whole (a full disk).
+            RuntimeError: the line could not be written completely (the disk is full).
         """
         if not self._is_main:
             return
@@ -121,7 +121,7 @@ class Sinks:
         self._console.show(step, figures)
 
     def truncate_after(self, step: int) -> None:
-        """Forget the rows after `step`, which a resumed run is about to repeat, and a torn last line."""
+        """Remove the lines after `step`, which a resumed run will repeat, and an incomplete last line."""
         if not self._is_main:
             return
         self._console.completed = self._rows.truncate_after(step)
@@ -129,7 +129,7 @@ class Sinks:
         self._purge_step = step + 1  # TensorBoard hides earlier events from this step on
 
     def close(self, failed: bool = False) -> None:
-        """Flush and release everything; calling it again does nothing. `failed` marks the Weights & Biases run as such."""
+        """Flush and close everything. A second call does nothing. `failed` marks the Weights & Biases run as failed."""
         self._console.close()
         self._rows.close()
         self._close_tensorboard()
@@ -148,7 +148,7 @@ class Sinks:
     def _log_tensorboard(self, step: int, figures: Mapping[str, Any]) -> None:
         if not self._config.metrics.tensorboard:
             return
-        if self._tensorboard is None:  # made with the first row: only then is it known whether rows were truncated
+        if self._tensorboard is None:  # created at the first row, because only then is it known whether rows were truncated
             from torch.utils.tensorboard import SummaryWriter
 
             self._tensorboard = SummaryWriter(str(self._run_dir / "tensorboard"), purge_step=self._purge_step)
@@ -163,7 +163,7 @@ class Sinks:
 
 
 class _RowFile:
-    """metrics.jsonl, opened at the first row: a run that dies before it leaves nothing that refuses a second start."""
+    """metrics.jsonl. It is opened at the first row, so a run that dies earlier does not prevent a second start in its folder."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -171,16 +171,16 @@ class _RowFile:
 
     def append(self, row: Row) -> None:
         if self._descriptor is None:
-            self.truncate_after(sys.maxsize)  # a torn last line must not swallow the row that follows it
+            self.truncate_after(sys.maxsize)  # the new row must not continue an incomplete last line
             self._descriptor = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
         line = (encode_json(row) + "\n").encode()
-        # No fsync: what a process has written survives its death, and a step lost with the machine is repeated anyway.
+        # No fsync: what a process has written survives its death, and a resumed run repeats steps that a machine loses.
         written = os.write(self._descriptor, line)
         if written != len(line):
             raise RuntimeError(f"{self._path}: {written} of {len(line)} bytes of step {row['step']} written; is the disk full?")
 
     def truncate_after(self, step: int) -> int:
-        """Keep the rows up to `step`, byte for byte; return how many they are."""
+        """Keep the rows up to `step`, byte for byte. Returns their number."""
         self.close()  # the rename below leaves an open descriptor pointing at the old file
         if not self._path.exists():
             return 0
@@ -197,11 +197,11 @@ class _RowFile:
 
 
 class _Terminal:
-    """One line per step, and below them a progress bar where stdout is a terminal and the bar is wanted."""
+    """One line per step, and a progress bar below if stdout is a terminal and the bar is configured."""
 
     def __init__(self, total: int, wants_bar: bool) -> None:
         self._total = total
-        # isatty rather than rich's own guess, which environment variables can turn into control characters in a log file.
+        # Uses isatty and not rich's own test, because environment variables can make rich write control characters to a log file.
         self._wants_bar = wants_bar and sys.stdout.isatty()
         self._bar: Any = None
         self._task: Any = None
@@ -220,7 +220,7 @@ class _Terminal:
             TextColumn("left"),
             TimeRemainingColumn(),
         )
-        # The default estimates speed from the last 30 s; a step of a large model takes longer than that.
+        # By default rich estimates the speed from the last 30 s, but a step of a large model takes longer.
         self._bar = Progress(*columns, speed_estimate_period=86_400.0)
         self._task = self._bar.add_task("training", total=self._total, completed=self.completed)
         self._bar.start()
@@ -242,7 +242,7 @@ class _Terminal:
 
 
 def step_line(step: int, total: int, figures: Mapping[str, Any]) -> str:
-    """One step in one line of plain characters; figures that the step did not measure are left out."""
+    """One step as one line of plain text. Figures that the step did not measure are left out."""
     shown = [form.format(figures[key]) for key, form in _LINE_FIGURES if figures.get(key) is not None]
     return "  ".join([f"step {step:>{len(str(total))}}/{total}", *shown])
 
@@ -253,7 +253,7 @@ def _require(package: str, wish: str, instead: str) -> None:
 
 
 def _start_wandb(config: Config, run_dir: Path) -> Any:
-    """Begin, or on a second start continue, the Weights & Biases run whose id is in ``run_dir/wandb_id``."""
+    """Begin the Weights & Biases run whose id is in ``run_dir/wandb_id``, or continue it after a restart."""
     import wandb
 
     id_file = run_dir / WANDB_ID_FILE
@@ -266,16 +266,16 @@ def _start_wandb(config: Config, run_dir: Path) -> Any:
             project=config.metrics.wandb_project,
             name=run_dir.resolve().name,
             id=id_file.read_text(encoding="utf-8").strip(),
-            resume="allow" if mode == "online" else None,  # offline runs are joined by their id when they are uploaded
+            resume="allow" if mode == "online" else None,  # offline runs with the same id are joined at their upload
             mode=mode,
             dir=str(run_dir),
             config=_without_secrets(config.model_dump(mode="json")),
-            # Command line, host, environment and source stay here; config.yaml already records what made the run.
+            # Command line, host, environment and source are not sent. config.yaml already records where the run comes from.
             settings=wandb.Settings(silent=True, console="off", disable_git=True, disable_code=True, x_disable_meta=True),
         )
     except wandb.Error as error:
         raise ConfigError(f"metrics.wandb={mode}: {error}; log in with `wandb login`, or set metrics.wandb=offline or off") from error
-    # A resumed run logs steps that wandb's own counter has passed, which it would drop: plot against ours instead.
+    # A resumed run logs steps that wandb's own counter has passed, and wandb would drop them. So plots use our step.
     run.define_metric("step")
     run.define_metric("*", step_metric="step")
     if mode == "online":
@@ -284,24 +284,26 @@ def _start_wandb(config: Config, run_dir: Path) -> Any:
 
 
 def _without_secrets(data: Any) -> Any:
-    """The configuration without keys that sound secret: today it has none, and a later one must not leave the machine."""
+    """The configuration without keys that sound secret. There are none today, and a later one must not leave the machine."""
     if isinstance(data, dict):
         return {key: _without_secrets(value) for key, value in data.items() if not _SECRET_KEY.search(key)}
     return [_without_secrets(value) for value in data] if isinstance(data, list) else data
 
 
 def read_metrics(run_dir: Path) -> list[Row]:
-    """The rows of ``metrics.jsonl`` in file order, null for NaN; none where the file is missing; without a torn last line.
+    """The rows of ``metrics.jsonl`` in the order of the file, with null for NaN. An incomplete last line is ignored.
+
+    Returns an empty list if there is no file.
 
     Raises:
-        ValueError: a line before the last is not a row; the message names file and line.
+        ValueError: a line before the last is not a row. The message names file and line.
     """
     path = Path(run_dir) / METRICS_FILE
     return [row for _, row in _parse_rows(path)] if path.exists() else []
 
 
 def _parse_rows(path: Path) -> list[tuple[str, Row]]:
-    """Each whole line of `path` with the row it holds."""
+    """Each complete line of `path`, with its row."""
     *lines, unfinished = path.read_bytes().split(b"\n")
     parsed = []
     for number, raw in enumerate(lines, start=1):
@@ -309,10 +311,10 @@ def _parse_rows(path: Path) -> list[tuple[str, Row]]:
             line = raw.decode()
             row = json.loads(line)
             if not isinstance(row, dict) or "step" not in row:
-                raise ValueError("no step in it")
+                raise ValueError("it has no step")
         except ValueError as error:  # also JSONDecodeError and UnicodeDecodeError
             if number == len(lines) and not unfinished:
-                break  # torn, though its line feed was written: file systems may lose the middle of what they had not flushed
-            raise ValueError(f"{path}: line {number} is not a row of metrics ({error}); repair or delete the line") from error
+                break  # incomplete although it ends with a line feed: file systems may lose the middle of unflushed data
+            raise ValueError(f"{path}: line {number} is not a row of metrics ({error}); repair or delete this line") from error
         parsed.append((line, row))
     return parsed

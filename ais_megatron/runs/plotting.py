@@ -1,4 +1,4 @@
-"""The plots of a run, drawn from the rows of its metrics, and the colours and style that all our plots share."""
+"""Draws the plots of a run from its metrics, and defines the colours and the style of all our plots."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     Draw = Callable[["Figure", "Curves"], None]
 
-# Okabe and Ito's colours, which colour-blind readers can tell apart, and one more for the ninth phase.
+# The colours of Okabe and Ito, which colour-blind readers can tell apart, and one more for the ninth phase.
 BLUE, ORANGE, GREEN, PURPLE = "#0072B2", "#D55E00", "#009E73", "#CC79A7"
 PHASE_COLOURS = (BLUE, "#E69F00", "#56B4E9", PURPLE, ORANGE, GREEN, "#F0E442", "#8C8C8C", "#6A3D9A")
 STYLE: dict[Any, Any] = {  # (matplotlib would have its keys be a Literal of all its settings)
@@ -34,20 +34,22 @@ STYLE: dict[Any, Any] = {  # (matplotlib would have its keys be a Literal of all
     "lines.linewidth": 2.0,
     "figure.dpi": 130,
 }
-MARKED_POINTS = 40  # up to this many points each gets a marker; beyond it they would hide the line
-SMOOTHED_POINTS = 60  # from this many on, a noisy curve is drawn pale with its moving average on top
-MOST_BARS = 100  # phase times of longer runs are averaged over neighbouring steps: thinner bars are only noise
+MARKED_POINTS = 40  # a curve with at most this many points has markers; more would hide the line
+SMOOTHED_POINTS = 60  # a curve with at least this many points is drawn pale, with its moving average on top
+MOST_BARS = 100  # for longer runs, phase times are averaged over neighbouring steps
 
 
 @dataclass(frozen=True)
 class Curves:
-    """What the plots are drawn from: `rows` of metrics and `summary` (None before the end of the run)."""
+    """The data of the plots."""
 
     rows: Sequence[dict[str, Any]]
+    """The rows of metrics.jsonl."""
     summary: dict[str, Any] | None
+    """The content of summary.json; None before the end of the run."""
 
     def points(self, key: str) -> tuple[list[int], list[float]]:
-        """Steps at which `key` was measured, and its values."""
+        """The steps at which `key` was measured, and its values."""
         found = [(row["step"], row[key]) for row in self.rows if is_number(row.get(key))]
         return [step for step, _ in found], [value for _, value in found]
 
@@ -57,20 +59,23 @@ class Curves:
 
 @dataclass(frozen=True)
 class Plot:
-    """One image: its file, heading, caption, the columns it cannot do without, its size in inches and who draws it."""
+    """One image of the report."""
 
     file: str
     heading: str
     caption: str
     columns: tuple[str, ...]
+    """The columns that it needs."""
     size: tuple[float, float]
+    """Width and height in inches."""
     draw: Draw
+    """The function that draws it."""
 
 
 def missing_columns(plot: Plot, run: Curves) -> list[str]:
-    if plot.file == HELD_OUT_FILE:  # drawn from the summary's two evaluations where the rows have none
+    if plot.file == HELD_OUT_FILE:  # if the rows have none, it shows the two evaluations of the summary
         return [] if held_out_points(run)[0] else list(plot.columns)
-    if plot.file == PHASES_FILE:  # any phase will do
+    if plot.file == PHASES_FILE:  # any phase is enough
         return [] if any(run.has(f"time/{name}") for name in PHASES) else list(plot.columns)
     return [column for column in plot.columns if not run.has(column)]
 
@@ -81,7 +86,7 @@ def save_plot(plot: Plot, run: Curves, path: Path) -> None:
     from matplotlib.figure import Figure
     from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-    # A Figure with its own Agg canvas: pyplot would keep global state and look for a display.
+    # A Figure with its own Agg canvas, because pyplot would keep global state and look for a display.
     with matplotlib.rc_context(STYLE):
         pads = ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.12, wspace=0.03, hspace=0.03)  # in inches
         figure = Figure(figsize=plot.size, layout=pads)
@@ -98,7 +103,7 @@ def _step_axis(axes: Axes) -> None:
 
 
 def _curve(axes: Axes, run: Curves, key: str, colour: str, label: str | None = None) -> None:
-    """Draw one metric over the steps: with markers where they are few, with a moving average where they are many."""
+    """Draw one metric over the steps: few points with markers, many points with a moving average."""
     steps, values = run.points(key)
     if len(steps) < SMOOTHED_POINTS:
         axes.plot(steps, values, color=colour, label=label, marker="o" if len(steps) <= MARKED_POINTS else None, markersize=4)
@@ -108,12 +113,12 @@ def _curve(axes: Axes, run: Curves, key: str, colour: str, label: str | None = N
 
 
 def _window(num_points: int) -> int:
-    """Points in the moving average: odd, about a twentieth of the curve."""
+    """Number of points in the moving average: odd, about a twentieth of the curve."""
     return max(3, num_points // 20 | 1)
 
 
 def moving_average(values: Sequence[float], window: int) -> list[float]:
-    """Mean over the `window` (odd) points around each; near the ends over those of them that exist."""
+    """The mean over the `window` (odd) points around each point. Near the ends fewer points exist."""
     assert window % 2 == 1
     half = window // 2
     around = [values[max(0, i - half) : i + half + 1] for i in range(len(values))]
@@ -131,7 +136,7 @@ def _draw_reward(figure: Figure, run: Curves) -> None:
 
 
 def held_out_points(run: Curves) -> tuple[list[int], list[float]]:
-    """Steps and held-out accuracies: the rows', with the summary's first and last where the rows do not have them."""
+    """Steps and held-out accuracies from the rows. The first and last come from the summary if the rows do not have them."""
     points = dict(zip(*run.points("held_out_accuracy"), strict=True))
     first, last = run.rows[0]["step"], run.rows[-1]["step"]
     if run.summary is not None:
@@ -148,9 +153,9 @@ def _draw_held_out(figure: Figure, run: Curves) -> None:
     steps, accuracies = held_out_points(run)
     percent = [100.0 * accuracy for accuracy in accuracies]
     axes.plot(steps, percent, color=GREEN, marker="o", markersize=6, clip_on=False)
-    for i in sorted({0, len(steps) - 1}):  # the two figures everybody looks for
+    for i in sorted({0, len(steps) - 1}):  # the two figures that matter most
         neighbour = percent[i - 1] if i else percent[min(1, len(percent) - 1)]
-        above = percent[i] >= neighbour  # on the side that the line does not leave by
+        above = percent[i] >= neighbour  # the label goes to the side where there is no line
         offset, side = (0, 9 if above else -9), "bottom" if above else "top"
         axes.annotate(f"{percent[i]:.1f} %", (steps[i], percent[i]), offset, textcoords="offset points", ha="center", va=side)
     axes.margins(x=0.06, y=0.15)
@@ -170,7 +175,7 @@ def _draw_ais(figure: Figure, run: Curves) -> None:
         _curve(axes, run, key, colour)
         axes.set_title(title)
         axes.set_ylabel(label)
-        # rho = 0.999 and 0.9991 differ: plain numbers, never "+9.99e-1" above the axis.
+        # Plain numbers on the axis, because an offset such as "+9.99e-1" would hide how 0.999 and 0.9991 differ.
         axes.ticklabel_format(axis="y", useOffset=False)
         if key == "divergence_severity" and any(value > 0.0 for value in run.points(key)[1]):
             axes.set_yscale("log", nonpositive="mask")
@@ -190,7 +195,7 @@ def _draw_response_length(figure: Figure, run: Curves) -> None:
 
 
 def bins_of(run: Curves) -> tuple[list[Sequence[dict[str, Any]]], list[float]]:
-    """Consecutive rows in at most `MOST_BARS` equal bins, and the steps at which bins begin and the last one ends."""
+    """Consecutive rows in at most `MOST_BARS` equal bins, and the edges of the bins in steps."""
     size = math.ceil(len(run.rows) / MOST_BARS)
     bins = [run.rows[i : i + size] for i in range(0, len(run.rows), size)]
     return bins, [*(rows[0]["step"] - 0.5 for rows in bins), run.rows[-1]["step"] + 0.5]
@@ -201,7 +206,7 @@ def _draw_phase_times(figure: Figure, run: Curves) -> None:
     bins, edges = bins_of(run)
 
     def mean_seconds(key: str) -> list[float]:
-        # A phase that a step did not enter took no time there.
+        # A phase that a step did not enter took no time in that step.
         return [math.fsum(row.get(key) or 0.0 for row in rows) / len(rows) for rows in bins]
 
     bottom = [0.0] * len(bins)
@@ -234,7 +239,7 @@ PLOTS = (
     Plot(
         "reward.png",
         "Reward",
-        "What the policy is trained on: the verifiable reward, and the share of responses that are right.",
+        "The mean verifiable reward of the training batch, and the share of its responses that are correct.",
         ("reward_mean", "accuracy"),
         (9.0, 4.5),
         _draw_reward,
@@ -242,8 +247,8 @@ PLOTS = (
     Plot(
         "ais.png",
         "Adaptive importance sampling",
-        "How far the quantized rollout engine is from the trainer (D), how many samples carry the weights (rho), what weighting "
-        "does to the variance (nu; 1 is neutral), and how strongly the batch is corrected (alpha).",
+        "How far the rollout engine is from the trainer (D), the effective sample size of the importance weights (rho), how they "
+        "change the second moment of the advantages (nu; 1 is neutral), and how strongly the batch is corrected (alpha).",
         ("alpha", "weight_reliability", "divergence_severity", "variance_amplification"),
         (11.0, 7.0),
         _draw_ais,

@@ -1,8 +1,7 @@
-"""A finished or running experiment as one page: ``report/index.html`` with five plots and the closing figures.
+"""Writes a run's report, finished or not: ``report/index.html`` with five plots and the closing figures.
 
-Everything is drawn from what the run folder holds (``metrics.jsonl``, and ``config.yaml`` and ``summary.json`` where they
-are there), so a report can be made again at any time, on any machine, also of a run that was killed. The page loads
-nothing but the images beside it.
+Everything comes from the run folder: ``metrics.jsonl``, and ``config.yaml`` and ``summary.json`` if they exist. So a report can be
+drawn again at any time and on any machine, even for a run that was killed. The page loads only the images beside it.
 """
 
 from __future__ import annotations
@@ -53,15 +52,17 @@ pre {{ overflow-x: auto; background: #f6f6f6; padding: 1rem; font-size: 13px; }}
 def write_report(run_dir: Path) -> Path:
     """Draw the plots into ``run_dir/report/`` and return the path of its ``index.html``. An earlier report is replaced.
 
-    A plot whose columns no row has is left out, and the page says which columns it misses.
+    A plot is left out if no row has its columns. The page then names the missing columns.
 
     Raises:
-        ValueError: ``metrics.jsonl`` is missing, holds no row, or is damaged before its last line.
+        ValueError: ``metrics.jsonl`` is missing or has no row, or a line before the last is damaged.
     """
     run_dir = Path(run_dir)
     rows = read_metrics(run_dir)
     if not rows:
-        raise ValueError(f"{run_dir / METRICS_FILE}: there is no step to report on; give the folder of a run that finished at least one")
+        raise ValueError(
+            f"{run_dir / METRICS_FILE}: there is no step to report on; give the folder of a run that has finished at least one step"
+        )
     run = Curves(rows, _read_summary(run_dir))
     folder = run_dir / "report"
     folder.mkdir(exist_ok=True)
@@ -116,7 +117,7 @@ def _plot_section(plot: Plot, missing: Sequence[str]) -> str:
 
 
 def _config_section(path: Path) -> str:
-    """The configuration as text, with the comments that name its revision: it is shown, not judged, so any version will do."""
+    """The configuration as text, with the comments that name its revision. It is only shown, so it may be from any version."""
     if not path.exists():
         return f"<h2>Configuration</h2>\n<p>Left out: there is no {CONFIG_FILE}.</p>"
     text = html.escape(path.read_text(encoding="utf-8", errors="replace"))

@@ -1,4 +1,4 @@
-"""A finished run in seven figures: for scripts (`summary.json`), for the report, and as a table for the eye."""
+"""Summarises a finished run in seven figures, for `summary.json`, the report and the closing table."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from typing import Any, TypeGuard
 def summarize(
     rows: Sequence[Mapping[str, Any]], start_accuracy: float | None, final_accuracy: float | None, wall_seconds: float
 ) -> dict[str, float | None]:
-    """A run in seven figures; None where no row has the metric.
+    """A run in seven figures. A figure is None if no row has its metric.
 
     Args:
         rows: from `read_metrics`.
         start_accuracy, final_accuracy: pass@1 on the held-out problems, in [0, 1], before the first and after the last step.
-        wall_seconds: of the whole run, start to end.
+        wall_seconds: duration of the whole run.
 
     Returns:
-        Means are over steps. ``tokens_per_second`` is all response tokens over all step seconds: the mean of the steps'
-        own rates would let short steps count as much as long ones.
+        The figures by name. Means are over steps. ``tokens_per_second`` divides all response tokens by the seconds of all steps,
+        because a mean of the steps' own rates would give short steps too much weight.
     """
     timed = [row for row in rows if is_number(row.get("num_response_tokens")) and is_number(row.get("time/step"))]
     tokens = math.fsum(row["num_response_tokens"] for row in timed)
@@ -38,7 +38,7 @@ def summarize(
 
 
 def is_number(value: Any) -> TypeGuard[float]:
-    """Whether `value` is a finite number and no bool."""
+    """Whether `value` is a finite number and not a bool."""
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
@@ -48,7 +48,7 @@ def _mean(rows: Sequence[Mapping[str, Any]], key: str) -> float | None:
 
 
 def summary_lines(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """(name, figure with unit) for every line of the closing table; ``-`` where a figure was not measured."""
+    """(name, figure with unit) for every line of the closing table; ``-`` if a figure was not measured."""
 
     def figure(key: str, form: str) -> str:
         return form.format(summary[key]) if is_number(summary.get(key)) else "-"
@@ -75,7 +75,7 @@ def format_duration(seconds: float) -> str:
 
 
 def print_table(summary: Mapping[str, Any], report_path: Path | None = None) -> None:
-    """Print the closing table of a run to stdout: `summary` from `summarize`, and where the report lies, if it was written."""
+    """Print the closing table of a run to stdout, and the path of its report if there is one. `summary` is from `summarize`."""
     from rich.console import Console
     from rich.table import Table
 
@@ -86,5 +86,5 @@ def print_table(summary: Mapping[str, Any], report_path: Path | None = None) -> 
         table.add_row(name, text)
     console = Console(force_terminal=sys.stdout.isatty(), highlight=False)
     console.print(table)
-    if report_path is not None:  # below the table: a path folded into a narrow column cannot be copied
+    if report_path is not None:  # below the table, because a path that is folded into a narrow column cannot be copied
         console.print(f"report: {report_path}", markup=False, soft_wrap=True)

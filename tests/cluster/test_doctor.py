@@ -66,7 +66,7 @@ def test_packages_are_not_imported(site):
 def test_the_apex_of_pypi_is_told_from_nvidias(site):
     site("apex/__init__.py", "apex/interfaces.py")
     finding = doctor._apex()
-    assert not finding.present and "PyPI's unrelated package" in finding.note
+    assert not finding.present and "an unrelated package from PyPI" in finding.note
 
 
 def test_apex_without_and_with_its_cuda_extension(site):

@@ -64,7 +64,7 @@ def test_no_driver(gpus, monkeypatch):
 
     monkeypatch.setattr(torch.cuda, "init", init)
     (problem,) = gpu_problems(config())
-    assert "finds no usable GPU: Found no NVIDIA driver on your system.; look at `nvidia-smi`" in problem
+    assert "finds no usable GPU: Found no NVIDIA driver on your system.; run `nvidia-smi`" in problem
 
 
 def test_fewer_gpus_than_ranks(gpus, monkeypatch):

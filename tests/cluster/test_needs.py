@@ -50,7 +50,7 @@ def test_one_machine_with_one_nccl(python):
 def test_two_versions_are_a_problem_that_names_both(python):
     found = by_name(check_needs(config(python({"torch": "2.15.0", "nccl": "2.31.0"}))))["NCCL version"]
     assert not found.ok and "NCCL 2.30.7 (torch 2.14.1)" in found.note and "NCCL 2.31.0 (torch 2.15.0)" in found.note
-    assert "put torch==2.15.0 into the trainer's environment" in found.note
+    assert "install torch==2.15.0 in the trainer's environment" in found.note
 
 
 def test_an_unknown_version_is_no_agreement():
@@ -61,7 +61,7 @@ def test_an_unknown_version_is_no_agreement():
 def test_switches_that_differ(python, monkeypatch):
     monkeypatch.setenv("NCCL_CUMEM_ENABLE", "1")
     found = by_name(check_needs(config(python(), env={"NCCL_CUMEM_ENABLE": "0"})))["NCCL switches"]
-    assert not found.ok and found.note.startswith("NCCL_CUMEM_ENABLE is 1 at the trainer, 0 here: set them alike")
+    assert not found.ok and found.note.startswith("NCCL_CUMEM_ENABLE is 1 at the trainer, 0 here; set the same value on both sides")
 
 
 def test_weights_that_travel_otherwise_need_no_nccl(python):

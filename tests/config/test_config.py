@@ -96,7 +96,7 @@ def test_off_is_a_word_although_yaml_reads_it_as_false(tmp_path: Path) -> None:
         ),
         (
             {"correction": "icepop", "correction_options": {"level": "sequence"}},
-            r"correction_options.level=sequence: correction=icepop weighs tokens only; use correction=mis",
+            r"correction_options.level=sequence: correction=icepop weights single tokens only; use correction=mis",
         ),
         (
             {"correction": "k3_rs", "correction_options": {"level": "token"}},

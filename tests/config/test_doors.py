@@ -113,7 +113,7 @@ def test_names_are_found_without_an_import(code: Path) -> None:
         ({"objective": {"name": "grop"}}, r"^objective.name='grop': unknown objective; .*did you mean grpo\?$"),
         ({"objective": {"name": "my_code:my_objectiv"}}, r"has no function my_objectiv; did you mean my_code:my_objective\?$"),
         ({"objective": {"name": "my_code:shouting"}}, r"its preset: aggregation='loud': input should be 'token', 'sequence' or 'constant'"),
-        ({"objective": {"name": "my_code:computed"}}, r"must be one call with plain numbers"),
+        ({"objective": {"name": "my_code:computed"}}, r"must be one call whose arguments are plain numbers"),
         ({"rollout": {"engine": "locale"}}, r"^rollout.engine='locale': unknown engine; allowed: .*module:Class; did you mean local\?$"),
         ({"rollout": {"engine": "my_code:Remotes"}}, r"module my_code has no class Remotes; did you mean my_code:Remote\?$"),
         ({"rollout": {"engine": "my_code:Bent"}}, r"its traits: .*'servers'; allowed: is_embedded, has_servers, "),

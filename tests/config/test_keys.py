@@ -49,7 +49,7 @@ def test_the_command_needs_no_torch() -> None:
     script = "import sys; sys.argv[1:] = ['keys', 'ais']; from ais_megatron.cli import app\n"
     script += "try: app()\nfinally: assert 'torch' not in sys.modules"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT, check=True)
-    assert "ais.alpha_max  number, from 0, at most 1  = 1.0\n    alpha is never larger\n" in done.stdout
+    assert "ais.alpha_max  number, from 0, at most 1  = 1.0\n    alpha is never larger than this\n" in done.stdout
 
 
 def test_the_page_is_up_to_date() -> None:

@@ -120,7 +120,7 @@ def test_what_does_not_fit_is_refused_and_says_why(tmp_path: Path) -> None:
     [
         ({"engine": "replay"}, "set rollout.replay_dir"),
         ({"replay_dir": "x"}, "set rollout.engine=replay"),
-        ({"engine": "replay", "replay_dir": "x", "save_dir": "x"}, "is what is being replayed"),
+        ({"engine": "replay", "replay_dir": "x", "save_dir": "x"}, "is the folder that is being replayed"),
     ],
 )
 def test_keys_that_contradict_each_other(tmp_path: Path, rollout: dict[str, str], message: str) -> None:

@@ -61,7 +61,7 @@ def test_config_yaml_opens_with_date_revision_and_versions(tmp_path, monkeypatch
 
 def test_an_earlier_run_is_refused_and_left_alone(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
-    with pytest.raises(ConfigError, match="choose another run.dir, delete it, or set run.resume=true"):
+    with pytest.raises(ConfigError, match="choose another run.dir, delete this folder, or set run.resume=true"):
         open_run_folder(make_config(tmp_path), is_main=True)
     assert [entry.name for entry in tmp_path.iterdir()] == ["metrics.jsonl"]
 
@@ -101,9 +101,9 @@ def test_a_file_in_the_way_is_a_config_error(tmp_path):
         ("taken", "cannot be used as a run folder .*taken is not a folder.; choose another run.dir"),
         ("taken/below/it", "cannot be used as a run folder .*taken is not a folder.; choose another run.dir"),
         ("dangling", "cannot be used as a run folder .*dangling is not a folder.; choose another run.dir"),
-        ("/proc/run", "cannot be used as a run folder .no file can be made in /proc: .*; choose another run.dir"),  # not even by root
+        ("/proc/run", "cannot be used as a run folder .no file can be created in /proc: .*; choose another run.dir"),  # not even by root
         ("n" * 300, "cannot be used as a run folder .*too long"),
-        ("earlier", "already holds a run .metrics.jsonl.; choose another run.dir, delete it, or set run.resume=true"),
+        ("earlier", "already holds a run .metrics.jsonl.; choose another run.dir, delete this folder, or set run.resume=true"),
     ],
 )
 def test_what_cannot_be_a_run_folder_is_refused_and_left_alone(tmp_path, place, message):
@@ -121,7 +121,7 @@ def test_what_cannot_be_a_run_folder_is_refused_and_left_alone(tmp_path, place, 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write in any folder")
 def test_a_folder_without_permission_is_refused(tmp_path):
     tmp_path.chmod(0o500)
-    with pytest.raises(ConfigError, match="no file can be made in .*: Permission denied"):
+    with pytest.raises(ConfigError, match="no file can be created in .*: Permission denied"):
         check_run_folder(make_config(tmp_path / "run"))
 
 
@@ -161,7 +161,7 @@ def test_a_place_for_an_export(tmp_path):
         check_export_folder(tmp_path / "full")
     with pytest.raises(ConfigError, match="OUT=.*file: cannot be written .*file is not a folder.; choose another folder"):
         check_export_folder(tmp_path / "full" / "file")
-    with pytest.raises(ConfigError, match="OUT=/proc/hf: cannot be written .no file can be made in /proc.*; choose another folder"):
+    with pytest.raises(ConfigError, match="OUT=/proc/hf: cannot be written .no file can be created in /proc.*; choose another folder"):
         check_export_folder(Path("/proc/hf"))
 
 
