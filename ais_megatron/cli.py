@@ -20,7 +20,7 @@ from ais_megatron.cluster.exits import CHECK_FAILED, EXIT_REQUEUE, INTERRUPTED, 
 from ais_megatron.cluster.gpu_checks import gpu_problems
 from ais_megatron.cluster.launcher import is_launched, ranks_here, run_ranks
 from ais_megatron.config import Config, ConfigError, build_config, load_config
-from ais_megatron.runs.folder import check_export_folder, check_run_folder
+from ais_megatron.runs.folder import check_export_folder, check_output_file, check_run_folder
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -61,6 +61,12 @@ def evaluate(
 ) -> None:
     """Measure pass@1 on the held-out problems with the rollout engine."""
     loaded = load_config(target / "config.yaml" if target.is_dir() else target, overrides or [])
+    if not loaded.rollout.engine_traits.can_evaluate:
+        raise ConfigError(
+            f"rollout.engine={loaded.rollout.engine}: a recording holds no answers of other weights; set rollout.engine=local"
+        )
+    if out is not None:
+        check_output_file("--out", out)
     _run_distributed(loaded, lambda config: _evaluate(config, target if target.is_dir() else None, out))
 
 
@@ -291,8 +297,6 @@ def _evaluate(config: Config, run: Path | None, out: Path | None = None) -> None
     from ais_megatron.session import build_session
     from ais_megatron.trainer import begin
 
-    if not config.rollout.engine_traits.can_evaluate:
-        raise ConfigError("rollout.engine=replay: a recording holds no answers of other weights; set rollout.engine=local")
     config = config.model_copy(update={"rollout": config.rollout.model_copy(update={"save_dir": None})})  # nothing to train on later
     folder = _newest_checkpoint(run, config) if run else None
     session = build_session(config, from_checkpoint=run is not None)
@@ -302,6 +306,7 @@ def _evaluate(config: Config, run: Path | None, out: Path | None = None) -> None
     if rank() == 0:
         print(f"held-out pass@1: {accuracy:.4f}  ({config.eval.num_prompts} problems, {config.eval.samples} responses each)")
         if out is not None:
+            out.parent.mkdir(parents=True, exist_ok=True)
             write_json_atomic(out, {"accuracy": accuracy, "num_prompts": config.eval.num_prompts, "samples": config.eval.samples})
 
 

@@ -101,6 +101,20 @@ def check_export_folder(folder: Path) -> None:
         raise ConfigError(f"OUT={folder}: exists and is not empty; choose another folder, or empty it")
 
 
+def check_output_file(option: str, path: Path) -> None:
+    """Check that a command will be able to write `path`, before it works for it. Creates nothing.
+
+    Raises:
+        ConfigError: it is a folder, or nothing can be written where it shall lie.
+    """
+    try:
+        check_can_create(path.parent)
+    except OSError as error:
+        raise ConfigError(f"{option}={path}: cannot be written ({error}); choose another file") from error
+    if path.is_dir():
+        raise ConfigError(f"{option}={path}: is a folder; name a file")
+
+
 def check_can_create(folder: Path) -> None:
     """Check that `folder` can be written, or can be created with its parents. Leaves nothing behind.
 

@@ -12,6 +12,7 @@ from ais_megatron.config import Config, ConfigError, build_config, dump_config, 
 from ais_megatron.runs import folder as run_folder
 from ais_megatron.runs.folder import (
     check_export_folder,
+    check_output_file,
     check_run_folder,
     encode_json,
     git_revision,
@@ -163,6 +164,15 @@ def test_a_place_for_an_export(tmp_path):
         check_export_folder(tmp_path / "full" / "file")
     with pytest.raises(ConfigError, match="OUT=/proc/hf: cannot be written .no file can be created in /proc.*; choose another folder"):
         check_export_folder(Path("/proc/hf"))
+
+
+def test_a_figure_that_could_not_be_written_is_refused_beforehand(tmp_path: Path) -> None:
+    check_output_file("--out", tmp_path / "new" / "figure.json")
+    assert not (tmp_path / "new").exists()
+    with pytest.raises(ConfigError, match="--out=.*: is a folder; name a file"):
+        check_output_file("--out", tmp_path)
+    with pytest.raises(ConfigError, match="--out=/proc/figure.json: cannot be written"):
+        check_output_file("--out", Path("/proc/figure.json"))
 
 
 def test_export_to_a_place_that_cannot_be_written_is_one_message(tmp_path):

@@ -11,7 +11,7 @@ import torch
 
 from tests.helpers.ranks import RankPool
 from tests.virtual_cuda import scenarios
-from tests.virtual_cuda.scenarios import LAYOUTS
+from tests.virtual_cuda.scenarios import ALL_LAYOUTS
 
 
 def assert_equal(ours: Any, theirs: Any, where: str) -> None:
@@ -31,7 +31,7 @@ def on_both(
 ) -> list[Any]:
     """What each rank of the virtual GPUs returns, found equal to what the CPU ranks do."""
     arguments |= {"layout": layout, "weights": weights[layout.split(",")[0]]}
-    ours, theirs = (pool.run(LAYOUTS[layout][0], scenario, **arguments) for pool in (gpus, cpus))
+    ours, theirs = (pool.run(ALL_LAYOUTS[layout][0], scenario, **arguments) for pool in (gpus, cpus))
     for rank, (mine, reference) in enumerate(zip(ours, theirs, strict=True)):
         assert_equal(mine, reference, f"rank {rank}")
     return ours
@@ -44,7 +44,7 @@ def assert_same_training(gpus: RankPool, cpus: RankPool, weights: dict[str, Path
 
 def assert_checkpoints_come_back(gpus: RankPool, weights: dict[str, Path], layout: str, folder: Path) -> None:
     arguments = {"layout": layout, "weights": weights[layout.split(",")[0]], "folder": folder}
-    for differences in gpus.run(LAYOUTS[layout][0], scenarios.checkpoints, **arguments):
+    for differences in gpus.run(ALL_LAYOUTS[layout][0], scenarios.checkpoints, **arguments):
         assert differences == [0.0, 0.0]
 
 

@@ -27,7 +27,8 @@ DENSE: dict[str, Any] = {
     "max_position_embeddings": 256,
 }
 MOE = DENSE | {"model_type": "qwen3_moe", "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
-ARCHITECTURES = {"dense": DENSE, "moe": MOE}
+LLAMA = DENSE | {"model_type": "llama", "rope_scaling": {"original_max_position_embeddings": 32}, "tie_word_embeddings": True}
+ARCHITECTURES = {"dense": DENSE, "moe": MOE, "llama": LLAMA, "qwen2": DENSE | {"model_type": "qwen2"}}
 # ranks, `parallel`, model.recompute
 LAYOUTS: dict[str, tuple[int, dict[str, Any], str]] = {
     "dense, one rank": (1, {}, "none"),
@@ -35,10 +36,16 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any], str]] = {
     "dense, TP2 x PP2": (4, {"tp": 2, "pp": 2, "sequence_parallel": True}, "full"),
     "moe, TP2 x EP2": (4, {"tp": 2, "ep": 2, "sequence_parallel": True}, "none"),
 }
+# Of the other families, where a layout adds something: a stretched and tied model over stages, biases under sequence parallelism.
+FAMILY_LAYOUTS: dict[str, tuple[int, dict[str, Any], str]] = {
+    "llama, PP2": (2, {"pp": 2}, "none"),
+    "qwen2, TP2": (2, {"tp": 2, "sequence_parallel": True}, "none"),
+}
+ALL_LAYOUTS = LAYOUTS | FAMILY_LAYOUTS
 
 
 def config_of(layout: str, **sections: Any) -> Config:
-    kind, (_, parallel, recompute) = layout.split(",")[0], LAYOUTS[layout]
+    kind, (_, parallel, recompute) = layout.split(",")[0], ALL_LAYOUTS[layout]
     model = {"architecture": ARCHITECTURES[kind], "dtype": "fp32", "recompute": recompute}
     data = {
         "model": model,
@@ -83,7 +90,7 @@ def write_weights(folder: Path, kind: str) -> Path:
     generator, tensors = torch.Generator().manual_seed(5), {}
     for name, shape, _ in tensors_of(Architecture(**ARCHITECTURES[kind])):
         noise = 0.05 * torch.randn(shape, generator=generator)
-        tensors[name] = noise + 1.0 if len(shape) == 1 else noise
+        tensors[name] = noise + 1.0 if len(shape) == 1 and not name.endswith("bias") else noise
     folder.mkdir(parents=True)
     save_file(tensors, folder / "model.safetensors")
     return folder

@@ -17,7 +17,7 @@ from tests.helpers.ranks import RankPool
 from tests.virtual_cuda import machine, scenarios
 from tests.virtual_cuda.comparing import assert_checkpoints_come_back, assert_same_training, assert_same_weights_everywhere
 from tests.virtual_cuda.packages import MEGATRON, NotToBeHad, unpacked
-from tests.virtual_cuda.scenarios import LAYOUTS
+from tests.virtual_cuda.scenarios import ALL_LAYOUTS, FAMILY_LAYOUTS
 
 MACHINES = {
     f"Megatron {MEGATRON}": ("megatron",),
@@ -46,7 +46,7 @@ def test_the_libraries_are_those_that_were_asked_for(others: RankPool, weights: 
     assert linear == ("TELayerNormColumnParallelLinear" if "transformer_engine" in others.names else "ColumnParallelLinear")
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", ALL_LAYOUTS)
 def test_training_computes_what_it_computes_on_cpus(others: RankPool, ranks: RankPool, weights: dict[str, Path], layout: str) -> None:
     assert_same_training(others, ranks, weights, layout)
 
@@ -56,6 +56,6 @@ def test_checkpoints_come_back(others: RankPool, weights: dict[str, Path], layou
     assert_checkpoints_come_back(others, weights, layout, tmp_path)
 
 
-@pytest.mark.parametrize("layout", ["dense, TP2 x PP2", "moe, one rank"])
+@pytest.mark.parametrize("layout", ["dense, TP2 x PP2", "moe, one rank", *FAMILY_LAYOUTS])
 def test_weights_reach_engines_and_files(others: RankPool, ranks: RankPool, weights: dict[str, Path], layout: str, tmp_path: Path) -> None:
     assert_same_weights_everywhere(others, ranks, weights, layout, tmp_path)
