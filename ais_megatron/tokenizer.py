@@ -48,7 +48,7 @@ class Tokenizer(Protocol):
         """The text of any ids at all, eos_id and pad_id dropped; ids that stand for nothing become visible rubbish."""
 
     def save(self, folder: str | Path) -> None:
-        """Write all that `load_tokenizer(folder)` needs."""
+        """Write all that makes the tokenizer: MODEL_FILE, or the files of a Hugging Face tokenizer."""
 
 
 class SentencePieceTokenizer:
@@ -155,16 +155,6 @@ class HFTokenizer:
 
     def save(self, folder: str | Path) -> None:
         self._tokenizer.save_pretrained(str(folder))
-
-
-def load_tokenizer(path: str | Path) -> Tokenizer:
-    """The tokenizer in a .model file or in a folder that `save` wrote (or in any Hugging Face checkpoint folder)."""
-    path = Path(path)
-    if path.is_dir() and ((path / "tokenizer_config.json").is_file() or (path / "tokenizer.json").is_file()):
-        return HFTokenizer(path)
-    if path.is_dir() and not (path / MODEL_FILE).is_file():
-        raise ValueError(f"{path}: the folder holds none of tokenizer_config.json, tokenizer.json, {MODEL_FILE}")
-    return SentencePieceTokenizer.load(path / MODEL_FILE if path.is_dir() else path)
 
 
 def make_tokenizer(config: Config, task: Task) -> Tokenizer:

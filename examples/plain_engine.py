@@ -94,9 +94,6 @@ class PlainEngine:
         """Nothing to ask: there is no server whose memory could hold something else."""
         return []
 
-    def health(self) -> bool:
-        return self._version >= 0
-
     def close(self) -> None:
         self._version = -1
 

@@ -9,7 +9,7 @@ import pytest
 
 from ais_megatron.config import Config, TaskConfig, build_config
 from ais_megatron.tasks import make_task
-from ais_megatron.tokenizer import HFTokenizer, SentencePieceTokenizer, load_tokenizer, make_tokenizer
+from ais_megatron.tokenizer import MODEL_FILE, HFTokenizer, SentencePieceTokenizer, make_tokenizer
 
 TAGS = ("<answer>", "</answer>")
 
@@ -71,9 +71,8 @@ def test_training_is_reproducible_and_racing_ranks_agree(tmp_path: Path):
 def test_sentencepiece_survives_a_trip_through_a_folder(tmp_path: Path):
     trained = SentencePieceTokenizer.train(["0123456789 +"], 64, TAGS, tmp_path / "a.model")
     trained.save(tmp_path / "saved")
-    for path in (tmp_path / "a.model", tmp_path / "saved"):
-        loaded = load_tokenizer(path)
-        assert isinstance(loaded, SentencePieceTokenizer)
+    for path in (tmp_path / "a.model", tmp_path / "saved" / MODEL_FILE):
+        loaded = SentencePieceTokenizer.load(path)
         assert loaded.encode_response("<answer>1 + 2</answer>") == trained.encode_response("<answer>1 + 2</answer>")
 
 
@@ -100,9 +99,7 @@ def test_unusable_sentencepiece_files(tmp_path: Path):
         SentencePieceTokenizer.load(tmp_path / "none.model")
     (tmp_path / "junk.model").write_bytes(b"junk")
     with pytest.raises(ValueError, match="not a SentencePiece model"):
-        load_tokenizer(tmp_path / "junk.model")
-    with pytest.raises(ValueError, match=r"none of tokenizer_config\.json"):
-        load_tokenizer(tmp_path)
+        SentencePieceTokenizer.load(tmp_path / "junk.model")
     with pytest.raises(ValueError, match="without text"):
         SentencePieceTokenizer.train([""], 64, TAGS, tmp_path / "a.model")
 
@@ -151,8 +148,7 @@ def test_hf_tokenizer_applies_its_chat_template_to_prompts_only(tmp_path: Path):
     assert tokenizer.decode(tokenizer.encode_response("hi")) == "hi"
 
     tokenizer.save(tmp_path / "b")
-    loaded = load_tokenizer(tmp_path / "b")
-    assert isinstance(loaded, HFTokenizer) and loaded.encode_prompt("hi") == tokenizer.encode_prompt("hi")
+    assert HFTokenizer(tmp_path / "b").encode_prompt("hi") == tokenizer.encode_prompt("hi")
 
     config = config_of(tmp_path, vocab_size=300, kind="hf", path=str(tmp_path / "b"))
     assert make_tokenizer(config, make_task(TaskConfig(), 0)).vocab_size == 257

@@ -122,13 +122,13 @@ def test_what_a_method_remembers_survives_a_resume(finished: tuple[Path, str], t
 def test_export_and_eval_of_a_run(finished: tuple[Path, str], tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM
 
-    from ais_megatron.tokenizer import load_tokenizer
+    from ais_megatron.tokenizer import MODEL_FILE, SentencePieceTokenizer
 
     folder, _ = finished
     out = tmp_path / "hf"
     assert str(out) in run("export", folder / "run", out)
     model = AutoModelForCausalLM.from_pretrained(out)
-    tokenizer = load_tokenizer(out)
+    tokenizer = SentencePieceTokenizer.load(out / MODEL_FILE)
     assert model.dtype is torch.bfloat16 and model.generation_config.eos_token_id == tokenizer.eos_id
     logits = model(torch.tensor([tokenizer.encode_prompt("3 2 1=6:")])).logits
     assert torch.isfinite(logits).all()

@@ -77,10 +77,6 @@ class RolloutEngine(Protocol):
         memory is known to hold what was pushed, and on ranks that do not update."""
         ...
 
-    def health(self) -> bool:
-        """True when `generate` can be expected to work."""
-        ...
-
     def close(self) -> None:
         """Free everything; idempotent."""
         ...

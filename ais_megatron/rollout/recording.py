@@ -65,9 +65,6 @@ class RecordingEngine:
     def probe(self, prompts: Sequence[Prompt], sampling: SamplingParams) -> list[list[Rollout]]:
         return self._engine.probe(prompts, sampling)
 
-    def health(self) -> bool:
-        return self._engine.health()
-
     def close(self) -> None:
         self._engine.close()
 

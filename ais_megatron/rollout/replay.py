@@ -75,9 +75,6 @@ class ReplayEngine:
     def probe(self, prompts: Sequence[Prompt], sampling: SamplingParams) -> list[list[Rollout]]:
         return []
 
-    def health(self) -> bool:
-        return self._version >= 0
-
     def close(self) -> None:
         self._contents.clear()
 

@@ -81,9 +81,6 @@ class LocalEngine:
     def probe(self, prompts: Sequence[Prompt], sampling: SamplingParams) -> list[list[Rollout]]:
         return []
 
-    def health(self) -> bool:
-        return self._version >= 0 and not self._closed
-
     def close(self) -> None:
         if not self._closed:
             self._closed, self._version = True, -1

@@ -81,9 +81,6 @@ class ServerAPI:
     async def update_from_disk(self, **body: Any) -> None:
         await self._call("POST", "/update_weights_from_disk", self._timeout_s, body)
 
-    async def flush_cache(self) -> None:
-        await self._call("POST", "/flush_cache", PROBE_SECONDS, {}, is_json=False)
-
     async def join_group(self, **body: Any) -> None:
         await self._call("POST", "/init_weights_update_group", self._timeout_s, body)
 
@@ -99,14 +96,14 @@ class ServerAPI:
         answer = await self._call("POST", "/weights_checker", self._timeout_s, {"action": "checksum"})
         return [part["checksums"] for part in answer["ranks"]]
 
-    async def _call(self, method: str, path: str, timeout_s: float, body: dict[str, Any] | None = None, is_json: bool = True) -> Any:
+    async def _call(self, method: str, path: str, timeout_s: float, body: dict[str, Any] | None = None) -> Any:
         timeout = aiohttp.ClientTimeout(timeout_s)
         data, headers = (None, None) if body is None else (orjson.dumps(body), JSON_HEADERS)
         try:
             async with self._session.request(method, self.url + path, data=data, headers=headers, timeout=timeout) as response:
                 if response.status != 200:
                     raise Refused(response.status, f"{self.url}{path} answered {response.status}: {_message(await response.text())}")
-                return _parse(await response.read()) if is_json else await response.text()
+                return _parse(await response.read())
         except TimeoutError as error:
             raise Unreachable(f"{self.url}{path} did not answer within {timeout_s:g} s") from error
         except (aiohttp.ClientError, OSError) as error:

@@ -96,13 +96,6 @@ class SGLangEngine:
         """See `RolloutEngine.version`; -1 also after an update that failed."""
         return self._version
 
-    def health(self) -> bool:
-        """Whether at least one server answers and has this run's weights."""
-        if self._closed or self._version < 0:
-            return False
-        self._run(self._dispatcher.look())
-        return any(server.usable for server in self._dispatcher.servers)
-
     def close(self) -> None:
         if self._closed:
             return

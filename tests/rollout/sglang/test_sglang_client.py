@@ -164,9 +164,8 @@ def test_all_servers_gone(servers, engine_of) -> None:
     server.stop()
     with pytest.raises(Unavailable, match=r"no rollout server has answered for 1 s \(http://127.*recovery_timeout_s"):
         engine.generate(PROMPTS, TWO)
-    assert not engine.health()
     server.start()
-    assert engine.health() and len(engine.generate(PROMPTS, TWO)) == 12
+    assert len(engine.generate(PROMPTS, TWO)) == 12
 
 
 @pytest.mark.parametrize(
