@@ -137,7 +137,7 @@ def test_a_signal_stops_the_comparison_and_the_final_evaluation_is_caught_up(wri
     assert [result_of(cell, comparison).state for cell in cells[1:3]] == ["unfinished (1 of 3 steps)", "missing"]
     comparison, cells = load_comparison(path, ["final_eval={rollout.quantization: none}"])
     calls.clear()
-    assert result_of(cells[0], comparison).state == "without its final evaluation"
+    assert result_of(cells[0], comparison).state == "trained, without its final evaluation"
     run_cells(comparison, path, cells, may_train=False)
     assert [call[0] for call in calls] == ["eval"] and "rollout.quantization=none" in calls[0]
     assert result_of(cells[0], comparison).final_accuracy == 0.75
