@@ -1,19 +1,19 @@
-"""A comparison as data: a base experiment, named arms of overrides, seeds and tasks become one checked list of runs.
+"""Reads a comparison's file. A base experiment, named arms, seeds and tasks become one checked list of runs.
 
 ```
-base: tiny_countdown.yaml             # beside this file, or absolute
-dir: runs/compare                     # every run has a folder TASK/ARM/seed_N in it
+base: tiny_countdown.yaml             # relative to this file, or absolute
+dir: runs/compare                     # every run has its own folder TASK/ARM/seed_N in it
 seeds: [0, 1, 2]
-overrides: {train.steps: 100}         # of every run; keys with dots, or nested as in the base
-tasks:                                # empty: the base's own
+overrides: {train.steps: 100}         # for every run; keys with dots, or nested as in the base
+tasks:                                # empty: only the task of the base
   easy: {task.max_number: 20}
-arms:                                 # the first is the one that the others are measured against, unless `reference` says
+arms:                                 # the others are compared with the first one, unless `reference` names another
   bf16: {rollout.quantization: none, correction: none}
   ais: {correction: ais}
 threshold: 0.5
 ```
-A run's configuration is the base, then `overrides`, then its task, then its arm, then its seed. All of them are checked before
-the first one starts.
+A run's configuration starts with the base. Then `overrides`, its task, its arm and its seed are applied in this order. All runs are
+checked before the first one starts.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ from pydantic import AfterValidator, Field, ValidationError, model_validator
 from ais_megatron.config import Config, ConfigError, explain, load_config, read_yaml
 from ais_megatron.config.section import Fraction, Section
 
-OWN_KEYS = ("run.dir", "run.seed", "run.resume")  # the comparison's to set
+OWN_KEYS = ("run.dir", "run.seed", "run.resume")  # the comparison sets these
 _PLAIN = re.compile(r"[\w./+-]+")
 
 
 def _is_name(name: str) -> str:
     if not re.fullmatch(r"[\w.-]+", name):
-        raise ValueError(f"{name!r} becomes a folder's name: use letters, digits, _ . - only")
+        raise ValueError(f"{name!r} is used as the name of a folder; use only letters, digits and _ . -")
     return name
 
 
@@ -46,14 +46,16 @@ Overrides = dict[str, Any]
 
 
 class Comparison(Section):
-    base: str = Field(description="the experiment that the arms change; relative to the comparison's own file")
-    dir: str = Field(description="folder of all runs, of the table and the figure")
-    seeds: list[int] = Field([0, 1, 2], min_length=1, description="run.seed of the runs: weights, warm start, prompts and sampling")
-    overrides: Overrides = Field({}, description="changes to the base in every run")
-    tasks: dict[Name, Overrides] = Field({}, description="changes to the base by task; empty: the base's task alone")
-    arms: dict[Name, Overrides] = Field(min_length=1, description="changes to the base by arm")
-    reference: str | None = Field(None, description="arm that the others are compared with, seed by seed; empty: the first")
-    threshold: Fraction = Field(0.5, description="held-out accuracy of which the table says when it was reached")
+    base: str = Field(description="configuration file that the arms change; relative to the comparison's file")
+    dir: str = Field(description="folder of all runs, the table and the figure")
+    seeds: list[int] = Field(
+        [0, 1, 2], min_length=1, description="values of run.seed: it decides weights, warm start, prompts and sampling"
+    )
+    overrides: Overrides = Field({}, description="changes to the base for every run")
+    tasks: dict[Name, Overrides] = Field({}, description="changes to the base for each task; empty: only the task of the base")
+    arms: dict[Name, Overrides] = Field(min_length=1, description="changes to the base for each arm")
+    reference: str | None = Field(None, description="arm with which the others are compared, seed by seed; empty: the first one")
+    threshold: Fraction = Field(0.5, description="held-out accuracy; the table says when a run reached it")
     collapse: Fraction = Field(0.5, description="a run whose last held-out accuracy is below this share of its best has collapsed")
     final_eval: Overrides | None = Field(
         None, description="changes to a finished run under which its last policy is evaluated again, e.g. rollout.quantization: none"
@@ -62,9 +64,9 @@ class Comparison(Section):
     @model_validator(mode="after")
     def _consistent(self) -> Comparison:
         if len(set(self.seeds)) < len(self.seeds):
-            raise ValueError(f"seeds={self.seeds}: each seed once")
+            raise ValueError(f"seeds={self.seeds}: a seed occurs twice; name each seed once")
         if self.reference is not None and self.reference not in self.arms:
-            raise ValueError(f"reference={self.reference}: is no arm; the arms are {', '.join(self.arms)}")
+            raise ValueError(f"reference={self.reference}: unknown arm; allowed: {', '.join(self.arms)}")
         return self
 
     @property
@@ -74,7 +76,7 @@ class Comparison(Section):
 
 @dataclass(frozen=True)
 class Cell:
-    """One run of a comparison. overrides: all that is changed in the base, as ``key=value``."""
+    """One run of a comparison."""
 
     task: str
     arm: str
@@ -82,6 +84,7 @@ class Cell:
     base: Path
     folder: Path
     overrides: tuple[str, ...]
+    """Everything that is changed in the base, as ``key=value``."""
     config: Config
 
     @property
@@ -90,10 +93,12 @@ class Cell:
 
 
 def load_comparison(path: str | Path, overrides: Sequence[str] = ()) -> tuple[Comparison, list[Cell]]:
-    """Read a comparison's file and check every run that it asks for; seed by seed, so that what is finished stays comparable.
+    """Read a comparison's file and check every run in it.
+
+    The runs are in the order of the seeds. If a comparison is interrupted, the finished runs can then be compared.
 
     Raises:
-        ConfigError: of the file itself, or of a run, named by its task and arm.
+        ConfigError: a mistake in the file, or in the configuration of a run. The message names the run's task and arm.
     """
     path = Path(path)
     try:
@@ -119,7 +124,9 @@ def _cell(comparison: Comparison, path: Path, base: Path, task: tuple[str, Overr
     ]
     folder = Path(comparison.dir) / task[0] / arm[0] / f"seed_{seed}"
     changes += [f"run.seed={seed}", f"run.dir={folder}"]
-    changes = [f"{key}={value}" for key, value in dict(change.split("=", 1) for change in changes).items()]  # the last of each key
+    changes = [
+        f"{key}={value}" for key, value in dict(change.split("=", 1) for change in changes).items()
+    ]  # keeps the last value of each key
     try:
         config = load_config(base, changes)
     except ConfigError as error:
@@ -136,7 +143,7 @@ def as_dotlist(changes: Mapping[str, Any], path: Path, where: str) -> list[str]:
     flat = _flatten(changes)
     for key in OWN_KEYS:
         if key in flat:
-            raise ConfigError(f"{path}: {where}.{key}={flat[key]}: every run of a comparison has its own; leave it out")
+            raise ConfigError(f"{path}: {where}.{key}={flat[key]}: the comparison sets this key itself for every run; leave it out")
     return [f"{key}={value if isinstance(value, str) and _PLAIN.fullmatch(value) else json.dumps(value)}" for key, value in flat.items()]
 
 
@@ -148,10 +155,10 @@ def _flatten(changes: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def select(cells: Sequence[Cell], only: Sequence[str]) -> list[Cell]:
-    """The cells that one of the selections names (ARM, ARM/SEED or TASK/ARM/SEED), in `cells`' order; all without a selection.
+    """The cells that a selection names (ARM, ARM/SEED or TASK/ARM/SEED), in the order of `cells`. Without a selection, all cells.
 
     Raises:
-        ConfigError: a selection that names none.
+        ConfigError: a selection names no cell.
     """
     names = [{cell.name, f"{cell.arm}/{cell.seed}", cell.arm} for cell in cells]
     for selection in only:

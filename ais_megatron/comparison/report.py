@@ -1,8 +1,8 @@
-"""A comparison as one table and one figure, from the folders of its runs.
+"""Writes a comparison's table and figure from the folders of its runs.
 
-Means and deviations are over seeds, of finished runs only; a run that crashed or is missing is counted and named, never
-averaged. The difference to the reference arm is taken seed by seed, since runs of one seed share warm start, prompts and
-held-out problems: mean +- standard error of that difference, over the seeds that both arms finished.
+Means and standard deviations are over the seeds of finished runs. A run that crashed or is missing is counted and named, but not
+averaged. The difference to the reference arm is taken seed by seed, because runs of one seed share the warm start, the prompts and
+the held-out problems. The table gives its mean and standard error over the seeds that both arms have finished.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 TABLE_FILE, FIGURE_FILE = "comparison.md", "comparison.png"
-_SMOOTHING = 5  # steps in the moving average of the diagnostics' curves, odd
+_SMOOTHING = 5  # number of steps in the moving average of the diagnostics; must be odd
 # (metric, heading, unit, logarithmic)
 PANELS = (
     ("held_out_accuracy", "Held-out accuracy during training", "pass@1 [%]", False),
@@ -36,7 +36,7 @@ PANELS = (
 
 @dataclass(frozen=True)
 class Line:
-    """One task and arm. Accuracies in [0, 1], by seed, of finished runs."""
+    """One line of the table: a task and an arm. Accuracies are those of finished runs, in [0, 1] and by seed."""
 
     task: str
     arm: str
@@ -52,7 +52,7 @@ class Line:
 
 
 def held_out(result: Result) -> list[tuple[int, float]]:
-    """(step, pass@1) during training, the start included where it is known."""
+    """(step, pass@1) of the evaluations during training, including the start if it is known."""
     start = result.summary.get("start_accuracy")
     points = [(0, start)] if is_number(start) else []
     return points + [(row["step"], row["held_out_accuracy"]) for row in result.rows if is_number(row.get("held_out_accuracy"))]
@@ -70,14 +70,16 @@ def has_collapsed(result: Result, share: float) -> bool:
 
 
 def lines_of(comparison: Comparison, results: Sequence[Result]) -> list[Line]:
-    """The table's lines, tasks and arms in the file's order."""
+    """The lines of the table. Tasks and arms have the order of the file."""
     keys = dict.fromkeys((r.cell.task, r.cell.arm) for r in results)
     ordered = sorted(keys, key=lambda key: list(dict.fromkeys(task for task, _ in keys)).index(key[0]))
     return [Line(task, arm, tuple(r for r in results if (r.cell.task, r.cell.arm) == (task, arm))) for task, arm in ordered]
 
 
 def difference(line: Line, reference: Line) -> tuple[float, float, int] | None:
-    """(mean, standard error, seeds) of final accuracies minus the reference's of the same seed; NaN error of a single seed."""
+    """(mean, standard error, number of seeds) of the final accuracy minus that of the reference with the same seed.
+
+    The standard error of a single seed is NaN."""
     gaps = [line.final[seed] - reference.final[seed] for seed in line.final if seed in reference.final]
     if not gaps:
         return None
@@ -85,7 +87,7 @@ def difference(line: Line, reference: Line) -> tuple[float, float, int] | None:
 
 
 def markdown_table(comparison: Comparison, lines: Sequence[Line]) -> str:
-    """One row per task and arm, aligned so that it also reads in a terminal."""
+    """A Markdown table with one row per task and arm, aligned for reading in a terminal."""
     reference, percent = comparison.reference_arm, f"{100 * comparison.threshold:g} %"
     header = ["task", "arm", "runs", "final [%]", "best [%]", f"vs {reference} [points]", f"steps to {percent}", "collapsed"]
     header += ["mean alpha", "mean D", "least rho"]
@@ -129,9 +131,9 @@ def _over(results: Sequence[Result], key: str, how: Callable[[Sequence[float]], 
 
 
 def write_comparison_report(comparison: Comparison, results: Sequence[Result], command: str) -> str:
-    """Write ``comparison.md`` and ``comparison.png`` into the comparison's folder; returns the table and what is not in it.
+    """Write ``comparison.md`` and ``comparison.png`` into the comparison's folder. Returns the table and the list of missing runs.
 
-    command: what makes this comparison, for its reader.
+    command: the command that makes this comparison, which the page shows.
     """
     folder = Path(comparison.dir)
     folder.mkdir(parents=True, exist_ok=True)
@@ -159,11 +161,12 @@ def write_comparison_report(comparison: Comparison, results: Sequence[Result], c
 def _legend(comparison: Comparison) -> list[str]:
     final = "the last evaluation during training"
     if comparison.final_eval is not None:
-        final = "the last policy evaluated again with " + ", ".join(f"{k}={v}" for k, v in comparison.final_eval.items())
+        final = "the last policy, evaluated again with " + ", ".join(f"{k}={v}" for k, v in comparison.final_eval.items())
     return [
-        f"final: {final}; ± is the deviation over seeds",
-        f"vs {comparison.reference_arm}: difference to that arm in points, seed by seed; ± is the standard error of its mean",
-        f"best, steps, collapsed (last below {comparison.collapse:g} of the best): of evaluations during training, by the rollout engine",
+        f"final: {final}; ± is the standard deviation over seeds",
+        f"vs {comparison.reference_arm}: mean difference to that arm in points, seed by seed; ± is its standard error",
+        f"best, steps and collapsed (last below {comparison.collapse:g} of the best) are from evaluations with the rollout engine in "
+        "training",
     ]
 
 
@@ -192,12 +195,13 @@ def _save_figure(comparison: Comparison, lines: Sequence[Line], path: Path) -> N
                     axes.axhline(100 * comparison.threshold, color="#666666", linewidth=1.0, linestyle="--")
         drawn = {line.get_label(): line for axes in grid.flat for line in axes.lines if line.get_label() in arms}
         figure.legend(drawn.values(), drawn.keys(), loc="outside lower center", ncols=8)
-        figure.suptitle("Mean over seeds; the band is one deviation")
+        figure.suptitle("Mean over seeds; the band is one standard deviation")
         figure.savefig(path)
 
 
 def _draw(axes: Axes, line: Line, key: str, colour: str) -> None:
-    """Mean over the arm's runs, finished or not, and one deviation around it; at each step over the runs that measured it."""
+    """Draw the mean over the arm's runs, finished or not, and one standard deviation around it. Each step uses the runs that measured
+    it."""
     import numpy as np
 
     by_step: dict[int, list[float]] = {}
@@ -212,7 +216,7 @@ def _draw(axes: Axes, line: Line, key: str, colour: str) -> None:
     deviation = np.array([statistics.stdev(by_step[step]) if len(by_step[step]) > 1 else 0.0 for step in steps])
     axes.plot(steps, mean, color=colour, label=line.arm, marker="o" if len(steps) <= 20 else None, markersize=4)
     if deviation.any():
-        least = min(min(values) for values in by_step.values())  # below what was measured a logarithmic axis would show holes
+        least = min(min(values) for values in by_step.values())  # the band of a logarithmic axis may not go below the smallest value
         axes.fill_between(steps, np.maximum(mean - deviation, least), mean + deviation, color=colour, alpha=0.15, linewidth=0)
 
 

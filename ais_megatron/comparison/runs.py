@@ -1,8 +1,8 @@
-"""The runs of a comparison, one after the other, each an `ais-megatron train` of its own: one that fails ends none of the others.
+"""Runs the runs of a comparison one after the other. Each is its own `ais-megatron train`, so a failure does not stop the others.
 
-What a run folder holds says what is left to do. ``summary.json``: trained (then only the final evaluation may be missing);
-``metrics.jsonl`` without it: unfinished, and continued from its newest checkpoint, or from the start where there is none.
-``exit_status`` is how it ended last time; ``train.log`` is what it said.
+The files in a run's folder tell what remains to do. With ``summary.json`` it is trained, and at most its final evaluation is
+missing. With only ``metrics.jsonl`` it is unfinished, and continues from its newest checkpoint, or from the start without one.
+``exit_status`` is the status with which it last ended, and ``train.log`` its output.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from ais_megatron.runs.metrics import Row, read_metrics
 from ais_megatron.runs.summary import format_duration
 
 LOG_FILE, STATUS_FILE, FINAL_EVAL_FILE = "train.log", "exit_status", "final_eval.json"
-# Where a run is made, not what it is: a cluster's jobs set these, and a later report need not.
+# These keys say where a run is made and not what it is. Cluster jobs set them, and a later report need not.
 _NOT_COMPARED = (
     "run.dir run.resume run.backend run.timeout_minutes run.watchdog_minutes parallel. model.path model.architecture. "
     "tokenizer.path rollout.sglang. checkpoint. metrics. sft.cache_dir"
@@ -32,19 +32,20 @@ _NOT_COMPARED = (
 
 @dataclass(frozen=True)
 class Result:
-    """What is known of one run.
-
-    trained: it has a summary. status: how its process ended, empty where nobody has written that down. rows: of metrics.
-    final_accuracy: pass@1 on the held-out problems in the end, in [0, 1]; of the final evaluation where there is one.
-    """
+    """What is known about one run."""
 
     cell: Cell
     trained: bool
+    """It has a summary."""
     finished: bool
+    """It is trained, and its final evaluation is done if the comparison asks for one."""
     status: str
+    """The exit status of its process; empty if none is recorded."""
     rows: list[Row]
+    """The lines of its metrics.jsonl."""
     summary: dict[str, Any]
     final_accuracy: float | None
+    """pass@1 on the held-out problems at the end, in [0, 1]. It is that of the final evaluation if there is one."""
 
     @property
     def state(self) -> str:
@@ -54,16 +55,16 @@ class Result:
         if self.status not in ("", "0", str(EXIT_REQUEUE), str(INTERRUPTED)):
             return f"crashed (status {self.status} after {len(self.rows)} steps)"
         if self.trained:
-            return "without its final evaluation"
+            return "trained, without its final evaluation"
         return f"unfinished ({len(self.rows)} of {self.cell.config.train.steps} steps)" if self.rows else "missing"
 
 
 def result_of(cell: Cell, comparison: Comparison) -> Result:
-    """What the run's folder says.
+    """Read the result of a run from its folder.
 
     Raises:
-        ConfigError: the folder holds a run of another configuration.
-        ValueError: a damaged file.
+        ConfigError: the folder holds a run with another configuration.
+        ValueError: a file is damaged.
     """
     _check_same_run(cell)
     summary = _json(cell.folder / SUMMARY_FILE)
@@ -88,13 +89,15 @@ def _check_same_run(cell: Cell) -> None:
     try:
         then = _leaves(load_config(recorded).model_dump(mode="json"))
     except ConfigError as error:
-        raise ConfigError(f"{recorded}: was written for another version ({error}); delete {cell.folder}, or choose another dir") from error
+        raise ConfigError(
+            f"{recorded}: was written by another version of ais_megatron ({error}); delete {cell.folder}, or choose another dir"
+        ) from error
     now = _leaves(cell.config.model_dump(mode="json"))
     changed = [key for key in now if then.get(key) != now[key] and not any(f"{key}.".startswith(prefix) for prefix in _NOT_COMPARED)]
     if changed:
         key = changed[0]
         raise ConfigError(
-            f"{cell.folder}: holds a run with {key}={then.get(key)}, the comparison now says {key}={now[key]}; delete the folder, or "
+            f"{cell.folder}: holds a run with {key}={then.get(key)}, but the comparison now has {key}={now[key]}; delete the folder, or "
             "choose another dir"
         )
 
@@ -112,13 +115,13 @@ def _json(path: Path) -> dict[str, Any]:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{path}: not valid JSON ({error}); delete it") from error
+        raise ValueError(f"{path}: not valid JSON ({error}); delete this file") from error
 
 
 def run_cells(comparison: Comparison, path: Path, cells: Sequence[Cell], may_train: bool = True) -> int:
-    """Do what is left to do of `cells`, a line about each; returns 0, or `EXIT_REQUEUE` or `INTERRUPTED` if a signal ended one.
+    """Do what remains to do of `cells`, and print a line about each. Returns 0, or `EXIT_REQUEUE` or `INTERRUPTED` after a signal.
 
-    may_train: False: only the final evaluations of trained runs, such as those of a Slurm array.
+    may_train: if False, only the final evaluations of trained runs are made, for example after a Slurm array.
     """
     for number, cell in enumerate(cells, start=1):
         result, began = result_of(cell, comparison), time.monotonic()
@@ -127,14 +130,14 @@ def run_cells(comparison: Comparison, path: Path, cells: Sequence[Cell], may_tra
             print(f"[{number}/{len(cells)}] {cell.name}: {'evaluating' if result.trained else 'training'}", flush=True)
             status = _run(cell, comparison, path, result)
             if status in (EXIT_REQUEUE, INTERRUPTED):
-                print(f"stopped in {cell.name}; the same command continues there", flush=True)
+                print(f"stopped in {cell.name}; repeat the command to continue there", flush=True)
                 return status
             result = result_of(cell, comparison)
         took = f" in {format_duration(time.monotonic() - began)}" if todo else ", not run again" if result.finished else ""
         accuracy = f", held-out pass@1 {result.final_accuracy:.1%}" if result.final_accuracy is not None else ""
         print(f"[{number}/{len(cells)}] {cell.name}: {result.state}{took}{accuracy}", flush=True)
         if todo and not result.finished:
-            print(f"    see {cell.folder / LOG_FILE}; it ends with: {last_line(cell)}", flush=True)
+            print(f"    its log is {cell.folder / LOG_FILE}; it ends with: {last_line(cell)}", flush=True)
     return 0
 
 
@@ -160,8 +163,10 @@ def _process(num_ranks: int, arguments: list[str], log: IO[bytes]) -> int:
 
 
 def last_line(cell: Cell) -> str:
-    """Of what the run said: for one that failed, usually why."""
-    logs = [log for log in (cell.folder / LOG_FILE, cell.folder / "logs" / "trainer-0.log") if log.exists()]  # the second: Slurm's
+    """The last line of the run's log. If the run failed, it usually says why."""
+    logs = [
+        log for log in (cell.folder / LOG_FILE, cell.folder / "logs" / "trainer-0.log") if log.exists()
+    ]  # the second one is from a Slurm job
     lines = [line for log in logs for line in log.read_text(encoding="utf-8", errors="replace").split("\n")]
     lines = [line.strip() for line in lines if line.strip()]
     errors = [line for line in lines if line.startswith("error:")]

@@ -1,12 +1,13 @@
-"""A scaling experiment as one table and one plot: what `slurm/scaling.sbatch` left below one folder.
+"""Writes the table and the plot of a scaling experiment, from the folders that `slurm/scaling.sbatch` wrote.
 
-Every line of the experiment's ``grid.tsv`` is a task with its own run folder ``NN-SERIES-NAME``. Efficiency is the throughput per
-worker (GPU; on CPUs process) as a share of that of the series' smallest finished task:
+Every line of the experiment's ``grid.tsv`` is an array task with its own run folder ``NN-SERIES-NAME``. A worker is a GPU, or a process
+on CPUs. Efficiency is the throughput per worker, relative to that of the smallest finished task in the series:
 
     efficiency = (tokens / second / worker) / (the same of the task with the fewest workers)
 
-With constant work (strong scaling) that is t_0 g_0 / (t g); with work that grows with the workers (weak) it is t_0 / t. Tokens,
-not steps, because responses differ in length from one run to the other. A task that failed or never ran has a row that says so.
+With constant work (strong scaling) this is t_0 g_0 / (t g). With work that grows with the workers (weak scaling) it is t_0 / t. It
+counts tokens and not steps, because the lengths of responses differ between runs. A task that failed or never ran has a row that says
+so.
 """
 
 from __future__ import annotations
@@ -34,12 +35,7 @@ SERIES_COLOURS = (BLUE, ORANGE, GREEN, PURPLE)
 
 @dataclass(frozen=True)
 class Task:
-    """One line of the grid and what came of it.
-
-    problem: why there is nothing to measure; None when the run finished.
-    workers: GPUs of ranks and servers (processes on CPUs). seconds: median of a step; tokens_per_second: all steps together.
-    phases: mean seconds per step. All without the first step, which warms up.
-    """
+    """One line of the grid and its result. The first step of a run is a warm-up and counts nowhere."""
 
     number: int
     series: str
@@ -47,10 +43,15 @@ class Task:
     nodes: int
     overrides: str
     problem: str | None = None
+    """Why there is nothing to measure; None if the run finished."""
     workers: int = 0
+    """GPUs of ranks and servers; on CPUs processes."""
     seconds: float = 0.0
+    """Median of a step."""
     tokens_per_second: float = 0.0
+    """Over all steps together."""
     phases: tuple[tuple[str, float], ...] = ()
+    """(phase, mean seconds per step)."""
 
     @property
     def folder(self) -> str:
@@ -58,10 +59,10 @@ class Task:
 
 
 def read_grid(path: Path) -> list[Task]:
-    """The tasks that a grid asks for, none of them measured.
+    """The tasks in a grid file, without results.
 
     Raises:
-        ValueError: the file is missing, or a line has not the columns it should have.
+        ValueError: the file is missing, or a line does not have the right columns.
     """
     if not path.is_file():
         raise ValueError(f"{path}: no such file; give the folder that slurm/scaling.sbatch wrote (AIS_RUN_ROOT/scaling-ARRAYID)")
@@ -76,7 +77,7 @@ def read_grid(path: Path) -> list[Task]:
 
 
 def measure(task: Task, parent: Path) -> Task:
-    """`task` with the figures of its run folder below `parent`, or with the reason why there are none."""
+    """`task` with the figures from its run folder below `parent`, or with the reason why there are none."""
     folder = parent / task.folder
     if not folder.is_dir():
         return _without(task, "missing: never started")
@@ -88,7 +89,7 @@ def measure(task: Task, parent: Path) -> Task:
     timed = [row for row in rows if is_number(row.get("time/step")) and is_number(row.get("num_response_tokens"))]
     timed = timed[1:] or timed
     if not timed or not (folder / LAYOUT_FILE).exists():
-        return _without(task, f"failed: no timed step in {folder}")
+        return _without(task, f"failed: no step after the warm-up in {folder}")
     seconds = [row["time/step"] for row in timed]
     return Task(
         **{key: getattr(task, key) for key in ("number", "series", "name", "nodes", "overrides")},
@@ -108,7 +109,7 @@ def _text(path: Path) -> str:
 
 
 def efficiencies(tasks: Sequence[Task]) -> dict[int, float]:
-    """By task number, for tasks with figures: throughput per worker against the smallest such task of the same series."""
+    """The efficiency of every task that has figures, by its number."""
     smallest: dict[str, Task] = {}
     done = [task for task in tasks if task.problem is None]
     for task in done:
@@ -122,7 +123,7 @@ def efficiencies(tasks: Sequence[Task]) -> dict[int, float]:
 
 
 def write_scaling_report(parent: Path) -> str:
-    """Write ``scaling.md`` and ``scaling.png`` into `parent`; returns the table, and below it where they are.
+    """Write ``scaling.md`` and ``scaling.png`` into `parent`. Returns the table and the paths of both files.
 
     Raises:
         ValueError: `parent` is not the folder of a scaling experiment.
@@ -145,7 +146,7 @@ def write_scaling_report(parent: Path) -> str:
 
 
 def markdown_table(tasks: Sequence[Task]) -> str:
-    """One row per task, aligned so that it also reads in a terminal."""
+    """A Markdown table with one row per task, aligned for reading in a terminal."""
     efficiency = efficiencies(tasks)
     header = ["task", "series", "name", "nodes", "workers", "s/step", "tokens/s", "tokens/s/worker", "efficiency", "largest phases"]
     rows = []
@@ -185,7 +186,7 @@ def _save_plot(tasks: Sequence[Task], path: Path) -> None:
         for series, colour in zip(dict.fromkeys(task.series for task in done), SERIES_COLOURS * len(done), strict=False):
             points = sorted((t for t in done if t.series == series), key=lambda task: task.workers)
             workers = [task.workers for task in points]
-            # Several layouts may share a size: points, and a line through the best of each.
+            # Several layouts may have the same size. Each is a point, and the line connects the best of every size.
             best = {task.workers: max(t.tokens_per_second for t in points if t.workers == task.workers) for task in points}
             throughput.plot(workers, [t.tokens_per_second for t in points], "o", color=colour)
             throughput.plot(list(best), list(best.values()), color=colour, label=series)
@@ -194,7 +195,7 @@ def _save_plot(tasks: Sequence[Task], path: Path) -> None:
             throughput.plot(workers, [ideal * n for n in workers], linestyle="--", linewidth=1.0, color=colour)
         for axes, title, label in (
             (throughput, "Throughput (dashed: ideal)", "response tokens per second"),
-            (share, "Efficiency", "tokens/s per worker against the smallest [%]"),
+            (share, "Efficiency", "tokens/s per worker, relative to the smallest [%]"),
         ):
             axes.set_title(title)
             axes.set_ylabel(label)

@@ -1,12 +1,13 @@
-"""What a GRPO step costs, in seconds and bytes, from the configuration and stated assumptions: the rest of `ais-megatron plan`.
+"""Estimates the seconds and the traffic of a GRPO step for `ais-megatron plan`, from the configuration and stated assumptions.
 
     decode step  max(bytes of weights and KV cache read / (bandwidth x efficiency), FLOPs / peak) + latency of each layer
-    passes       FLOPs / (GPUs x peak x MFU) x (1 + pipeline bubble) + what tensor and expert parallelism send, not overlapped
-    gradients    reduce-scatter in FP32 and all-gather of the weights over DP, not overlapped (DDP here overlaps nothing)
-    sync         gathered inside the trainer, quantised, sent to the servers; one after the other
+    passes       FLOPs / (GPUs x peak x MFU) x (1 + pipeline bubble) + traffic of tensor and expert parallelism, not overlapped
+    gradients    reduce-scatter in FP32 and all-gather of the weights over DP, not overlapped (our DDP does not overlap)
+    sync         gather within the trainer, quantise, send to the servers, one after the other
 
-FLOPs per token: 2 per active parameter forward, 4 backward, 2 more where layers are recomputed, and causal attention. These are
-estimates to choose a layout by; every constant is an option of the command. Memory is `planning.memory`'s. No torch here.
+FLOPs per token are 2 per active parameter in the forward pass, 4 in the backward pass, 2 more if layers are recomputed, and those of
+causal attention. These estimates are for choosing a layout, and every constant is an option of the command. `planning.memory`
+computes the memory. No torch here.
 """
 
 from __future__ import annotations
@@ -28,13 +29,13 @@ from ais_megatron.planning.memory import (
 )
 
 GIB = 2**30
-SERVER_MEM_FRACTION = 0.88  # where rollout.sglang.mem_fraction is empty; SGLang's own choice depends on the card
-PCIE_GB_S, DISK_GB_S = 25.0, 2.0  # what rollout.sglang.transport = tensor and disk move
+SERVER_MEM_FRACTION = 0.88  # if rollout.sglang.mem_fraction is empty; SGLang's own choice depends on the card
+PCIE_GB_S, DISK_GB_S = 25.0, 2.0  # bandwidth of rollout.sglang.transport=tensor and =disk
 
 
 @dataclass(frozen=True)
 class Card:
-    """Dense BF16 and FP8 peaks in TFLOP/s, memory in GiB, its bandwidth in GB/s; from the vendor's data sheets."""
+    """A GPU, with figures from its vendor's data sheet. TFLOP/s are dense peaks."""
 
     name: str
     memory_gib: float
@@ -49,7 +50,7 @@ CARDS = {
 }
 
 
-# What each assumption may be, (least, most). Those in POSITIVE must exceed their 0. Nothing may be nan or inf.
+# (least, most) allowed value of each assumption. Those in POSITIVE must be above 0. nan and inf are never allowed.
 LIMITS = {
     "gpu_memory_gib": (0.0, inf),
     "peak_tflops": (0.0, inf),
@@ -74,43 +75,53 @@ POSITIVE = {"gpu_memory_gib", "peak_tflops", "memory_gb_s", "nvlink_gb_s", "netw
 
 @dataclass(frozen=True)
 class Assumptions:
-    """What the configuration does not say.
-
-    gpu_memory_gib, peak_tflops, memory_gb_s: None for the card's. response_tokens: None for `rollout.max_response_tokens`.
-    rollout_gpus: None for the servers that the configuration names. latency_us: of a layer of a decode step, kernels and TP.
-    reserve_gib: outside of torch's allocator, CUDA's context, kernels and NCCL's buffers. workspace_gib: of cuBLAS, cuDNN and
-    Transformer Engine. fragmentation: share of what tensors take that the allocator loses between blocks. margin: a layout fits
-    only if its peak and this share of it do. expert_load: tokens of the busiest rank's experts over the mean.
+    """Assumptions about what the configuration does not say.
 
     Raises:
-        ConfigError: a number outside of its `LIMITS`, named as the option of `ais-megatron plan`; all of them in one message.
+        ConfigError: numbers outside of their `LIMITS`. One message lists all of them as options of `ais-megatron plan`.
     """
 
     card: Card = CARDS["h100"]
     gpu_memory_gib: float | None = None
+    """None: the card's."""
     peak_tflops: float | None = None
+    """Dense BF16; None: the card's."""
     memory_gb_s: float | None = None
+    """Memory bandwidth; None: the card's."""
     nvlink_gb_s: float = 400.0
+    """Bandwidth of one GPU within a node, in one direction."""
     network_gb_s: float = 45.0
+    """Bandwidth of one GPU between nodes, in one direction."""
     gpus_per_node: int = 8
     mfu: float = 0.4
+    """Share of the peak that forward and backward passes reach."""
     decode_efficiency: float = 0.6
+    """Share of the memory bandwidth that decoding reaches."""
     latency_us: float = 20.0
+    """Latency of one layer in a decode step, for kernels and tensor parallelism."""
     prompt_tokens: int = 256
+    """Length of a typical prompt."""
     response_tokens: int | None = None
+    """Length of a typical response; None: `rollout.max_response_tokens`."""
     rollout_gpus: int | None = None
+    """GPUs of the SGLang servers; None: those of the servers that the configuration names."""
     reserve_gib: float = 3.0
+    """Memory outside of torch's allocator: CUDA's context, kernels and NCCL's buffers."""
     workspace_gib: float = 1.0
+    """Workspaces of cuBLAS, cuDNN and Transformer Engine."""
     fragmentation: float = 0.05
+    """Memory that the allocator loses between blocks, as a share of the tensors' bytes."""
     margin: float = 0.15
+    """A layout fits only if its peak and this share of it fit."""
     expert_load: float = 1.25
+    """Tokens of the busiest rank's experts, divided by the mean."""
 
     def __post_init__(self) -> None:
         problems = [problem for name in LIMITS if (problem := _limit_problem(name, getattr(self, name)))]
         if not problems and self.reserve_gib >= self.memory:
             problems = [
-                f"--reserve-gib {self.reserve_gib:g}: leaves nothing of --gpu-memory-gib {self.memory:g}; allowed: less than that. Lower "
-                "the reserve, or raise the memory"
+                f"--reserve-gib {self.reserve_gib:g}: leaves nothing of --gpu-memory-gib {self.memory:g}; allowed: less than the memory. "
+                "Lower the reserve, or raise the memory"
             ]
         if problems:
             raise ConfigError("\n".join(problems))
@@ -129,12 +140,12 @@ class Assumptions:
         return (self.memory_gb_s or self.card.memory_gb_s) * 1e9
 
     def link(self, ranks: int) -> float:
-        """Bytes per second of one GPU inside a group of so many neighbouring ranks."""
+        """Bytes per second of one GPU within a group of `ranks` neighbouring ranks."""
         return (self.nvlink_gb_s if ranks <= self.gpus_per_node else self.network_gb_s) * 1e9
 
 
 def _limit_problem(name: str, value: float | None) -> str | None:
-    """What is wrong with an assumption, None if nothing is. (None as a value is an option left out.)"""
+    """What is wrong with an assumption, or None. (The value None is an option that was left out.)"""
     least, most = LIMITS[name]
     if value is None or (isfinite(value) and least <= value <= most and not (name in POSITIVE and value == 0.0)):
         return None
@@ -146,14 +157,20 @@ def _limit_problem(name: str, value: float | None) -> str | None:
 
 @dataclass(frozen=True)
 class Servers:
-    """The rollout engine: `gpus` GPUs in engines of `tp`. weights: bytes on one GPU; kv_tokens: tokens of KV cache on one engine."""
+    """The rollout engines: SGLang servers, or the embedded engines of the ranks."""
 
     gpus: int
+    """GPUs of all engines together."""
     tp: int
+    """Tensor-parallel size of one engine."""
     weights: int
+    """Bytes of weights on one GPU."""
     kv_per_token: int
+    """Bytes of KV cache for one token on one GPU."""
     kv_tokens: int
+    """Tokens that the KV cache of one engine holds."""
     concurrency: int
+    """Responses that one engine decodes at the same time."""
 
     @property
     def engines(self) -> int:
@@ -162,19 +179,21 @@ class Servers:
 
 @dataclass(frozen=True)
 class SyncBytes:
-    """Of one weight sync. gathered: received by each trainer rank over TP and EP; broadcast: over PP, from other stages; pushed: once, by
-    every GPU that serves; buckets: about how many."""
+    """The traffic of one weight sync, in bytes."""
 
     gathered: int
+    """What each trainer rank receives over TP and EP."""
     broadcast: int
+    """What each trainer rank receives from other pipeline stages."""
     pushed: int
+    """What every GPU of an engine receives."""
     buckets: int
+    """Number of buckets, approximately."""
 
 
 @dataclass(frozen=True)
 class StepTime:
-    """Seconds. trainer: all phases between the responses and the sync. total: with `rollout.ahead=1` generation and the trainer's
-    phases overlap, and the slower of them counts; without, they add up."""
+    """The seconds of each phase of a step."""
 
     generate: float
     logprobs: float
@@ -183,17 +202,19 @@ class StepTime:
     optimizer: float
     sync: float
     trainer: float
+    """All phases between generation and the sync."""
     total: float
+    """The whole step. With `rollout.ahead=1` generation and the trainer's phases overlap, and the slower one counts."""
     tokens_per_second: float
 
 
 def row_tokens(config: Config, assumed: Assumptions) -> tuple[int, int]:
-    """(prompt, response) tokens of a typical row."""
+    """(prompt, response) tokens of a typical sequence."""
     return assumed.prompt_tokens, assumed.response_tokens or config.rollout.max_response_tokens
 
 
 def active_parameters(a: Architecture) -> int:
-    """Parameters that multiply one token: of the experts the chosen ones, and the head but not the embedding."""
+    """Number of parameters that multiply one token: only the chosen experts, and the head but not the embedding."""
     dense, expert = layer_counts(a)
     if a.is_moe:
         expert = expert // a.num_experts * a.num_experts_per_tok
@@ -201,13 +222,13 @@ def active_parameters(a: Architecture) -> int:
 
 
 def forward_flops(a: Architecture, rows: int, length: int) -> float:
-    """Of `rows` sequences of `length` tokens; attention sees half of the square."""
+    """FLOPs of a forward pass over `rows` sequences of `length` tokens. Causal attention computes half of the square."""
     attention = 2 * a.num_hidden_layers * a.num_attention_heads * a.head_dim * length
     return rows * length * (2.0 * active_parameters(a) + attention)
 
 
 def servers_of(config: Config, assumed: Assumptions) -> Servers:
-    """Where responses come from. With the local engine: the trainer's own ranks, each with all weights."""
+    """The engines that generate. With the local engine these are the trainer's own ranks, each with all weights."""
     rollout, parallel = config.rollout, config.parallel
     row = sum(row_tokens(config, assumed))
     if rollout.engine_traits.is_embedded:
@@ -225,13 +246,13 @@ def servers_of(config: Config, assumed: Assumptions) -> Servers:
 
 
 def generate_seconds(config: Config, assumed: Assumptions, servers: Servers) -> float:
-    """Prefill of every prompt once per group, then waves of decode steps, all responses as long as the typical one."""
+    """Seconds of generation: one prefill per group, then waves of decode steps. All responses have the typical length."""
     a, rollout = config.architecture, config.rollout
     prompt, response = row_tokens(config, assumed)
     prefill = forward_flops(a, rollout.prompts_per_step, prompt) / (servers.gpus * assumed.flops * assumed.mfu)
     quantized, _ = quantized_counts(a)
     is_local, fp8 = rollout.engine_traits.is_embedded, rollout.quantization != "none"
-    width = (4 if is_local else 1) if fp8 else dtype_bytes(config)  # the local engine multiplies dequantised FP32 copies
+    width = (4 if is_local else 1) if fp8 else dtype_bytes(config)  # the local engine multiplies with dequantised FP32 copies
     touched = 1.0
     if a.is_moe:
         touched = 1.0 - (1.0 - a.num_experts_per_tok / a.num_experts) ** servers.concurrency
@@ -247,11 +268,13 @@ def generate_seconds(config: Config, assumed: Assumptions, servers: Servers) -> 
 
 
 def pass_seconds(config: Config, assumed: Assumptions, flops_share: float, sends: int) -> float:
-    """One pass over the whole batch. flops_share: of a forward pass's FLOPs; sends: collectives of a layer, in forward passes."""
+    """Seconds of one pass over the whole batch.
+
+    flops_share: FLOPs of the pass, divided by those of a forward pass. sends: the same for the collectives of a layer."""
     a, parallel = config.architecture, config.parallel
     split = microbatching(config, sum(row_tokens(config, assumed)), config.run.backend != "cpu")
     bubble = 1.0 + (parallel.pp - 1) / split.count
-    rows = split.computed * config.train.updates_per_batch  # of one data-parallel rank, idle ones included
+    rows = split.computed * config.train.updates_per_batch  # rows of one data-parallel rank, including padding rows
     compute = flops_share * forward_flops(a, rows, split.width) / (parallel.model_parallel_size * assumed.flops * assumed.mfu)
     layer_bytes = rows * split.width / parallel.cp * a.hidden_size * dtype_bytes(config) * a.num_hidden_layers / parallel.pp
     sent = 0.0
@@ -260,7 +283,7 @@ def pass_seconds(config: Config, assumed: Assumptions, flops_share: float, sends
     spread = parallel.ep * parallel.etp
     if spread > 1:
         routed = layer_bytes / parallel.tp * a.num_experts_per_tok * (spread - 1) / spread
-        sent += 2 * routed / assumed.link(spread)  # there and back
+        sent += 2 * routed / assumed.link(spread)  # to the experts and back
     return (compute + sends * sent) * bubble
 
 
@@ -281,12 +304,12 @@ def sync_seconds(config: Config, assumed: Assumptions, moved: SyncBytes) -> floa
     quantize = 0.0 if rollout.quantization == "none" else 3 * dtype_bytes(config) * total_parameters(config.architecture)
     if rollout.engine_traits.is_embedded:
         return export + (quantize + moved.pushed) / assumed.bandwidth
-    ways = {"tensor": PCIE_GB_S * 1e9, "disk": DISK_GB_S * 1e9 / 2}  # disk: written, then read
+    ways = {"tensor": PCIE_GB_S * 1e9, "disk": DISK_GB_S * 1e9 / 2}  # a disk writes first and then reads
     return export + quantize / assumed.bandwidth + moved.pushed / ways.get(rollout.sglang.transport, assumed.network_gb_s * 1e9)
 
 
 def step_time(config: Config, assumed: Assumptions) -> StepTime:
-    """Seconds of each phase of a step. `parallel.dp` must be set."""
+    """Estimate the seconds of each phase of a step. `parallel.dp` must be set."""
     a, parallel, rollout = config.architecture, config.parallel, config.rollout
     dp, recompute = parallel.dp or 1, config.model.recompute == "full"
     generate = generate_seconds(config, assumed, servers_of(config, assumed))
@@ -297,7 +320,9 @@ def step_time(config: Config, assumed: Assumptions) -> StepTime:
     replicas, updates = dp * parallel.cp, config.train.updates_per_batch
     ring = (4 + dtype_bytes(config)) * counts.all * (replicas - 1) / replicas
     gradients = updates * ring / assumed.link(parallel.model_parallel_size * dp)
-    optimizer = updates * 40.0 * counts.all / replicas / assumed.bandwidth  # read and write master, moments; gradient, norm, weight
+    optimizer = (
+        updates * 40.0 * counts.all / replicas / assumed.bandwidth
+    )  # reads and writes master weights and moments, and gradient, norm and weight
     sync = sync_seconds(config, assumed, sync_bytes(config))
     trainer = logprobs + train + gradients + optimizer
     total = max(generate, trainer) + sync if rollout.ahead else generate + trainer + sync

@@ -1,18 +1,19 @@
-"""What a rank holds, in bytes, from the configuration alone: the arithmetic behind `ais-megatron plan`.
+"""Computes the memory of a rank from the configuration alone, for `ais-megatron plan`.
 
-    weights        dtype bytes per parameter: DDP's one buffer, of which all parameters are views
-    gradients      4 bytes per parameter: `grad_reduce_in_fp32`, never sharded
-    optimizer      8 bytes (two moments) or 12 (and an FP32 master copy, in BF16), sharded over DP x CP; experts over their own DP
-    activations    the tensors that each layer's operations save for the backward pass, one by one, times microbatches in flight
-    logits         [tokens, vocab/tp] and their gradient, and FP32 chunks of `train.logprob_chunk_tokens`, as policy/logprobs.py
-    workspaces     of cuBLAS, cuDNN and Transformer Engine, and what the allocator loses between blocks: assumed, not computed
+    weights        dtype bytes per parameter, in DDP's one buffer; all parameters are views of it
+    gradients      4 bytes per parameter (`grad_reduce_in_fp32`), never sharded
+    optimizer      8 bytes per parameter (two moments), or 12 in BF16 (and an FP32 master copy); sharded over DP x CP, experts over
+                   their own DP group
+    activations    the tensors that each layer saves for the backward pass, one by one, times the microbatches in flight
+    logits         [tokens, vocab/tp] and their gradient, and FP32 chunks of `train.logprob_chunk_tokens` (policy/logprobs.py)
+    workspaces     of cuBLAS, cuDNN and Transformer Engine, and what the allocator loses between blocks; assumed, not computed
 
-A microbatch has `train.tokens_per_microbatch` tokens, or more where a single row is longer, rounded up to the shapes that the
-model is given (`shapes`). With `rollout.ahead=1` the embedded engine generates during training: its KV cache is there then too.
+A microbatch has `train.tokens_per_microbatch` tokens, or more if a single row is longer, padded to the shapes that the model uses
+(`shapes`). With `rollout.ahead=1` the embedded engine generates during training, so its KV cache exists then too.
 
-The lists of saved tensors follow Megatron's local layers with our norm and attention (policy/model.py), as recorded with
-torch's saved-tensor hooks; tests/planning/test_plan.py holds them against real ranks. On CUDA the norms are fused and attention saves
-the model's dtype; that variant is derived, not measured. No torch here.
+The lists of saved tensors are those of Megatron's local layers with our norm and attention (policy/model.py), recorded with torch's
+saved-tensor hooks. tests/planning/test_plan.py compares them with real ranks. On CUDA the norms are fused, and attention saves tensors in
+the model's dtype. That variant is derived and not measured. No torch here.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from ais_megatron.config import Architecture, Config, ParallelConfig
 from ais_megatron.models.family import Weight, shape_of
 from ais_megatron.shapes import Shapes
 
-LOGPROB_CHUNKS_BACKWARD = 4  # FP32 [chunk, vocab/tp] alive at once: log p and p of a chunk, and those of the one before
+LOGPROB_CHUNKS_BACKWARD = 4  # FP32 tensors [chunk, vocab/tp] at the same time: log p and p, of this chunk and the previous one
 LOGPROB_CHUNKS_FORWARD = 3
 FP32 = 4
 FP8_BLOCK = 128
@@ -32,11 +33,12 @@ FP8_BLOCK = 128
 
 @dataclass(frozen=True)
 class Counts:
-    """Parameters that one rank holds. largest: of its parameters, whose gradient exists a second time before it is added."""
+    """Number of parameters on one rank."""
 
     dense: int
     expert: int
     largest: int
+    """Size of the largest parameter. Its gradient exists twice before it is added to the buffer."""
 
     @property
     def all(self) -> int:
@@ -45,29 +47,34 @@ class Counts:
 
 @dataclass(frozen=True)
 class RankMemory:
-    """Bytes on one rank of pipeline stage `stage`. What a phase needs beyond the lasting parts exists in that phase only.
-
-    gathered: the responses of a model-parallel group on their way to all of its ranks. batch: microbatches on the device.
-    workspaces: once made they stay. fragmentation: share of the allocator's bytes that it loses between blocks. overlaps:
-    generation runs beside the other phases (but for the sync), on the same GPU.
-    """
+    """Bytes on one rank. Weights, gradients, optimizer, engine weights and workspaces last, all others exist in one phase only."""
 
     stage: int
+    """The rank's pipeline stage."""
     weights: int
     gradients: int
     optimizer: int
     engine_weights: int
+    """Weights of the embedded engine."""
     gathered: int
+    """Responses of a model-parallel group while they are sent to all of its ranks."""
     batch: int
+    """Microbatches on the device."""
     activations: int
     logits: int
     logprobs: int
+    """The forward pass for old log-probabilities."""
     optimizer_step: int
+    """Temporary tensors of the optimizer step."""
     kv_cache: int
+    """KV cache of the embedded engine."""
     sync: int
+    """Buckets of a weight sync."""
     workspaces: int = 0
     fragmentation: float = 0.0
+    """What the allocator loses between blocks, as a share of its bytes."""
     overlaps: bool = False
+    """Generation runs on the same GPU at the same time as the other phases, except the sync."""
 
     @property
     def lasting(self) -> int:
@@ -75,7 +82,7 @@ class RankMemory:
 
     @property
     def allocated(self) -> dict[str, int]:
-        """Peak of each phase of a step in tensors."""
+        """The peak of each phase of a step, counting only tensors."""
         beside = self.kv_cache if self.overlaps else 0
         parts = {
             "generate": self.kv_cache,
@@ -88,12 +95,12 @@ class RankMemory:
 
     @property
     def phases(self) -> dict[str, int]:
-        """Peak of each phase of a step, with what lies around the tensors."""
+        """The peak of each phase of a step, with workspaces and fragmentation."""
         return {phase: size + self.workspaces + int(self.fragmentation * size) for phase, size in self.allocated.items()}
 
     @property
     def lost(self) -> int:
-        """Between blocks, in the worst phase."""
+        """What the allocator loses between blocks in the worst phase."""
         return int(self.fragmentation * max(self.allocated.values()))
 
     @property
@@ -103,15 +110,16 @@ class RankMemory:
 
 @dataclass(frozen=True)
 class Microbatching:
-    """How a rank's rows, all equally long, become the microbatches of one update.
-
-    count: microbatches. rows, width: of a full one as the model is given it. computed: rows of all of them, idle ones included.
-    """
+    """How the rows of a rank, all of the same length, are split into the microbatches of one update."""
 
     count: int
+    """Number of microbatches."""
     rows: int
+    """Rows of a full microbatch, padding included."""
     width: int
+    """Columns of a microbatch, padding included."""
     computed: int
+    """Rows of all microbatches, padding rows included."""
 
 
 def shapes_of(config: Config, cuda: bool) -> Shapes:
@@ -119,7 +127,7 @@ def shapes_of(config: Config, cuda: bool) -> Shapes:
 
 
 def microbatching(config: Config, row: int, cuda: bool) -> Microbatching:
-    """As policy/microbatches.py splits rows of `row` tokens. `parallel.dp` must be set."""
+    """How policy/microbatches.py splits rows of `row` tokens. `parallel.dp` must be set."""
     rollout, train, shapes = config.rollout, config.train, shapes_of(config, cuda)
     rows = ceil(rollout.prompts_per_step * rollout.group_size / (config.parallel.dp or 1) / train.updates_per_batch)
     width = shapes.width(row)
@@ -129,7 +137,7 @@ def microbatching(config: Config, row: int, cuda: bool) -> Microbatching:
 
 
 def microbatch_tokens(config: Config, longest_row: int, cuda: bool) -> int:
-    """Padded tokens of the largest microbatch: the budget, or a single row that is longer."""
+    """Padded tokens of the largest microbatch: `train.tokens_per_microbatch`, or a single row that is longer."""
     return max(config.train.tokens_per_microbatch, shapes_of(config, cuda).width(longest_row))
 
 
@@ -138,14 +146,14 @@ def dtype_bytes(config: Config) -> int:
 
 
 def smallest_dp(parallel: ParallelConfig) -> int:
-    """`parallel.dp`, or where it is empty the smallest that expert parallelism allows."""
+    """`parallel.dp`, or if it is empty the smallest size that expert parallelism allows."""
     if parallel.dp:
         return parallel.dp
     return next(dp for dp in range(1, parallel.ep * parallel.etp + 1) if not parallel.tp * parallel.cp * dp % (parallel.ep * parallel.etp))
 
 
 def layer_counts(a: Architecture, tp: int = 1, ep: int = 1, etp: int = 1) -> tuple[int, int]:
-    """(dense, expert) parameters of one layer on one rank."""
+    """Number of (dense, expert) parameters of one layer on one rank."""
 
     def count(table: tuple[Weight, ...], shards: int) -> int:
         return sum(prod(shape_of(weight, a)) // (1 if weight.tp_dim is None else shards) for weight in table)
@@ -154,7 +162,7 @@ def layer_counts(a: Architecture, tp: int = 1, ep: int = 1, etp: int = 1) -> tup
 
 
 def rank_counts(a: Architecture, parallel: ParallelConfig, stage: int) -> Counts:
-    """Parameters of a rank of that pipeline stage."""
+    """Number of parameters on a rank of a pipeline stage."""
     dense, expert = (n * (a.num_hidden_layers // parallel.pp) for n in layer_counts(a, parallel.tp, parallel.ep, parallel.etp))
     vocabulary = ceil(a.vocab_size / parallel.tp) * a.hidden_size
     is_last = stage == parallel.pp - 1
@@ -174,8 +182,8 @@ def layer_saved(config: Config, tokens: int, cuda: bool, expert_load: float) -> 
     tp, shard = parallel.tp, parallel.tp if parallel.sequence_parallel else 1
     hidden, heads, kv_heads = a.hidden_size, a.num_attention_heads, a.num_key_value_heads
     q, kv = heads * a.head_dim, kv_heads * a.head_dim
-    norm = e * hidden + FP32 if cuda else 2 * FP32 * hidden + FP32  # fused: its input; else input and result in float32
-    inputs = e * hidden  # of QKV, and of the MLP or router
+    norm = e * hidden + FP32 if cuda else 2 * FP32 * hidden + FP32  # a fused norm saves its input; otherwise input and result in float32
+    inputs = e * hidden  # the input of QKV, and that of the MLP or the router
     if cuda:
         attention = e * (q + 2 * kv) + e * (2 * q + kv) + FP32 * (2 * heads + kv_heads)  # QKV; rotated Q, K; output; statistics
     else:
@@ -191,7 +199,7 @@ def layer_saved(config: Config, tokens: int, cuda: bool, expert_load: float) -> 
 
 
 def layer_transient(config: Config, tokens: int, expert_load: float) -> int:
-    """Bytes of gradients and gathered inputs alive at the worst moment of a layer's backward pass."""
+    """Bytes of gradients and gathered inputs at the worst moment of a layer's backward pass."""
     a, parallel, e = config.architecture, config.parallel, dtype_bytes(config)
     gathered = e * a.hidden_size * tokens if parallel.sequence_parallel else 0
     if not a.is_moe:
@@ -202,7 +210,7 @@ def layer_transient(config: Config, tokens: int, expert_load: float) -> int:
 
 
 def training_memory(config: Config, stage: int, tokens: int, in_flight: int, cuda: bool, expert_load: float) -> tuple[int, int]:
-    """(activations, logits) at the worst moment of a forward and backward pass over microbatches of so many tokens."""
+    """Bytes of (activations, logits) at the worst moment of forward and backward passes over microbatches of `tokens` tokens."""
     a, parallel, e = config.architecture, config.parallel, dtype_bytes(config)
     shard = parallel.tp if parallel.sequence_parallel else 1
     layers, saved = a.num_hidden_layers // parallel.pp, layer_saved(config, tokens, cuda, expert_load)
@@ -217,7 +225,7 @@ def training_memory(config: Config, stage: int, tokens: int, in_flight: int, cud
     vocabulary, chunk = ceil(a.vocab_size / parallel.tp), min(config.train.logprob_chunk_tokens, tokens)
     logits = e * vocabulary * tokens
     in_head = 2 * logits + LOGPROB_CHUNKS_BACKWARD * FP32 * chunk * vocabulary
-    # Without pipelining one of them and the head's weight gradient are still there in the layers' backward pass (as measured).
+    # Without pipelining, one of them and the head's weight gradient still exist in the layers' backward pass (measured).
     in_layer = logits + e * vocabulary * a.hidden_size if parallel.pp == 1 else 0
     if head + in_head >= one_layer + in_layer:
         return body + head, in_head
@@ -225,16 +233,16 @@ def training_memory(config: Config, stage: int, tokens: int, in_flight: int, cud
 
 
 def logprob_memory(config: Config, stage: int, tokens: int, expert_load: float) -> int:
-    """Bytes of a forward pass without gradient, over one microbatch of so many tokens: the widest moment of a layer, or of the head."""
+    """Bytes of a forward pass without gradient over one microbatch of `tokens` tokens, at the worst moment of a layer or the head."""
     a, parallel, e = config.architecture, config.parallel, dtype_bytes(config)
     if a.is_moe:
         routed = tokens // (parallel.tp if parallel.sequence_parallel else 1)
         pairs = int(routed * a.num_experts_per_tok * parallel.etp * expert_load)
-        copies = 6 if parallel.etp > 1 else 2  # of the routed tokens: sorted and summed, with ETP gathered and scattered too
+        copies = 6 if parallel.etp > 1 else 2  # copies of the routed tokens: sorted and summed; with ETP also gathered and scattered
         mlp = e * pairs * (copies * a.hidden_size + 5 * a.moe_intermediate_size // parallel.etp)
     else:
         mlp = e * tokens * 5 * a.intermediate_size // parallel.tp
-    residuals = 4 * tokens // parallel.tp + tokens if parallel.sequence_parallel else 4 * tokens  # sharded ones, and one gathered
+    residuals = 4 * tokens // parallel.tp + tokens if parallel.sequence_parallel else 4 * tokens  # four sharded tensors and a gathered one
     layer = mlp + e * a.hidden_size * residuals
     if stage < parallel.pp - 1:
         return layer
@@ -244,14 +252,14 @@ def logprob_memory(config: Config, stage: int, tokens: int, expert_load: float) 
 
 
 def quantized_counts(a: Architecture) -> tuple[int, int]:
-    """(parameters, 128x128 blocks) of all projections that FP8 rollouts quantise."""
+    """Number of (parameters, 128x128 blocks) in all projections that FP8 rollouts quantise."""
     shapes = [shape_of(weight, a) for weight in a.family.layer + a.family.experts * a.num_experts if weight.quantized]
     layers = a.num_hidden_layers
     return layers * sum(n * k for n, k in shapes), layers * sum(ceil(n / FP8_BLOCK) * ceil(k / FP8_BLOCK) for n, k in shapes)
 
 
 def pushed_bytes(config: Config) -> int:
-    """Bytes of one weight sync as the engine receives them: FP8 weights and their scales, all else as it is, KV scales."""
+    """Bytes that the engine receives in one weight sync: FP8 weights and their scales, all other weights, and KV scales."""
     a, e = config.architecture, dtype_bytes(config)
     total, (quantized, blocks) = total_parameters(a), quantized_counts(a)
     if config.rollout.quantization == "none":
@@ -263,7 +271,7 @@ def pushed_bytes(config: Config) -> int:
 
 
 def engine_bytes(config: Config, tp: int = 1) -> int:
-    """Weights of a rollout engine on one of its `tp` GPUs. The local one keeps FP8 weights a second time, dequantised to FP32."""
+    """Bytes of a rollout engine's weights on one of its `tp` GPUs. The local engine also keeps FP8 weights dequantised to FP32."""
     a = config.architecture
     size = pushed_bytes(config)
     if config.rollout.engine_traits.is_embedded and config.rollout.quantization != "none":
@@ -272,26 +280,28 @@ def engine_bytes(config: Config, tp: int = 1) -> int:
 
 
 def kv_bytes_per_token(config: Config, cuda: bool = True) -> int:
-    """KV cache of one token on one GPU of the engine. The local engine's container is as wide as its compute dtype."""
+    """Bytes of KV cache for one token on one GPU of the engine. The local engine stores it in its compute dtype."""
     a, rollout = config.architecture, config.rollout
     if rollout.engine_traits.is_embedded:
         return a.num_hidden_layers * 2 * a.num_key_value_heads * a.head_dim * (dtype_bytes(config) if cuda else FP32)
-    heads = max(a.num_key_value_heads // rollout.sglang.tp, 1)  # with more GPUs than KV heads they are replicated
+    heads = max(a.num_key_value_heads // rollout.sglang.tp, 1)  # if there are more GPUs than KV heads, the heads are replicated
     return a.num_hidden_layers * 2 * heads * a.head_dim * (1 if rollout.kv_cache_is_fp8 else 2)
 
 
 def sync_memory(config: Config) -> int:
-    """Bytes of buckets on a trainer rank during a sync: shards gathered, made whole, quantised and laid flat, and FP32 blocks."""
+    """Bytes of buckets on a trainer rank during a sync: gathered shards, whole tensors, quantised and flattened tensors, FP32 blocks."""
     a, e = config.architecture, dtype_bytes(config)
     mlp = a.moe_intermediate_size if a.is_moe else a.intermediate_size
-    entry = e * a.hidden_size * max(a.vocab_size, 2 * mlp * (config.parallel.ep if a.is_moe else 1))  # is never cut
+    entry = (
+        e * a.hidden_size * max(a.vocab_size, 2 * mlp * (config.parallel.ep if a.is_moe else 1))
+    )  # the largest tensor, which is never split
     bucket = max(int(config.rollout.sync_bucket_mb * 2**20), entry)
     fp32 = 0 if config.rollout.quantization == "none" else 3 * FP32 * a.hidden_size * max(mlp, a.num_attention_heads * a.head_dim)
     return 3 * min(bucket, e * total_parameters(a)) + fp32
 
 
 def route_bytes(config: Config) -> int:
-    """Of one token's routes; as wide as `batch.routes_dtype`."""
+    """Bytes of the routes of one token, in `batch.routes_dtype`."""
     a = config.architecture
     if not config.rollout.return_routed_experts:
         return 0
@@ -299,14 +309,14 @@ def route_bytes(config: Config) -> int:
 
 
 def batch_memory(config: Config, tokens: int) -> int:
-    """Bytes of microbatches of so many padded tokens on the device, where each goes when its turn comes: ids, mask, logprobs, positions
-    and routes."""
+    """Bytes of microbatches of `tokens` padded tokens on the device: ids, mask, log-probabilities, positions and routes. Each microbatch
+    is moved there when it is needed."""
     return tokens * (8 + 1 + FP32 + 8 + route_bytes(config))
 
 
 def gathered_memory(config: Config, row: int) -> int:
-    """Bytes on the device while the ranks of a model-parallel group exchange what they generated: everyone's, and one's own once more.
-    With dynamic sampling the whole job is one group."""
+    """Bytes on the device while the ranks of a model-parallel group exchange their responses: all responses, and a second copy of the
+    rank's own. With dynamic sampling the whole job is one group."""
     parallel, rollout = config.parallel, config.rollout
     assert parallel.dp is not None, "set parallel.dp first (`with_gpus`)"
     group = parallel.model_parallel_size * (parallel.dp if config.objective.resolved.dynamic_sampling else 1)
@@ -327,10 +337,10 @@ def rank_memory(
     workspaces: int = 0,
     fragmentation: float = 0.0,
 ) -> RankMemory:
-    """What a rank of that pipeline stage holds. `parallel.dp` must be set; responses are as long as `response_tokens`, the longest as
+    """The memory of a rank of a pipeline stage. `parallel.dp` must be set. Responses have `response_tokens` tokens, and the longest one has
     `rollout.max_response_tokens`.
 
-    expert_load: tokens that the busiest rank's experts get, over the mean. workspaces, fragmentation: see `RankMemory`.
+    expert_load: tokens of the busiest rank's experts, divided by the mean. workspaces, fragmentation: see `RankMemory`.
     """
     a, parallel, rollout, e = config.architecture, config.parallel, config.rollout, dtype_bytes(config)
     assert parallel.dp, "the caller sets parallel.dp"
@@ -357,7 +367,7 @@ def rank_memory(
         activations=activations,
         logits=logits,
         logprobs=logprob_memory(config, stage, tokens, expert_load) + (e * counts.all if config.objective.kl_coefficient else 0),
-        optimizer_step=FP32 * (dense + expert),  # torch's AdamW works on all parameters at once
+        optimizer_step=FP32 * (dense + expert),  # torch's AdamW updates all parameters at once
         kv_cache=decoding * row * kv_bytes_per_token(config, cuda) if local else 0,
         sync=sync_memory(config),
         workspaces=workspaces,

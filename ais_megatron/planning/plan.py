@@ -1,10 +1,10 @@
-"""`ais-megatron plan`: memory, bytes and seconds of a run before any GPU is asked for, and layouts that fit.
+"""`ais-megatron plan`: estimates the memory, traffic and time of a run without any GPU, and lists layouts that fit.
 
     memory of a rank = (weights + gradients + optimizer + (embedded engine) + the worst of its phases) (1 + fragmentation) + workspaces
     it fits if         memory (1 + margin) <= the card's memory - reserve
 
-`make_plan` judges one configuration, `suggest` every layout of the same GPUs that the configuration's own checks admit.
-Memory is computed tensor by tensor (`planning.memory`); seconds follow from the assumptions that the output names (`planning.cost`).
+`make_plan` judges one configuration. `suggest` tries every layout of the same GPUs that the configuration's checks allow. Memory is
+computed tensor by tensor (`planning.memory`). Seconds follow from the assumptions that the output names (`planning.cost`).
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ POWERS = (1, 2, 4, 8, 16, 32, 64)
 COMPONENTS = (
     ("weights", "weights"),
     ("gradients", "gradients, FP32"),
-    ("optimizer", "optimizer, its share of DP"),
+    ("optimizer", "optimizer, sharded over DP"),
     ("engine_weights", "engine weights"),
-    ("gathered", "collect: responses on their way"),
+    ("gathered", "collect: responses that are exchanged"),
     ("batch", "microbatches on the device"),
     ("activations", "train: activations"),
     ("logits", "train: logits, their gradient, FP32 chunks"),
@@ -43,15 +43,18 @@ COMPONENTS = (
 
 @dataclass(frozen=True)
 class Plan:
-    """config: with `parallel.dp` filled in. ranks: one of each pipeline stage. problems: why it cannot run, empty if it can."""
+    """The estimate for one configuration."""
 
     config: Config
+    """The configuration, with `parallel.dp` filled in."""
     assumed: Assumptions
     ranks: list[RankMemory]
+    """One rank of each pipeline stage."""
     servers: Servers
     sync: SyncBytes
     time: StepTime
     problems: list[str]
+    """Why it cannot run; empty if it can."""
 
     @property
     def gpus(self) -> int:
@@ -63,10 +66,10 @@ class Plan:
 
 
 def with_gpus(config: Config, gpus: int | None) -> Config:
-    """The configuration with `parallel.dp` set: for so many trainer GPUs, or by `smallest_dp`.
+    """The configuration with `parallel.dp` set, for `gpus` trainer GPUs or (None) by `smallest_dp`.
 
     Raises:
-        ConfigError: the GPUs do not divide into copies of the model, or the rest of the configuration does not allow that dp.
+        ConfigError: the GPUs cannot be divided into copies of the model, or the rest of the configuration does not allow that dp.
     """
     parallel = config.parallel
     dp = smallest_dp(parallel) if gpus is None else gpus // parallel.model_parallel_size
@@ -82,7 +85,7 @@ def with_gpus(config: Config, gpus: int | None) -> Config:
 
 
 def _revised(config: Config, **sections: dict[str, object]) -> Config | str:
-    """The configuration with some keys changed, checked as a whole; or what is wrong with it."""
+    """The configuration with some keys changed, or the message of the error if it is not valid."""
     data = config.model_dump()
     for name, changes in sections.items():
         data[name] |= changes
@@ -93,7 +96,7 @@ def _revised(config: Config, **sections: dict[str, object]) -> Config | str:
 
 
 def make_plan(config: Config, assumed: Assumptions) -> Plan:
-    """`config.parallel.dp` must be set (`with_gpus`)."""
+    """Estimate one configuration. `config.parallel.dp` must be set (`with_gpus`)."""
     prompt, response = row_tokens(config, assumed)
     cuda = config.run.backend != "cpu"
     ranks = [
@@ -123,7 +126,7 @@ def _rank_problems(config: Config, assumed: Assumptions, ranks: list[RankMemory]
     parallel = config.parallel
     return [
         f"parallel.tp={parallel.tp} pp={parallel.pp} cp={parallel.cp} dp={parallel.dp} ep={parallel.ep} etp={parallel.etp}: a rank of "
-        f"stage {worst.stage} needs {worst.peak / GIB:.1f} GiB in phase {phase} ({worst.lasting / GIB:.1f} GiB of them lasting), with "
+        f"stage {worst.stage} needs {worst.peak / GIB:.1f} GiB in phase {phase} ({worst.lasting / GIB:.1f} GiB of them all the time), with "
         f"--margin {assumed.margin:g} {worst.peak / GIB * (1.0 + assumed.margin):.1f}; --gpu-memory-gib {assumed.memory:g} less "
         f"--reserve-gib {assumed.reserve_gib:g} is {limit:g}. {_remedy(config, phase)}"
     ]
@@ -144,20 +147,20 @@ def _server_problems(config: Config, assumed: Assumptions, servers: Servers) -> 
         return []
     sglang, row, problems = config.rollout.sglang, sum(row_tokens(config, assumed)), []
     if servers.gpus % servers.tp:
-        problems.append(f"--rollout-gpus {servers.gpus}: not a multiple of rollout.sglang.tp={servers.tp}")
+        problems.append(f"--rollout-gpus {servers.gpus}: must be a multiple of rollout.sglang.tp={servers.tp}")
     if servers.kv_tokens < row:
         problems.append(
             f"rollout.sglang.tp={sglang.tp} mem_fraction={sglang.mem_fraction or 'empty'}: {servers.weights / GIB:.1f} GiB of weights on a "
-            f"server's GPU leave a KV cache of {servers.kv_tokens} tokens, fewer than the {row} of one response and its prompt; "
-            f"--gpu-memory-gib is {assumed.memory:g}. Raise rollout.sglang.tp or mem_fraction, or use FP8"
+            f"server's GPU leave a KV cache of {servers.kv_tokens} tokens, fewer than the {row} tokens of one prompt and its response; "
+            f"--gpu-memory-gib is {assumed.memory:g}. Raise rollout.sglang.tp or rollout.sglang.mem_fraction, or use FP8"
         )
     return problems
 
 
 def suggest(config: Config, assumed: Assumptions, gpus: int, count: int = 5) -> list[Plan]:
-    """The `count` fastest layouts of `gpus` trainer GPUs that fit and that the configuration's own checks allow.
+    """The `count` fastest layouts of `gpus` trainer GPUs that fit and that the configuration's checks allow.
 
-    TP stays inside a node; sequence parallelism goes with it; there is no context parallelism.
+    TP stays within a node and comes with sequence parallelism. There is no context parallelism.
 
     Raises:
         ConfigError: `count` is negative.
@@ -177,13 +180,14 @@ def suggest(config: Config, assumed: Assumptions, gpus: int, count: int = 5) -> 
                     revised = _revised(config, parallel=layout, model={"recompute": recompute})
                     if isinstance(revised, Config) and not (plan := make_plan(revised, assumed)).problems:
                         fitting.append(plan)
-                        break  # where it fits without recomputing, recomputing only costs time
-    # Where generation decides (rollout.ahead=1), steps take the same time up to the sync: then the trainer with the most slack.
+                        break  # if the layout fits without recomputation, recomputation only costs time
+    # If generation decides (rollout.ahead=1), steps take the same time up to the sync. Then the layout whose trainer needs the least time
+    # comes first.
     return sorted(fitting, key=lambda plan: (float(f"{plan.time.total:.3g}"), plan.time.trainer, plan.peak))[:count]
 
 
 def print_plan(plan: Plan, suggestions: list[Plan]) -> None:
-    """Tables on stdout; problems are the caller's to raise."""
+    """Print the plan as tables. The caller reports its problems."""
     from rich.console import Console
 
     console = Console(force_terminal=sys.stdout.isatty())
@@ -191,13 +195,13 @@ def print_plan(plan: Plan, suggestions: list[Plan]) -> None:
     prompt, response = row_tokens(config, assumed)
     layout = ", ".join(f"{key.upper()} {getattr(parallel, key)}" for key in ("tp", "pp", "cp", "dp", "ep", "etp"))
     console.print(
-        f"{total_parameters(config.architecture) / 1e9:.3g} B parameters on {plan.gpus} trainer GPUs ({layout}), {_engine_text(plan)}.\n"
-        f"Assumed: {assumed.card.name}, {assumed.memory:g} GiB of which {assumed.reserve_gib:g} in reserve; a layout fits if its peak "
-        f"and a margin of {assumed.margin:.0%} do; workspaces of {assumed.workspace_gib:g} GiB, {assumed.fragmentation:.0%} lost between "
-        f"blocks; {assumed.flops / 1e12:g} "
-        f"TFLOP/s BF16 at MFU {assumed.mfu:g}, {assumed.bandwidth / 1e9:g} GB/s at {assumed.decode_efficiency:g} in decoding, NVLink "
-        f"{assumed.nvlink_gb_s:g} and network {assumed.network_gb_s:g} GB/s; prompts of {prompt} and responses of {response} tokens; "
-        f"busiest experts {assumed.expert_load:g} times the mean.",
+        f"{total_parameters(config.architecture) / 1e9:.3g} B parameters on {plan.gpus} trainer GPUs ({layout}), "
+        f"{_engine_text(plan)}.\nAssumed: {assumed.card.name}, {assumed.memory:g} GiB, of which {assumed.reserve_gib:g} are kept in "
+        f"reserve; a layout fits if its peak and a margin of {assumed.margin:.0%} fit; workspaces of {assumed.workspace_gib:g} GiB, "
+        f"{assumed.fragmentation:.0%} lost between blocks; {assumed.flops / 1e12:g} TFLOP/s BF16 at MFU {assumed.mfu:g}, "
+        f"{assumed.bandwidth / 1e9:g} GB/s at {assumed.decode_efficiency:g} in decoding, NVLink {assumed.nvlink_gb_s:g} and network "
+        f"{assumed.network_gb_s:g} GB/s; prompts of {prompt} and responses of {response} tokens; the busiest experts get "
+        f"{assumed.expert_load:g} times the mean.",
         highlight=False,
     )
     for table in (_memory_table(plan), _time_table(plan)):
@@ -205,7 +209,9 @@ def print_plan(plan: Plan, suggestions: list[Plan]) -> None:
     if suggestions:
         console.print(_suggestion_table(suggestions))
     elif plan.problems:
-        console.print(f"No layout of {plan.gpus} GPUs fits; more GPUs (--gpus), fewer tokens per microbatch, or a larger card.")
+        console.print(
+            f"No layout of {plan.gpus} GPUs fits. Use more GPUs (--gpus), fewer tokens per microbatch, or a card with more memory."
+        )
 
 
 def _engine_text(plan: Plan) -> str:
@@ -213,8 +219,8 @@ def _engine_text(plan: Plan) -> str:
     if not plan.config.rollout.engine_traits.can_evaluate:
         return "no rollout engine"
     if plan.config.rollout.engine_traits.is_embedded:
-        return f"each with an embedded engine that decodes {servers.concurrency} rows"
-    return f"{servers.engines} SGLang servers of {servers.tp} GPUs of their own, {servers.concurrency} requests side by side in each"
+        return f"each with an embedded engine that decodes {servers.concurrency} responses at the same time"
+    return f"{servers.engines} SGLang servers with {servers.tp} GPUs each, {servers.concurrency} requests at the same time in each"
 
 
 def _memory_table(plan: Plan) -> Table:
@@ -245,7 +251,7 @@ def _time_table(plan: Plan) -> Table:
 
     time, sync = plan.time, plan.sync
     ahead = plan.config.rollout.ahead
-    how = "generation beside the trainer (rollout.ahead=1)" if ahead else "one phase after the other (rollout.ahead=0)"
+    how = "generation runs beside the trainer (rollout.ahead=1)" if ahead else "one phase after the other (rollout.ahead=0)"
     table = Table(title=f"A step, estimated: {how}", title_justify="left")
     for column in ("phase", "seconds", "share"):
         table.add_column(column, justify="left" if column == "phase" else "right")

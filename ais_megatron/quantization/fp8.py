@@ -1,12 +1,11 @@
-"""Blockwise quantisation in plain PyTorch: what the policy's weights become before they are sent, and what an engine makes of
-activations.
+"""Blockwise quantisation in plain PyTorch: of the policy's weights before they are sent, and of activations inside an engine.
 
-By default E4M3 with one float32 scale per 128x128 block of a weight, and for activations one per row and 128 columns, measured
-as they come; `formats` lists the others:
+The default is E4M3, with one float32 scale per 128x128 block of a weight, and one per row and 128 columns of activations.
+Activation scales are computed at run time. `formats` lists the other formats.
     scale = amax / 448,   q = round_E4M3(x / scale),   x ~ q * scale.
-The layout (``X.weight`` with ``X.weight_scale_inv``, which multiplies) is that of DeepSeek-V3's technical report, section
-3.3.2, and of SGLang and vLLM for ``weight_block_size: [128, 128]``. E4M3FN has no infinity, so an overflowing cast would
-give NaN: values are clamped to +-448 first. Runs on CPU and CUDA.
+The layout is ``X.weight`` with ``X.weight_scale_inv``, by which q is multiplied. It is that of DeepSeek-V3's technical report, section
+3.3.2, and of SGLang and vLLM for ``weight_block_size: [128, 128]``. E4M3FN has no infinity, so a cast that overflows would give
+NaN. Values are therefore clamped to +-448 first. Runs on CPU and CUDA.
 """
 
 from __future__ import annotations
@@ -29,21 +28,21 @@ E4M3 = FP8_E4M3.dtype
 E4M3_MAX = FP8_E4M3.largest
 BLOCK = FP8_E4M3.group
 
-_MIN_GROUP_AMAX = 1e-10  # as in SGLang's kernel: an all-zero group must not become 0/0
-_CAST_CAPABILITY = (8, 9)  # the first CUDA compute capability that Triton can cast to E4M3 on
+_MIN_GROUP_AMAX = 1e-10  # as in SGLang's kernel, so that a group of zeros does not become 0/0
+_CAST_CAPABILITY = (8, 9)  # the first CUDA compute capability on which Triton can cast to E4M3
 
 
 def quantize_block(weight: Tensor, fmt: Format = FP8_E4M3) -> tuple[Tensor, Tensor]:
-    """Quantise a matrix in blocks; the last row and column of blocks may be ragged.
+    """Quantise a matrix in blocks. The blocks at the right and lower edge may be smaller.
 
     Args:
         weight: bfloat16 or float32 ``[N, K]``.
     Returns:
         q: ``[N, K]`` in the format's dtype.
-        scale_inv: float32, one for each block, ``[ceil(N/128), ceil(K/128)]`` for the FP8 formats; amax / largest of each
-            block, 1.0 for an all-zero block.
+        scale_inv: float32, one per block, ``[ceil(N/128), ceil(K/128)]`` for the FP8 formats. It is amax / largest, or 1.0
+            for a block of zeros.
     Raises:
-        ValueError: not a matrix, or it holds NaN or infinity.
+        ValueError: `weight` is not a matrix, or holds NaN or infinity.
     """
     if weight.dim() != 2:
         raise ValueError(f"only a matrix [N, K] can be quantised in blocks, got shape {list(weight.shape)}")
@@ -53,34 +52,36 @@ def quantize_block(weight: Tensor, fmt: Format = FP8_E4M3) -> tuple[Tensor, Tens
         q, scale_inv = quantize_block_fused(weight, BLOCK, E4M3_MAX)
     else:
         q, scale_inv = _quantize_plain(weight, fmt)
-    if not torch.isfinite(scale_inv).all():  # a block's amax carries NaN and infinity along
-        raise ValueError(f"the weight holds NaN or infinity, so it has no {fmt.name} form; the update before this sync has diverged")
+    if not torch.isfinite(scale_inv).all():  # NaN and infinity in a block are in its amax too
+        raise ValueError(
+            f"the weight holds NaN or infinity and cannot be quantised to {fmt.name}; the update before this sync has diverged"
+        )
     return q, scale_inv
 
 
 def _quantize_plain(weight: Tensor, fmt: Format) -> tuple[Tensor, Tensor]:
-    """`quantize_block` without its checks: the scale of a block that holds NaN or infinity is not finite either."""
+    """`quantize_block` without its checks. A block with NaN or infinity gets a scale that is not finite."""
     rows, columns = weight.shape
     q = torch.empty(rows, columns, dtype=fmt.dtype, device=weight.device)
-    # On a CPU a few rows of blocks at a time, whose float32 form stays in the cache; on a GPU one set of kernels for all.
+    # On a CPU a few rows of blocks at a time, so that their float32 values stay in the cache. On a GPU all at once.
     step = BLOCK if weight.device.type == "cpu" else max(rows, 1)
     scales = [_quantize_rows(weight[i : i + step], q[i : i + step], fmt) for i in range(0, rows, step)]
     return q, torch.cat(scales) if scales else torch.empty(fmt.scales_shape((0, columns)), device=weight.device)
 
 
 def _quantize_rows(weight: Tensor, into: Tensor, fmt: Format) -> Tensor:
-    """Write the quantised form of whole rows of blocks; returns their scales."""
+    """Quantise whole rows of blocks into `into` and return their scales."""
     (rows, columns), (height, width) = weight.shape, fmt.weight_block
     values = weight.to(torch.float32, copy=True)
     if rows % height or columns % width:
         values = F.pad(values, (0, -columns % width, 0, -rows % height))
-    by_column = values.abs().unflatten(0, (-1, height)).amax(1)  # (this order of the two maxima is the one that vectorises)
-    # A tensor on the device: by a Python number CUDA multiplies with the reciprocal, which is another last bit than a CPU's.
+    by_column = values.abs().unflatten(0, (-1, height)).amax(1)  # (only this order of the two maxima vectorises)
+    # The divisor is a tensor on the device. With a Python number CUDA multiplies by the reciprocal, and its last bit differs from a CPU's.
     scale = by_column.unflatten(1, (-1, width)).amax(2) / torch.full((), fmt.largest, device=weight.device)
     scale = torch.where(scale == 0, 1.0, scale)
     blocks = values.unflatten(1, (-1, width)).unflatten(0, (-1, height))  # [row blocks, height, column blocks, width]
     blocks.div_(scale[:, None, :, None])
-    # The cast rounds to FP8 by itself; FP4's values are kept in a wider type and have to be found first.
+    # The cast itself rounds to FP8. FP4 is stored in a wider type, so its values must be rounded first.
     values = fmt.round(values) if fmt is FP4_E2M1 else values.clamp_(-fmt.largest, fmt.largest)
     into.copy_(values[:rows, :columns])
     return scale
@@ -88,8 +89,9 @@ def _quantize_rows(weight: Tensor, into: Tensor, fmt: Format) -> Tensor:
 
 @functools.cache
 def _fused_agrees(device: torch.device) -> bool:
-    """Whether the Triton kernel can be used on that CUDA device: it is there, and gives a sample the plain path's bits. If it does
-    not, that is said once."""
+    """Whether the Triton kernel can be used on a CUDA device: it exists, and gives the same bits as plain PyTorch on a sample.
+
+    If not, one warning says so."""
     if importlib.util.find_spec("triton") is None or torch.cuda.get_device_capability(device) < _CAST_CAPABILITY:
         return False
     from triton.errors import TritonError
@@ -105,15 +107,15 @@ def _fused_agrees(device: torch.device) -> bool:
     except TritonError as error:
         problem = f"{type(error).__name__}: {error}"
     if problem:
-        logger.warning("the fused FP8 quantisation of weights is switched off: %s; plain PyTorch is used, slower", problem)
+        logger.warning("the fused FP8 quantisation of weights is switched off: %s; plain PyTorch is used, which is slower", problem)
     return problem is None
 
 
 def dequantize_block(q: Tensor, scale_inv: Tensor, dtype: torch.dtype = torch.float32, fmt: Format = FP8_E4M3) -> Tensor:
-    """The values that `quantize_block`'s result stands for: ``[N, K]``, multiplied in float32 and rounded once to `dtype`.
+    """The inverse of `quantize_block`, up to rounding: ``[N, K]``, multiplied in float32 and rounded once to `dtype`.
 
     Raises:
-        ValueError: `scale_inv` has not one entry for each block of `q`.
+        ValueError: `scale_inv` does not have one entry for each block of `q`.
     """
     (rows, columns), (height, width) = q.shape, fmt.weight_block
     expected = fmt.scales_shape(tuple(q.shape))
@@ -131,18 +133,18 @@ def round_to_e4m3(x: Tensor) -> Tensor:
 
 
 def quantize_dequantize_groups(x: Tensor, fmt: Format = FP8_E4M3) -> Tensor:
-    """What a dynamically quantised linear layer sees of its input.
+    """Quantise and dequantise activations, as a dynamically quantised linear layer does with its input.
 
-    Each row's groups of `fmt.group` neighbouring columns (the last may be ragged) are scaled by their own amax / largest,
+    In each row, every group of `fmt.group` neighbouring columns (the last may be smaller) is scaled by its own amax / largest,
     rounded to the format and scaled back.
 
     Args:
         x: bfloat16 or float32 ``[..., K]``.
     Returns:
-        float32 ``[..., K]``: a BF16 result would round a second time.
+        float32 ``[..., K]``, because BF16 would round a second time.
     """
     columns = x.shape[-1]
-    group = min(fmt.group, columns)  # one ragged group is a whole one of its own width, and needs no padding
+    group = min(fmt.group, columns)  # a single smaller group needs no padding
     padded = F.pad(x.float(), (0, -columns % group)) if columns % group else x.float()
     groups = padded.unflatten(-1, (-1, group))
     scale = groups.abs().amax(-1, keepdim=True).clamp_(min=_MIN_GROUP_AMAX).div_(fmt.largest)
@@ -150,13 +152,13 @@ def quantize_dequantize_groups(x: Tensor, fmt: Format = FP8_E4M3) -> Tensor:
 
 
 def quantize_bucket(bucket: Iterable[tuple[str, Tensor]], fmt: Format = FP8_E4M3) -> list[tuple[str, Tensor]]:
-    """Replace each projection ``X.weight`` by its quantised form and ``X.weight_scale_inv``; pass everything else unchanged.
+    """Replace each projection ``X.weight`` by its quantised values and ``X.weight_scale_inv``. Everything else is unchanged.
 
     Args:
-        bucket: (Hugging Face name, tensor) pairs; the projections bfloat16 or float32 ``[N, K]`` and whole, not a TP shard:
-            a shard's edge need not fall on a block's.
+        bucket: (Hugging Face name, tensor) pairs. Projections are bfloat16 or float32 ``[N, K]``. They must be whole and not TP
+            shards, because the edge of a shard need not be the edge of a block.
     Raises:
-        ValueError: a projection that cannot be quantised, named.
+        ValueError: a projection cannot be quantised. The message names it.
     """
     quantized = []
     for name, tensor in bucket:

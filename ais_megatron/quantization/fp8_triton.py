@@ -1,12 +1,12 @@
-"""`fp8.quantize_block` as one Triton kernel: the weight is read once and q written once, where plain PyTorch passes over it six times.
+"""`fp8.quantize_block` as one Triton kernel. It reads the weight once and writes q once; plain PyTorch reads the weight six times.
 
-    scale = amax / 448,   q = round_E4M3(clamp(x / scale)),   a program for each 128x128 block
+    scale = amax / 448,   q = round_E4M3(clamp(x / scale)),   one program per 128x128 block
 
-Contract: q and scale_inv are `quantize_block`'s, bit for bit. Hence IEEE divisions (Triton's own are approximate), scale 1.0 for
-blocks of zeros, and a scale that is not finite where a block holds NaN or infinity, for the caller to refuse. The rounding is
-`fp8.round_to_e4m3`'s arithmetic, so that the cast is exact, whatever way it rounds (the interpreter's does not round to even). Used by
-`fp8.quantize_block` on CUDA alone, from compute capability 8.9 on, which has the cast. Tested in Triton's interpreter on a CPU; not yet
-run on a GPU.
+q and scale_inv equal those of `quantize_block`, bit for bit. Therefore divisions are IEEE divisions (Triton's own are approximate), a
+block of zeros has scale 1.0, and a block with NaN or infinity has a scale that is not finite, which the caller refuses. The rounding is
+the arithmetic of `fp8.round_to_e4m3`. Its result is exact in E4M3, so it does not matter how the cast rounds (in Triton's interpreter
+it does not round to even). `fp8.quantize_block` uses the kernel only on CUDA from compute capability 8.9 on, which has the cast. Tested in
+Triton's interpreter on a CPU. Not yet run on a GPU.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def _quantize_kernel(x_ptr, q_ptr, scale_ptr, rows, columns, x_stride, scale_str
     column = (block_column * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)[None, :]
     inside = (row < rows) & (column < columns)
     x = tl.load(x_ptr + row * x_stride + column, mask=inside, other=0.0).to(tl.float32)
-    magnitude = tl.where(x == x, tl.abs(x), float("inf"))  # a hardware maximum would pass over NaN
+    magnitude = tl.where(x == x, tl.abs(x), float("inf"))  # the hardware's maximum would ignore NaN
     amax = tl.max(tl.max(magnitude, 1), 0)
     scale = tl.div_rn(amax, tl.full((), LARGEST, tl.float32))
     scale = tl.where(scale > 0.0, scale, 1.0)
@@ -35,7 +35,7 @@ def _quantize_kernel(x_ptr, q_ptr, scale_ptr, rows, columns, x_stride, scale_str
     y = tl.minimum(tl.maximum(y, -LARGEST), LARGEST)
     bits = y.to(tl.int32, bitcast=True)
     anchor = (bits & 0x7F800000).to(tl.float32, bitcast=True)
-    anchor = tl.maximum(anchor, 0.015625) * 1572864.0  # 2**-6, below which E4M3 is uniform; 1.5 * 2**20
+    anchor = tl.maximum(anchor, 0.015625) * 1572864.0  # below 2**-6 E4M3 is uniform; the factor is 1.5 * 2**20
     rounded = ((y + anchor) - anchor).to(tl.int32, bitcast=True) & 0x7FFFFFFF
     rounded = (rounded | (bits & -2147483648)).to(tl.float32, bitcast=True)  # a negative that rounds to zero stays negative
     tl.store(q_ptr + row * columns + column, rounded.to(tl.float8e4nv), mask=inside)

@@ -1,7 +1,7 @@
 """Scales of an FP8 KV cache, from the largest |K|, |V| and |Q| that calibration saw in each layer.
 
-A cache of scale s stores round_E4M3(k / s) and is read as that times s; with s = amax * margin / 448 the measured range just
-fits. Without such scales engines use 1.0 and say nothing: a K beyond 448 saturates, a V of 1e-3 falls into the subnormals.
+A cache with scale s stores round_E4M3(k / s), and readers multiply by s. With s = amax * margin / 448 the measured range fits.
+Without such scales engines silently use 1.0. Then a K beyond 448 saturates, and a V of 1e-3 is a subnormal number.
 """
 
 from __future__ import annotations
@@ -16,26 +16,26 @@ from ais_megatron.quantization.fp8 import E4M3_MAX
 
 
 def kv_scale_name(layer: int, kind: str) -> str:
-    """Where the scale lives in SGLang's model, and its name on the way there (see rollout/sglang/client.py); `kind` is "k" or "v"."""
+    """The name of a scale in SGLang's model and in weight syncs; `kind` is "k" or "v"."""
     return f"model.layers.{layer}.self_attn.attn.{kind}_scale"
 
 
 @dataclass(frozen=True)
 class KVScales:
-    """What calibration measured.
+    """The largest absolute values of K, V and Q that calibration measured, and the scales that follow from them.
 
-    k_amax, v_amax, q_amax: float32 ``[num_layers]``, over all heads and tokens, K and Q after their norm and RoPE; indexed
-        by the model's own layer numbers, not by a pipeline stage's. 0: nothing was seen, the scale stays 1.0.
-    margin: head-room on the amax, 1 or more.
+    The amaxes are float32 ``[num_layers]``, over all heads and tokens. K and Q are measured after their norm and RoPE. Layers are
+    numbered over the whole model, not within a pipeline stage. An amax of 0 means that nothing was seen; the scale is then 1.0.
 
     Raises:
-        ValueError: amaxes of different shapes, negative or not finite, or a margin below 1.
+        ValueError: amaxes have different shapes, are negative or not finite, or the margin is below 1.
     """
 
     k_amax: Tensor
     v_amax: Tensor
     q_amax: Tensor
     margin: float = 1.0
+    """Factor on the amax, 1 or more."""
 
     def __post_init__(self) -> None:
         for name in ("k_amax", "v_amax", "q_amax"):
@@ -45,15 +45,15 @@ class KVScales:
             bad = (~(torch.isfinite(amax) & (amax >= 0))).nonzero().flatten().tolist()
             if bad:
                 raise ValueError(
-                    f"{name} of layer {bad[0]} is {amax[bad[0]].item()}; an amax is finite and not negative (NaN here means that "
-                    "the calibration pass met NaN activations)"
+                    f"{name} of layer {bad[0]} is {amax[bad[0]].item()}; an amax must be finite and not negative (NaN means that "
+                    "activations were NaN in the calibration pass)"
                 )
         if not self.margin >= 1.0:
-            raise ValueError(f"margin={self.margin}: below 1 the measured amax itself would saturate; use 1.0 or more")
+            raise ValueError(f"margin={self.margin}: below 1 even the measured values would saturate; use 1.0 or more")
 
     @classmethod
     def unit(cls, num_layers: int) -> KVScales:
-        """All scales exactly 1.0: the engine's behaviour without calibration, said aloud."""
+        """All scales are exactly 1.0, which is also what an engine uses without calibration."""
         return cls(k_amax=torch.zeros(num_layers), v_amax=torch.zeros(num_layers), q_amax=torch.zeros(num_layers))
 
     @property
@@ -75,12 +75,12 @@ class KVScales:
         return torch.where(scale > 0, scale, torch.ones_like(scale))
 
     def named_tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """(engine's name, float32 scalar on the CPU) of every layer's k_scale and v_scale."""
+        """(name in the engine, float32 scalar on the CPU) for k_scale and v_scale of every layer."""
         k_scale, v_scale = self.k_scale.cpu(), self.v_scale.cpu()
         for layer in range(self.num_layers):
             yield kv_scale_name(layer, "k"), k_scale[layer].clone()
             yield kv_scale_name(layer, "v"), v_scale[layer].clone()
 
     def q_overflow_layers(self) -> list[int]:
-        """Layers whose Q exceeds 448: FlashAttention-3 casts Q to FP8 without a scale, so it saturates there."""
+        """Layers in which Q exceeds 448. FlashAttention-3 casts Q to FP8 without a scale, so Q saturates there."""
         return (self.q_amax > E4M3_MAX).nonzero().flatten().tolist()

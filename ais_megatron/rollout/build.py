@@ -1,4 +1,4 @@
-"""The engine that a configuration asks for, on every rank."""
+"""Builds the rollout engine of a configuration, on every rank."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from ais_megatron.rollout.replay import ReplayEngine
 
 
 def build_engine(config: Config, *, eos_id: int, pad_id: int) -> RolloutEngine:
-    """An engine without weights, which with `rollout.save_dir` records what it generates. Collective.
+    """An engine without weights. With `rollout.save_dir` it records what it generates. Collective.
 
-    Where `rollout.sglang.servers` is empty, the first rank starts the servers of its host, and stops them when its engine is
-    closed or its process ends.
+    If `rollout.sglang.servers` is empty, the first rank starts servers on its host. It stops them when its engine is closed or its
+    process ends.
 
     Raises:
-        ValueError: a recording that cannot be made or replayed, a port that is taken, an unusable key file, a model that the
-            engine cannot hold.
-        RuntimeError: a server that does not start. Both on all ranks together.
+        ValueError: a recording cannot be made or replayed, a port is taken, the key file cannot be used, or the engine cannot hold
+            the model.
+        RuntimeError: a server does not start. All ranks raise either error together.
     """
     name = config.rollout.engine
     engine = _own_engine(config, eos_id, pad_id) if doors.is_own(name) else BUILDERS[name](config, eos_id, pad_id)
@@ -35,13 +35,15 @@ def build_engine(config: Config, *, eos_id: int, pad_id: int) -> RolloutEngine:
 
 
 def _own_engine(config: Config, eos_id: int, pad_id: int) -> RolloutEngine:
-    """The user's class. ValueError where it lacks what a `RolloutEngine` has."""
+    """An engine of the user's own class. Raises ValueError if it lacks members of `RolloutEngine`."""
     name = config.rollout.engine
     with rank_consistent():
         engine_class = doors.load("rollout.engine", name)
         needed = [member for member in dir(RolloutEngine) if not member.startswith("_")]
         if missing := sorted(member for member in needed if not hasattr(engine_class, member)):
-            raise ValueError(f"rollout.engine={name!r}: lacks {', '.join(missing)}; see RolloutEngine in ais_megatron/rollout/engine.py")
+            raise ValueError(
+                f"rollout.engine={name!r}: the class lacks {', '.join(missing)}; see RolloutEngine in ais_megatron/rollout/engine.py"
+            )
         return engine_class(config, eos_id=eos_id, pad_id=pad_id)
 
 
@@ -93,5 +95,5 @@ def _dtype(config: Config) -> torch.dtype:
     return torch.bfloat16 if config.model.dtype == "bf16" else torch.float32
 
 
-# (config, eos_id, pad_id) -> engine. What others need to know of an engine beforehand is in `config.engines.ENGINES`.
+# (config, eos_id, pad_id) -> engine. `config.engines.ENGINES` has the properties that are needed before an engine exists.
 BUILDERS = {"local": _local_engine, "sglang": _sglang_engine, "replay": _replay_engine}

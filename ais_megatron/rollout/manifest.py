@@ -1,7 +1,7 @@
-"""What one full set of weights consists of, so that a wrong one is refused before an engine has taken a byte of it.
+"""Lists the tensors of a full set of weights, so that wrong weights are refused before an engine gets any of them.
 
-SGLang answers 200 to BF16 weights sent into an FP8 model, to names that it does not know and to KV scales that it drops;
-the damage shows as garbage text. So every tensor is compared with this list first: name, shape, dtype, finite values.
+SGLang accepts BF16 weights for an FP8 model with HTTP 200, and also names that it does not know and KV scales that it drops. Only
+garbage text shows the damage. So every tensor is first compared with this list: name, shape, dtype and finite values.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ Kind = tuple[tuple[int, ...], torch.dtype]
 
 
 class Manifest:
-    """The tensors an update must hold, and those it may.
+    """The tensors that an update must contain, and those that it may contain.
 
     Args:
-        required, optional: shape and dtype by Hugging Face name. KV scales are optional, but all or none of them.
+        required, optional: shape and dtype by Hugging Face name. KV scales are optional, but either all or none must arrive.
     """
 
     def __init__(self, required: Mapping[str, Kind], optional: Mapping[str, Kind]) -> None:
@@ -33,13 +33,13 @@ class Manifest:
 
     @classmethod
     def of(cls, architecture: Architecture, rollout: RolloutConfig, dtype: torch.dtype) -> Manifest:
-        """What an engine of this configuration takes; `dtype` is that of weights which are not quantised."""
+        """What an engine with this configuration accepts. `dtype` is that of weights that are not quantised."""
         fmt = FORMATS.get(rollout.quantization)
         required: dict[str, Kind] = {}
         for name, shape, quantized in tensors_of(architecture):
             required[name] = (shape, fmt.dtype if fmt and quantized else dtype)
             if fmt and quantized:
-                # These also tell FP4 from E4M3, which share a dtype.
+                # The shape of the scales also tells FP4 from E4M3, which have the same dtype.
                 required[name.removesuffix("weight") + "weight_scale_inv"] = (fmt.scales_shape(shape), torch.float32)
         optional = {}
         if architecture.tie_word_embeddings:
@@ -50,14 +50,14 @@ class Manifest:
         return cls(required, optional)
 
     def begin(self) -> None:
-        """A new update: nothing has arrived."""
+        """Start a new update, in which nothing has arrived yet."""
         self._arrived = set()
 
     def take(self, name: str, tensor: Tensor) -> None:
-        """Note that a tensor arrived.
+        """Check a tensor and note that it arrived.
 
         Raises:
-            ValueError: unknown, twice, of another shape or dtype, or not finite.
+            ValueError: the tensor is unknown, arrived before, has another shape or dtype, or is not finite.
         """
         expected = self._required.get(name, self._optional.get(name))
         if expected is None:
@@ -68,17 +68,17 @@ class Manifest:
         if tuple(tensor.shape) != shape or tensor.dtype != dtype:
             raise ValueError(
                 f"{name}: got {tensor.dtype} {list(tensor.shape)}, expected {dtype} {list(shape)}; "
-                "push whole tensors, quantised exactly when rollout.quantization says so"
+                "push whole tensors, quantised as rollout.quantization says"
             )
         if _is_scale(name):
             if not 0.0 < tensor.item() < float("inf"):
                 raise ValueError(f"{name}: is {tensor.item()}; a KV scale must be finite and above 0")
-        elif dtype.itemsize > 1 and not _is_finite(tensor):  # (quantisation has refused what is not finite)
+        elif dtype.itemsize > 1 and not _is_finite(tensor):  # (quantisation has already refused values that are not finite)
             raise ValueError(f"{name}: holds NaN or infinity; the update before this sync has diverged")
         self._arrived.add(name)
 
     def check_complete(self) -> None:
-        """ValueError unless every required tensor arrived, and of the KV scales all or none."""
+        """Raise ValueError unless every required tensor arrived, and either all KV scales or none."""
         missing = sorted(self._required.keys() - self._arrived)
         if self.has_scales:
             missing += sorted(name for name in self._optional.keys() - self._arrived if _is_scale(name))
@@ -93,7 +93,8 @@ class Manifest:
 
 
 def _is_finite(tensor: Tensor) -> bool:
-    """A finite sum has finite terms, and is read a hundred times as fast as every term is judged; only an infinite one asks further."""
+    """Whether all values are finite. The sum is a hundred times faster than a test of every value, which is needed only if it is not
+    finite."""
     return bool(torch.isfinite(tensor.sum()) or torch.isfinite(tensor).all())
 
 
@@ -103,7 +104,7 @@ def _is_scale(name: str) -> bool:
 
 def _why_unknown(name: str) -> str:
     if _is_scale(name):
-        return "KV scales are of no use here, since the KV cache is not FP8 (rollout.kv_cache) or has no such layer"
+        return "the engine has no such KV scale, because its KV cache is not FP8 (rollout.kv_cache) or it has no such layer"
     if name.endswith("weight_scale_inv"):
-        return "scales of weights are of no use here: rollout.quantization=none, or a layer that is not quantised"
+        return "the engine has no such weight scale, because rollout.quantization=none or the layer is not quantised"
     return "the model has no such tensor"

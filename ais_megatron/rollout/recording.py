@@ -1,8 +1,8 @@
-"""Keeps what an engine returned, to train on it again without an engine (`replay`): one file per call of each rank.
+"""Records the responses of an engine, for training on them again without an engine (`replay`). Each call of a rank writes one file.
 
-A file is safetensors: tokens and log-probabilities of all its responses end to end, and in the header one JSON object that says
-whose they are. Its name is for the eye; the header counts. About 8 bytes per token, and with routed experts 1 byte more for
-each layer and expert (2 above 128 experts, and in recordings of earlier versions).
+A file is in safetensors format. It holds the tokens and log-probabilities of all its responses, one after the other. One JSON object
+in the header says which response is which. The file's name is only for people. A token takes about 8 bytes, and with routed experts
+1 byte more per layer and expert (2 above 128 experts, and in recordings of earlier versions).
 """
 
 from __future__ import annotations
@@ -27,19 +27,21 @@ SUFFIX = ".safetensors"
 
 
 class RecordingEngine:
-    """A `RolloutEngine` that is `engine`, and writes to `folder` what it generates.
+    """A `RolloutEngine` that passes every call to `engine` and writes the responses to `folder`.
 
     Args:
-        continues: the run is resumed, so `folder` holds its earlier steps; responses generated again replace the earlier ones.
+        continues: the run is resumed, so `folder` may hold its earlier steps. Responses that are generated again replace them.
     Raises:
-        ValueError: `folder` holds another run's responses (first rank only).
+        ValueError: `folder` holds the responses of another run (first rank only).
     """
 
     def __init__(self, engine: RolloutEngine, folder: Path, rank: int, continues: bool) -> None:
         self._engine, self._folder, self._rank = engine, folder, rank
         if rank == 0:
             if not continues and any(folder.glob(f"*{SUFFIX}")):
-                raise ValueError(f"rollout.save_dir={folder}: already holds the responses of a run; choose another folder, or delete it")
+                raise ValueError(
+                    f"rollout.save_dir={folder}: already holds the responses of a run; choose another folder, or delete this one"
+                )
             folder.mkdir(parents=True, exist_ok=True)
 
     @property
@@ -70,13 +72,13 @@ class RecordingEngine:
 
 
 def write_rollouts(path: Path, prompts: Sequence[Prompt], rollouts: Sequence[Rollout], sampling: SamplingParams, version: int) -> None:
-    """`path`, whole or not at all.
+    """Write a recording to `path`, completely or not at all.
 
     Args:
-        rollouts: `sampling.num_samples` for each prompt, grouped.
-        version: of the engine's weights when it was asked.
+        rollouts: `sampling.num_samples` for each prompt, grouped by prompt.
+        version: the version of the engine's weights when it was asked.
     Raises:
-        RuntimeError: it cannot be written.
+        RuntimeError: the file cannot be written.
     """
     header = {
         "format": FORMAT,

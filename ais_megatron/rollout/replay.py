@@ -1,8 +1,8 @@
-"""The engine that generates nothing: it returns what another run's engine returned (`recording`).
+"""The replay engine: it generates nothing, and returns the recorded responses of another run (`recording`).
 
-For training again on the same samples: to debug a step, or to compare corrections and objectives. Responses to training prompts
-are found by the prompt's number alone, so that any layout may replay any other's; those to held-out prompts also by the version
-of the weights. Rewards, lengths and held-out accuracy are therefore those of the run that was recorded, whatever is trained now.
+It is for training again on the same samples, to debug a step or to compare corrections and objectives. Responses to training prompts
+are found by the prompt's number alone, so a run may replay a recording from any other layout. Responses to held-out prompts are found
+by their number and the version of the weights. Rewards, lengths and held-out accuracy are therefore those of the recorded run.
 """
 
 from __future__ import annotations
@@ -20,26 +20,26 @@ from ais_megatron.batch import Bucket, Prompt, Rollout
 from ais_megatron.rollout.engine import SamplingParams
 from ais_megatron.rollout.recording import FORMAT, FORMAT_VERSION, SUFFIX
 
-_OPEN_FILES = 4  # whose contents are kept: a rank's prompts come from few files at a time
+_OPEN_FILES = 4  # number of files whose contents are kept, because a rank's prompts come from few files at a time
 
 _Key = tuple[int, int]
 
 
 @dataclass(frozen=True)
 class _Contents:
-    """One file: the prompts' tokens, and their responses' in the same order."""
+    """The contents of one file: the tokens of the prompts, and their responses in the same order."""
 
     prompt_tokens: list[tuple[int, ...]]
     responses: list[list[tuple[dict[str, Any], tuple[int, ...], tuple[float, ...], Tensor | None]]]
 
 
 class ReplayEngine:
-    """A `RolloutEngine`; see there for what its methods promise.
+    """A `RolloutEngine`, which documents the methods.
 
     Args:
         folder: the `rollout.save_dir` of the run to replay.
     Raises:
-        ValueError: nothing was recorded there, or a file is damaged or of another format (named).
+        ValueError: nothing was recorded there, or a file is damaged or has another format. The message names the file.
     """
 
     takes_updates_while_generating = True
@@ -61,15 +61,16 @@ class ReplayEngine:
         return self._version
 
     def update_weights(self, buckets: Iterable[Bucket], version: int) -> None:
-        """Weights are of no use here, but every rank takes part in gathering them."""
+        """Ignore the weights. Every rank still has to take part in gathering them."""
         for _ in buckets:
             pass
         self._version = version
 
     def generate(self, prompts: Sequence[Prompt], sampling: SamplingParams) -> list[Rollout]:
-        """Raises `ValueError` where the recording does not hold these responses, sampled like this, to these very tokens."""
+        """Return the recorded responses. Raises `ValueError` if the recording has no responses to exactly these tokens with this
+        sampling."""
         if self._version < 0:
-            raise RuntimeError("the replay engine has no version yet; generate after update_weights")
+            raise RuntimeError("the replay engine has no weight version yet; call update_weights before generate")
         return [rollout for prompt in prompts for rollout in self._replayed(prompt, sampling)]
 
     def probe(self, prompts: Sequence[Prompt], sampling: SamplingParams) -> list[list[Rollout]]:
@@ -87,13 +88,13 @@ class ReplayEngine:
         for name, asked in asdict(sampling).items():
             if recorded.get(name) != asked:
                 raise ValueError(
-                    f"prompt {prompt.index}: sampling {name}={asked} is asked for, but {path} was recorded with "
+                    f"prompt {prompt.index}: this run samples with {name}={asked}, but {path} was recorded with "
                     f"{recorded.get(name)}; replay with the recorded run's rollout, eval and run.seed settings"
                 )
         contents = self._open(path)
         if contents.prompt_tokens[number] != prompt.token_ids:
             raise ValueError(
-                f"prompt {prompt.index}: has other tokens in {path}; replay with the recorded run's task, tokenizer and run.seed"
+                f"prompt {prompt.index}: its tokens in {path} are different; replay with the recorded run's task, tokenizer and run.seed"
             )
         return [
             Rollout(
@@ -112,7 +113,7 @@ class ReplayEngine:
         where = f"rollout.replay_dir={self._folder}: holds no responses to"
         if index >= 0:
             known = [i for version, i in self._places if i >= 0]
-            of = f"prompts {min(known)} to {max(known)}" if known else "held-out prompts alone"
+            of = f"prompts {min(known)} to {max(known)}" if known else "held-out prompts only"
             return f"{where} prompt {index}, but to {of}; lower train.steps, or keep the recorded rollout and objective settings"
         versions = sorted({version for version, i in self._places if i < 0})
         return (
@@ -129,7 +130,7 @@ class ReplayEngine:
 
 
 def _key(index: int, version: int) -> _Key:
-    """A training prompt is answered once in a run; a held-out prompt (negative index) once per version."""
+    """The key of a response. A training prompt is answered once in a run, a held-out prompt (negative index) once per version."""
     return (version if index < 0 else 0, index)
 
 
@@ -140,7 +141,10 @@ def _read_header(path: Path) -> dict[str, Any]:
     except (OSError, SafetensorError, KeyError, ValueError) as error:
         raise ValueError(f"{path}: not a recording of responses, or damaged ({error}); delete it, or record again") from error
     if header["format_version"] != FORMAT_VERSION:
-        raise ValueError(f"{path}: is of format version {header['format_version']}; this version reads {FORMAT_VERSION}; record again")
+        raise ValueError(
+            f"{path}: is has format version {header['format_version']}, but this version of ais_megatron reads {FORMAT_VERSION}; record "
+            "again"
+        )
     return header
 
 

@@ -1,7 +1,7 @@
-"""Choosing tokens: random numbers that belong to a response, and the inverse of a distribution function.
+"""Samples tokens, with random numbers that belong to a response, by inverting the cumulative distribution.
 
-Every draw is a function of (seed, prompt index, sample number, position) alone, so a prompt gets the same responses on
-whatever rank, in whatever batch and with however many other samples it is generated (up to the forward pass's rounding).
+Every draw depends only on (seed, prompt index, sample number, position). So a prompt gets the same responses on any rank, in any batch
+and with any number of other samples, up to the rounding of the forward pass.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from ais_megatron.rollout.engine import SamplingParams
 
 
 def check_sampling(sampling: SamplingParams) -> None:
-    """Raises `ValueError` for a parameter out of range."""
+    """Raise `ValueError` if a parameter is out of range."""
     for name, allowed, ok in (
         ("num_samples", "1 or more", sampling.num_samples >= 1),
         ("max_tokens", "1 or more", sampling.max_tokens >= 1),
@@ -31,22 +31,25 @@ def check_sampling(sampling: SamplingParams) -> None:
 
 
 def check_prompt(prompt: Prompt, sampling: SamplingParams, architecture: Architecture) -> None:
-    """Raises `ValueError` for a prompt that is empty, too long for its response, or another tokenizer's."""
+    """Raise `ValueError` if a prompt is empty, leaves no room for its response, or comes from another tokenizer."""
     length, limit = len(prompt.token_ids), architecture.max_position_embeddings
     if not length:
-        raise ValueError(f"prompt {prompt.index} is empty; a response needs at least one token to follow")
+        raise ValueError(f"prompt {prompt.index} is empty; a prompt needs at least one token")
     if length + sampling.max_tokens > limit:
         raise ValueError(
-            f"prompt {prompt.index} has {length} tokens, which with max_tokens={sampling.max_tokens} exceeds "
+            f"prompt {prompt.index} has {length} tokens; with max_tokens={sampling.max_tokens} this exceeds "
             f"max_position_embeddings={limit}; lower rollout.max_response_tokens or drop prompts of more than "
             f"{max(limit - sampling.max_tokens, 0)} tokens"
         )
     if not 0 <= min(prompt.token_ids) <= max(prompt.token_ids) < architecture.vocab_size:
-        raise ValueError(f"prompt {prompt.index} has token ids outside 0..{architecture.vocab_size - 1}: the tokenizer is not this model's")
+        raise ValueError(
+            f"prompt {prompt.index} has token ids outside 0..{architecture.vocab_size - 1}, so its tokenizer does not belong to this "
+            "model; set tokenizer.path"
+        )
 
 
 def response_seed(sampling: SamplingParams, prompt: int, sample: int) -> int:
-    """32 bits for the random numbers of one response: of (seed, prompt index, sample number) alone."""
+    """A 32-bit seed for the random numbers of one response, from (seed, prompt index, sample number) only."""
     digest = hashlib.blake2b(f"{sampling.seed}/{prompt}/{sample}".encode(), digest_size=4).digest()
     return int.from_bytes(digest)
 
@@ -56,18 +59,18 @@ def uniform_draws(sampling: SamplingParams, rows: Sequence[tuple[int, int]]) -> 
     draws = torch.empty(len(rows), sampling.max_tokens, dtype=torch.float64)
     generator = torch.Generator()
     for row, (prompt, sample) in enumerate(rows):
-        # The CPU's Mersenne Twister takes 32 bits of seed and fills a tensor in order: fewer tokens are a prefix of more.
+        # The CPU's Mersenne Twister has a seed of 32 bits and fills a tensor in order, so fewer tokens are a prefix of more.
         generator.manual_seed(response_seed(sampling, prompt, sample))
         torch.rand(sampling.max_tokens, generator=generator, dtype=torch.float64, out=draws[row])
     return draws
 
 
 def choose_tokens(logits: Tensor, draws: Tensor, sampling: SamplingParams) -> tuple[Tensor, Tensor]:
-    """One token for each row and its log-probability in the full, temperature-scaled distribution.
+    """Sample one token per row, and return it with its log-probability in the full, temperature-scaled distribution.
 
     Args:
-        logits: float32 ``[rows, vocab]``; a row with NaN gives some token and the log-probability NaN.
-        draws: float64 ``[rows]`` in [0, 1), not looked at when greedy.
+        logits: float32 ``[rows, vocab]``; a row with NaN gives an arbitrary token with the log-probability NaN.
+        draws: float64 ``[rows]`` in [0, 1); not used when greedy.
     Returns:
         int64 ``[rows]`` and float32 ``[rows]``.
     """
@@ -83,10 +86,10 @@ def choose_tokens(logits: Tensor, draws: Tensor, sampling: SamplingParams) -> tu
 
 
 def _draw(weights: Tensor, draws: Tensor) -> Tensor:
-    """Column i of each row with probability ``weights[i] / sum(weights)``: the first whose cumulated weight exceeds the draw.
+    """In each row, draw column i with probability ``weights[i] / sum(weights)``: the first whose cumulated weight exceeds the draw.
 
-    That column's own weight is above 0. However the sums were rounded there is one, because the scaled draw is kept below
-    the row's total, which is the last of them. (The clamp on the result is for NaN rows.)
+    The weight of that column is above 0. It exists for any rounding of the sums, because the scaled draw is kept below the row's
+    total, which is the last sum. (The clamp on the result is for rows with NaN.)
     """
     cumulated = weights.cumsum(-1, dtype=torch.float64)
     total = cumulated[:, -1]
@@ -95,7 +98,7 @@ def _draw(weights: Tensor, draws: Tensor) -> Tensor:
 
 
 def _draw_restricted(probs: Tensor, draws: Tensor, sampling: SamplingParams) -> Tensor:
-    """`_draw` among the `top_k` likeliest tokens and, of these, those that less than `top_p` of the probability precedes."""
+    """`_draw` from the `top_k` likeliest tokens, and only from those before which less than `top_p` of the probability lies."""
     ordered, tokens = probs.sort(dim=-1, descending=True, stable=True)
     before = ordered.cumsum(-1, dtype=torch.float64) - ordered
     ordered = ordered.masked_fill(before >= sampling.top_p, 0.0)

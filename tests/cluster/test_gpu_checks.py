@@ -79,7 +79,7 @@ def test_transformer_engine(gpus, monkeypatch):
     gpus(1)
     monkeypatch.setattr(gpu_checks, "lacking_of_transformer_engine", lambda: "its torch extension is missing")
     (problem,) = gpu_problems(config())
-    assert "cannot be used: its torch extension is missing; install it" in problem and "model.transformer_impl=local" in problem
+    assert "cannot be used, because its torch extension is missing; install it" in problem and "model.transformer_impl=local" in problem
     local = config()
     object.__setattr__(local.model, "transformer_impl", "local")
     assert gpu_problems(local) == []

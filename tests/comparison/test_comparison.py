@@ -61,11 +61,11 @@ def test_arms_times_seeds_times_tasks(write, tmp_path: Path) -> None:
         ({"arms": {"ais": {"correctoin": "ais"}}}, r"arm ais: correctoin: unknown key; did you mean correction"),
         ({"arms": {"x": {"train.step": 3}}}, r"task countdown, arm x: train.step: unknown key; did you mean train.steps"),
         ({"tasks": {"t": {"task.name": "countdow"}}, "arms": {"x": {"correction": "mask"}}}, "correction='mask'"),
-        ({"arms": {"x": {"run.seed": 3}}}, "arms.x.run.seed=3: every run of a comparison has its own"),
-        ({"arms": {"a/b": {}}}, "becomes a folder's name"),
+        ({"arms": {"x": {"run.seed": 3}}}, "arms.x.run.seed=3: the comparison sets this key itself"),
+        ({"arms": {"a/b": {}}}, "is used as the name of a folder"),
         ({"arms": {}}, "arms"),
-        ({"seeds": [1, 1]}, "each seed once"),
-        ({"reference": "fp8"}, "reference=fp8: is no arm; the arms are bf16, ais"),
+        ({"seeds": [1, 1]}, "a seed occurs twice"),
+        ({"reference": "fp8"}, "reference=fp8: unknown arm; allowed: bf16, ais"),
         ({"base": "none.yaml"}, "none.yaml does not exist"),
         ({"base": None}, "base: missing"),
     ],
@@ -137,7 +137,7 @@ def test_a_signal_stops_the_comparison_and_the_final_evaluation_is_caught_up(wri
     assert [result_of(cell, comparison).state for cell in cells[1:3]] == ["unfinished (1 of 3 steps)", "missing"]
     comparison, cells = load_comparison(path, ["final_eval={rollout.quantization: none}"])
     calls.clear()
-    assert result_of(cells[0], comparison).state == "without its final evaluation"
+    assert result_of(cells[0], comparison).state == "trained, without its final evaluation"
     run_cells(comparison, path, cells, may_train=False)
     assert [call[0] for call in calls] == ["eval"] and "rollout.quantization=none" in calls[0]
     assert result_of(cells[0], comparison).final_accuracy == 0.75
@@ -150,7 +150,7 @@ def test_a_run_of_another_configuration_is_not_taken_for_this_one(write, monkeyp
     comparison, cells = load_comparison(path, ["overrides.metrics.tensorboard=true"])
     assert result_of(cells[0], comparison).finished, "not part of the experiment"
     comparison, cells = load_comparison(path, ["overrides.train.steps=9"])
-    with pytest.raises(ConfigError, match=r"seed_0: holds a run with train.steps=3, the comparison now says train.steps=9; delete"):
+    with pytest.raises(ConfigError, match=r"seed_0: holds a run with train.steps=3, but the comparison now has train.steps=9; delete"):
         result_of(cells[0], comparison)
 
 

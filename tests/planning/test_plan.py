@@ -376,7 +376,7 @@ def test_command(memory: str, status: int) -> None:
     done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode == status, done.stderr
     words = " ".join(done.stdout.split())
-    assert f"H100 SXM 80 GB, {memory} GiB" in words and "a layout fits if its peak and a margin of 15% do" in words
+    assert f"H100 SXM 80 GB, {memory} GiB" in words and "a layout fits if its peak and a margin of 15% fit" in words
     assert all(f in words for f in ("peak of train", "cuDNN workspaces (assumed)", "lost between blocks (assumed)", "(rollout.ahead=1)"))
     assert ("cannot run: parallel.tp=4" in done.stderr) == (status == 1)
 

@@ -60,7 +60,7 @@ def test_what_is_replayed_is_what_was_recorded(tmp_path: Path) -> None:
     names = sorted(path.name for path in tmp_path.iterdir())
     assert names[0] == "version_000000_held_out_00000000_rank_0003.safetensors" and len(names) == 3
     replay = ReplayEngine(tmp_path)
-    with pytest.raises(RuntimeError, match="no version yet"):
+    with pytest.raises(RuntimeError, match="no weight version yet"):
         replay.generate(PROMPTS, SAMPLING)
     drained = iter([[("x", torch.zeros(1))], []])
     replay.update_weights(drained, 0)
@@ -101,9 +101,9 @@ def test_what_does_not_fit_is_refused_and_says_why(tmp_path: Path) -> None:
         RecordingEngine(Canned(), tmp_path, rank=0, continues=False)
     replay = ReplayEngine(tmp_path)
     replay.update_weights([], 0)
-    with pytest.raises(ValueError, match="prompt 7: sampling temperature=0.5 is asked for, but .* was recorded with 1.0"):
+    with pytest.raises(ValueError, match="prompt 7: this run samples with temperature=0.5, but .* was recorded with 1.0"):
         replay.generate(PROMPTS, replace(SAMPLING, temperature=0.5))
-    with pytest.raises(ValueError, match="prompt 7: has other tokens"):
+    with pytest.raises(ValueError, match="prompt 7: its tokens in .* are different"):
         replay.generate([replace(PROMPTS[0], token_ids=(1, 2))], SAMPLING)
     with pytest.raises(ValueError, match="no responses to prompt 9, but to prompts 7 to 8; lower train.steps"):
         replay.generate([replace(PROMPTS[0], index=9)], SAMPLING)

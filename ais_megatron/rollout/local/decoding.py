@@ -1,8 +1,8 @@
-"""Waves of responses decoded side by side.
+"""Decodes responses in waves.
 
-A wave holds up to `max_batch` responses. Each of its prompts, left-padded so that all end in the same column, goes through
-the model once; its cache row is then repeated for its responses, and every step appends one column to all rows. Rows that
-have ended are dropped together once enough of them have.
+A wave holds up to `max_batch` responses that are decoded together. Its prompts are left-padded, so that all end in the same column,
+and go through the model once. The cache row of a prompt is then repeated for its responses. Every step appends one column to all
+rows. Rows that have ended are dropped together, once there are enough of them.
 """
 
 from __future__ import annotations
@@ -23,34 +23,32 @@ from ais_megatron.rollout.sampling import choose_tokens, uniform_draws
 
 Row = tuple[int, int]  # (position in the list of prompts, sample number)
 
-_DROP_SHARE = 4  # rows are dropped once a quarter of them have ended: copying the others' cache costs about half a step
-_DROP_MIN_STEPS = 4  # and at least so many steps may follow
-_GPU_CHECK_STEPS = 8  # asking a GPU how many rows have ended waits for it, so there it is done every so many steps
+_DROP_SHARE = 4  # rows are dropped once a quarter has ended, because copying the cache of the others costs about half a step
+_DROP_MIN_STEPS = 4  # and at least this many steps may follow
+_GPU_CHECK_STEPS = 8  # asking a GPU how many rows have ended waits for it, so it is done only every this many steps
 
 
 @dataclass(frozen=True)
 class Model:
-    """What decoding needs to know about the engine.
-
-    causal_lm: transformers' causal language model with the attention of `kv_cache`.
-    kv_scales: float32 ``[num_layers, 2]`` of an FP8 cache, None for a cache that keeps what it gets.
-    routing: what the experts of the latest forward pass are read from, None where nobody asks for them.
-    """
+    """What decoding needs to know about the engine."""
 
     causal_lm: PreTrainedModel
+    """transformers' causal language model, with the attention of `kv_cache`."""
     architecture: Architecture
     kv_scales: Tensor | None
+    """float32 ``[num_layers, 2]`` of an FP8 cache; None for a cache that is not quantised."""
     dtype: torch.dtype
     device: torch.device
     eos_id: int
     pad_id: int
     routing: RoutingRecord | None = None
+    """The experts of the latest forward pass; None if they are not recorded."""
 
     def forward(self, tokens: Tensor, positions: Tensor, mask: Tensor, cache: KVCache) -> Tensor:
-        """Extend `cache` by `tokens`, int64 ``[rows, new]``; the logits after the last of them, float32 ``[rows, vocab]``.
+        """Extend `cache` by `tokens`, int64 ``[rows, new]``. Returns the logits after the last token, float32 ``[rows, vocab]``.
 
-        mask: additive, ``[rows, 1, new, cache.length + new]``. Some families take it in a mapping by the kind of layer, as what
-        transformers would have made itself at a cost in every step; the others take four dimensions as they are.
+        mask: additive, ``[rows, 1, new, cache.length + new]``. Some families expect a mapping from kinds of layers to masks, which
+        transformers would otherwise build again in every step. The others take the tensor itself.
         """
         decoder = self.causal_lm.model
         attention_mask = {"full_attention": mask} if self.architecture.family.takes_mask_by_kind else mask
@@ -61,32 +59,33 @@ class Model:
 
 @dataclass(frozen=True)
 class Responses:
-    """What a wave sampled, on the CPU; what follows a row's first end-of-sequence token means nothing.
-
-    tokens: int64 ``[rows, max_tokens]``; logprobs: float32 ``[rows, max_tokens]``.
-    routed_experts: `routes_dtype` ``[rows, longest prompt + max_tokens - 1, num_layers, experts_per_token]``; prompts are
-        left-padded, so every row's first response token stands in column `longest prompt`. None where nobody asks.
-    """
+    """What a wave sampled, on the CPU. Values after the first end-of-sequence token of a row have no meaning."""
 
     tokens: Tensor
+    """int64 ``[rows, max_tokens]``."""
     logprobs: Tensor
+    """float32 ``[rows, max_tokens]``."""
     routed_experts: Tensor | None
+    """`routes_dtype` ``[rows, longest prompt + max_tokens - 1, num_layers, experts_per_token]``. Prompts are left-padded, so the first
+    response token of every row is in column `longest prompt`. None if they are not recorded."""
 
 
 @dataclass
 class _Decoding:
-    """State of the rows still being decoded; ``[rows]`` counts those, and dropping rows cuts every field.
-
-    logits: float32 ``[rows, vocab]``; origin: int64 ``[rows]``, the row's number in the wave; positions: int64 ``[rows, 1]``,
-    of the next token; mask: additive ``[rows, 1, 1, max_len]``; draws: float64 ``[rows, max_tokens]``; ended: bool ``[rows]``.
-    """
+    """State of the rows that are still being decoded. Dropping rows shortens every field."""
 
     logits: Tensor
+    """float32 ``[rows, vocab]``."""
     origin: Tensor
+    """int64 ``[rows]``, the number of each row in the wave."""
     positions: Tensor
+    """int64 ``[rows, 1]``, the position of the next token."""
     mask: Tensor
+    """Additive, ``[rows, 1, 1, max_len]``."""
     draws: Tensor
+    """float64 ``[rows, max_tokens]``."""
     ended: Tensor
+    """bool ``[rows]``."""
 
     def keep_rows(self, rows: Tensor) -> None:
         for field in fields(self):
@@ -94,7 +93,8 @@ class _Decoding:
 
 
 def plan_waves(prompts: Sequence[Prompt], num_samples: int, max_batch: int) -> list[list[Row]]:
-    """All prompts' samples in waves of up to `max_batch` rows: whole prompts where one fits, and prompts of like length together."""
+    """Split the samples of all prompts into waves of up to `max_batch` rows. The samples of a prompt stay together if they fit, and
+    prompts of similar length share a wave."""
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i].token_ids))
     rows = [(i, sample) for i in order for sample in range(num_samples)]
     if num_samples <= max_batch:
@@ -137,9 +137,9 @@ def decode_wave(model: Model, prompts: Sequence[Prompt], rows: Sequence[Row], sa
 def _prefill(
     model: Model, prompts: Sequence[Prompt], rows: Sequence[Row], sampling: SamplingParams
 ) -> tuple[_Decoding, KVCache, Tensor | None]:
-    """Run each distinct prompt of `rows` through the model once and lay the results out by row.
+    """Run each distinct prompt of `rows` through the model once, and copy the results to its rows.
 
-    The third result is `Responses.routed_experts`, filled as far as the prompts reach: its columns are the cache's.
+    The third result is `Responses.routed_experts`, filled for the prompts. Its columns are those of the cache.
     """
     distinct = list(dict.fromkeys(i for i, _ in rows))
     longest = max(len(prompts[i].token_ids) for i in distinct)
@@ -149,7 +149,7 @@ def _prefill(
 
     column = torch.arange(longest + sampling.max_tokens, device=model.device)
     is_padding = column < padding[:, None]  # [prompts, max_len]
-    # A padding token sees itself, because a softmax over nothing would be NaN; nobody sees it.
+    # A padding token attends to itself, because a softmax over nothing would be NaN. No other token attends to it.
     prompt_columns = column[:longest]
     visible = (prompt_columns <= prompt_columns[:, None]) & ~is_padding[:, None, :longest] | torch.eye(
         longest, dtype=torch.bool, device=model.device
@@ -177,6 +177,6 @@ def _prefill(
 
 
 def _additive(visible: Tensor, model: Model) -> Tensor:
-    """0 where `visible`, minus infinity elsewhere, in the dtype attention wants."""
+    """0 where `visible`, minus infinity elsewhere, in the dtype of the attention."""
     mask = torch.zeros(visible.shape, dtype=container_dtype(model.dtype, model.device), device=model.device)
     return mask.masked_fill_(~visible, -torch.inf)

@@ -1,9 +1,9 @@
-"""The embedded rollout engine: transformers' model in this process, in float32, BF16 or emulated FP8 or FP4.
+"""The embedded rollout engine: transformers' model in the trainer's process, in float32, BF16, or emulated FP8 or FP4.
 
-It takes the same tensors under the same names as an SGLang server and computes what its FP8 kernels compute (block-128
-weights, 1x128 activations, an E4M3 KV cache with per-layer scales), so that rollout and training policy differ for the same
-reasons, on any machine; it also emulates formats that no server here has (`formats`). It is no substitute for a server's
-speed on a GPU; there it has not been run.
+It accepts the same tensors under the same names as an SGLang server, and computes what the server's FP8 kernels compute: weights in
+blocks of 128x128, activations in blocks of 1x128, and an E4M3 KV cache with scales per layer. So rollout and training policy differ
+for the same reasons, on any machine. It also emulates formats that SGLang does not have (`formats`). It is not made for speed on a
+GPU, where it has not been run.
 """
 
 from __future__ import annotations
@@ -32,16 +32,16 @@ logger = logging.getLogger(__name__)
 
 
 class LocalEngine:
-    """A `RolloutEngine`; see there for what its methods promise.
+    """A `RolloutEngine`, which documents the methods.
 
     Args:
-        architecture: the model's; no weights are loaded, they all come through `update_weights`.
-        rollout: quantization, kv_cache, max_batch and return_routed_experts are read.
+        architecture: of the model. No weights are loaded; all of them arrive through `update_weights`.
+        rollout: its quantization, kv_cache, max_batch and return_routed_experts are used.
         eos_id: the token that ends a response.
-        pad_id: any valid token, put where a prompt is shorter than its neighbours; nothing attends to it.
-        dtype: bfloat16 or float32, of activations and of the weights that are not quantised.
+        pad_id: any valid token. It pads prompts that are shorter than others in the wave, and no token attends to it.
+        dtype: bfloat16 or float32, for activations and for weights that are not quantised.
     Raises:
-        ValueError: routed experts wanted of a dense model.
+        ValueError: routed experts are requested from a dense model.
     """
 
     takes_updates_while_generating = False
@@ -57,14 +57,16 @@ class LocalEngine:
         dtype: torch.dtype = torch.bfloat16,
     ) -> None:
         if rollout.return_routed_experts and not architecture.is_moe:
-            raise ValueError(f"rollout.return_routed_experts=true: model_type={architecture.model_type} has no experts to return")
+            raise ValueError(
+                f"rollout.return_routed_experts=true: model_type={architecture.model_type} has no experts to return; set it to false"
+            )
         device = torch.device(device)
         self._architecture = architecture
         self._max_batch = rollout.max_batch
         self._version = -1
         self._closed = False
         self._warned_about_scales = False
-        self._kv_scales = torch.ones(architecture.num_hidden_layers, 2, device=device)  # of k and v; 1.0 is exact and free
+        self._kv_scales = torch.ones(architecture.num_hidden_layers, 2, device=device)  # of k and v; 1.0 changes nothing
         self._kv_is_fp8 = rollout.kv_cache_is_fp8
         causal_lm, self._quantizer, routing = _build(architecture, rollout, device, dtype)
         scales = self._kv_scales if self._kv_is_fp8 else None
@@ -75,7 +77,7 @@ class LocalEngine:
 
     @property
     def version(self) -> int:
-        """Version of the weights in force; -1 before the first update, during one, and after one that failed."""
+        """Version of the current weights; -1 before the first update, during an update, and after an update that failed."""
         return self._version
 
     def probe(self, prompts: Sequence[Prompt], sampling: SamplingParams) -> list[list[Rollout]]:
@@ -90,7 +92,7 @@ class LocalEngine:
     def generate(self, prompts: Sequence[Prompt], sampling: SamplingParams) -> list[Rollout]:
         if self._closed or self._version < 0:
             state = "is closed" if self._closed else "has no complete weights: none were pushed, or the last update failed"
-            raise RuntimeError(f"the local rollout engine {state}; generate after a successful update_weights")
+            raise RuntimeError(f"the local rollout engine {state}; call update_weights before generate")
         check_sampling(sampling)
         for prompt in prompts:
             check_prompt(prompt, sampling, self._architecture)
@@ -102,7 +104,7 @@ class LocalEngine:
         return [rollouts[i, sample] for i in range(len(prompts)) for sample in range(sampling.num_samples)]
 
     def _collect(self, prompts: Sequence[Prompt], wave: Sequence[Row], responses: Responses) -> dict[Row, Rollout]:
-        """Cut each row behind its first end-of-sequence token, and its routing also in front of its prompt."""
+        """Cut each row after its first end-of-sequence token, and its routing also before its prompt."""
         tokens, logprobs, routed = responses.tokens, responses.logprobs, responses.routed_experts
         is_end = tokens == self._model.eos_id
         stopped = is_end.any(-1)
@@ -120,16 +122,17 @@ class LocalEngine:
             prompt, reason, experts = prompts[row[0]], "stop" if stop else "length", None
             if routed is not None:
                 start = routed.shape[1] + 1 - tokens.shape[1]  # the first response token's column
-                # A copy: a view would keep the whole wave's routing alive.
+                # A copy, because a view would keep the routing of the whole wave in memory.
                 experts = routed[number, start - len(prompt.token_ids) : start + count - 1].clone()
             rollouts[row] = Rollout(prompt, tuple(ids[:count]), tuple(values[:count]), reason, self._version, experts)
         return rollouts
 
     @torch.no_grad()
     def update_weights(self, buckets: Iterable[Bucket], version: int) -> None:
-        """See `RolloutEngine.update_weights`. All copies are in place; on failure the engine refuses to generate until refitted.
+        """See `RolloutEngine.update_weights`. Tensors are copied in place. After a failure the engine refuses to generate until the next
+        complete update.
 
-        KV scales come all or none; without them an FP8 cache has scale 1.0, which is warned about once.
+        Either all KV scales arrive or none. Without them an FP8 cache has scale 1.0, and one warning says so.
         """
         if self._closed:
             raise RuntimeError("the local rollout engine is closed")
@@ -155,20 +158,20 @@ class LocalEngine:
         self._version = version
 
     def state_tensors(self) -> dict[str, Tensor]:
-        """What was pushed, as it is kept: views of the engine's own memory, under the names it was pushed with.
+        """The engine's tensors as views of its own memory, under the names with which they were pushed.
 
-        With an FP8 KV cache the scales in force are among them, pushed or not.
+        With an FP8 KV cache its current scales are among them, even if none were pushed.
         """
         return {
             name: tensor for name, tensor in self._destinations.items() if name != TIED_HEAD or not self._architecture.tie_word_embeddings
         }
 
     def _tensors(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Where each tensor goes by name: those that must arrive, and those that may."""
+        """The destination of every tensor by name: first those that must arrive, then those that may."""
         weights = dict(self._model.causal_lm.state_dict()) | dict(named_expert_tensors(self._model.causal_lm))
         optional = {}
         if self._architecture.tie_word_embeddings:
-            optional[TIED_HEAD] = weights.pop(TIED_HEAD)  # the embedding's own memory; both names carry the same values
+            optional[TIED_HEAD] = weights.pop(TIED_HEAD)  # the same memory as the embedding; both names have the same values
         if self._kv_is_fp8:
             for layer, kinds in enumerate(self._kv_scales):
                 optional |= {kv_scale_name(layer, kind): scale for kind, scale in zip("kv", kinds, strict=True)}
@@ -178,7 +181,7 @@ class LocalEngine:
 def _build(
     architecture: Architecture, rollout: RolloutConfig, device: torch.device, dtype: torch.dtype
 ) -> tuple[nn.Module, InputQuantizer | None, RoutingRecord | None]:
-    """The model with uninitialised weights, the quantised layers' shared quantiser, and where the chosen experts are kept."""
+    """The model with uninitialised weights, the quantiser that its layers share, and the record of the chosen experts."""
     model_class = getattr(transformers, architecture.family.hf_class)
     fmt = FORMATS.get(rollout.quantization)
     config = model_class.config_class(
@@ -191,7 +194,7 @@ def _build(
         quantizer = replace_linears(causal_lm, fmt) if fmt else None
         routing = replace_experts(causal_lm, architecture, dtype, fmt, rollout.return_routed_experts) if architecture.is_moe else None
     causal_lm = causal_lm.to_empty(device=device).eval().requires_grad_(False)
-    # RoPE's frequencies are computed, not pushed: made anew where the model is, and in float32.
+    # RoPE's frequencies are not pushed. They are computed again on the model's device, in float32.
     causal_lm.model.rotary_emb = type(causal_lm.model.rotary_emb)(config).to(device)
     causal_lm.tie_weights()
     set_kv_scales(causal_lm, torch.ones(architecture.num_hidden_layers, 2))

@@ -1,15 +1,15 @@
-"""The experts of a mixture-of-experts layer, in the model's dtype or in an emulated quantised format, and the record of who chose which.
+"""The experts of a MoE layer, in the model's dtype or in an emulated quantised format, and the record of the chosen experts.
 
     y = sum over the token's chosen experts e of  p_e * down_e(silu(gate_e(x)) * up_e(x))
 
-transformers keeps all experts' gate and up projections in one parameter; so do these modules, but tensors arrive and leave
-per expert, under the names that checkpoints and SGLang use. The router stays transformers' own.
+transformers keeps the gate and up projections of all experts in one parameter, and so do these modules. But tensors arrive and leave
+per expert, under the names that checkpoints and SGLang use. The router is that of transformers.
 
-Tokens are sorted by expert and go through two `grouped_mm`. Measured on one CPU core with 8, 16 and 64 experts, hidden 128 and 8
-to 2048 tokens, in float32 (FP8's arithmetic): a loop over the experts takes 1.0 to 1.8 times as long, a bmm over groups padded
-to the longest 0.9 to 1.7 times, and arbitrarily long where the router is unbalanced. All experts for all tokens saves 0.1 ms
-at 8 tokens with 8 experts, and takes two to ten times as long at 2048. In BF16 the padded bmm would be a tenth to a third faster
-at 256 tokens with 8 or 16 experts; unquantised rollouts are not worth a second path.
+Tokens are sorted by expert and go through two `grouped_mm`. Alternatives were measured on one CPU core with 8, 16 and 64 experts, hidden
+size 128 and 8 to 2048 tokens, in float32 (which FP8 emulation uses). A loop over the experts takes 1.0 to 1.8 times as long. A bmm over
+groups that are padded to the longest takes 0.9 to 1.7 times as long, and has no bound if the router is unbalanced. Computing all experts
+for all tokens saves 0.1 ms at 8 tokens with 8 experts, and takes two to ten times as long at 2048 tokens. In BF16 the padded bmm would be
+a tenth to a third faster at 256 tokens with 8 or 16 experts, but rollouts that are not quantised do not justify a second path.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from ais_megatron.config import Architecture
 from ais_megatron.quantization.formats import FP8_E4M3, Format
 from ais_megatron.quantization.fp8 import dequantize_block, quantize_dequantize_groups
 
-_MULTIPLE = 8  # grouped_mm wants rows of whole 16 bytes: 8 BF16 values
+_MULTIPLE = 8  # grouped_mm needs rows whose size is a multiple of 16 bytes: 8 BF16 values
 
 
 class RoutingRecord:
@@ -47,13 +47,13 @@ class RoutingRecord:
 
 
 class Experts(nn.Module):
-    """In place of `Qwen3MoeExperts`.
+    """Replaces transformers' `Qwen3MoeExperts`.
 
-    gate_up: ``[num_experts, 2 (gate, up), intermediate, hidden]``; down: ``[num_experts, hidden, intermediate]``, both in
-    `dtype`. They are filled through the views that `named_tensors` gives.
+    gate_up is ``[num_experts, 2 (gate, up), intermediate, hidden]`` and down is ``[num_experts, hidden, intermediate]``, both in
+    `dtype`. They are filled through the views from `named_tensors`.
 
     Raises:
-        ValueError: sizes that `grouped_mm` cannot take.
+        ValueError: `grouped_mm` does not support the sizes.
     """
 
     gate_up: Tensor
@@ -67,18 +67,18 @@ class Experts(nn.Module):
                 f"model.architecture: hidden_size={hidden} and moe_intermediate_size={size} must be multiples of {_MULTIPLE} "
                 "for the local engine"
             )
-        # Not in the state dict, where they would appear under names that nobody pushes.
+        # Not in the state dict, because there they would have names that are never pushed.
         self.register_buffer("gate_up", torch.empty(experts, 2, size, hidden, dtype=dtype), persistent=False)
         self.register_buffer("down", torch.empty(experts, hidden, size, dtype=dtype), persistent=False)
         self.layer = 0
         self.record: RoutingRecord | None = None
 
     def named_tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Every expert's tensors as views, named as behind ``mlp.experts.``."""
+        """The tensors of every expert as views, with their names after ``mlp.experts.``."""
         yield from _per_expert(self.gate_up, self.down, "weight")
 
     def matrices(self) -> tuple[Tensor, Tensor]:
-        """`gate_up` and `down` as they are multiplied with."""
+        """`gate_up` and `down` as the matrix products use them."""
         return self.gate_up, self.down
 
     def quantize_input(self, x: Tensor) -> Tensor:
@@ -89,7 +89,7 @@ class Experts(nn.Module):
         Args:
             x: ``[tokens, hidden]`` in the model's dtype.
             chosen: int64 ``[tokens, experts_per_token]``, likeliest first.
-            probs: ``[tokens, experts_per_token]``, what the chosen experts' outputs are weighted with.
+            probs: ``[tokens, experts_per_token]``, the weights of the chosen experts' outputs.
         Returns:
             ``[tokens, hidden]`` in x's dtype; weighted and summed in float32, rounded once.
         """
@@ -109,12 +109,11 @@ class Experts(nn.Module):
 
 
 class QuantizedExperts(Experts):
-    """Experts quantised as in `QuantizedLinear`, weights and inputs: each expert's matrices have blocks of their own.
+    """Experts with quantised weights and inputs, as in `QuantizedLinear`. The matrices of each expert have their own blocks.
 
-    gate_up, down: in the format's dtype; gate_up_scale_inv: float32 ``[num_experts, 2, *blocks of a matrix]``, for the FP8
-    formats ``[num_experts, 2, ceil(intermediate/128), ceil(hidden/128)]``; down_scale_inv alike, without the 2. Fill them, then
-    call `refresh`.
-    Products and sums are float32, over a dequantised copy.
+    gate_up and down have the format's dtype. gate_up_scale_inv is float32 ``[num_experts, 2, *blocks of a matrix]``, for the FP8 formats
+    ``[num_experts, 2, ceil(intermediate/128), ceil(hidden/128)]``. down_scale_inv is the same without the 2. Fill them, then call
+    `refresh`. Products and sums are float32 and use a dequantised copy.
     """
 
     gate_up_scale_inv: Tensor
@@ -145,7 +144,7 @@ class QuantizedExperts(Experts):
         return quantize_dequantize_groups(x, self.format)
 
     def refresh(self) -> None:
-        """Make the dequantised copies anew, in place."""
+        """Update the dequantised copies in place."""
         for q, scale_inv, copy in (
             (self.gate_up.flatten(0, 1), self.gate_up_scale_inv.flatten(0, 1), self.dequantized_gate_up.flatten(0, 1)),
             (self.down, self.down_scale_inv, self.dequantized_down),
@@ -164,7 +163,8 @@ def _per_expert(gate_up: Tensor, down: Tensor, kind: str) -> Iterator[tuple[str,
 def replace_experts(
     causal_lm: PreTrainedModel, architecture: Architecture, dtype: torch.dtype, fmt: Format | None, record: bool
 ) -> RoutingRecord | None:
-    """Put experts of `dtype`, or quantised to `fmt`, into every layer of a Qwen3-MoE model; returns their record if one is asked for."""
+    """Replace the experts in every layer of a Qwen3-MoE model by experts in `dtype`, or quantised to `fmt`. Returns their routing record
+    if one is requested."""
     routing = RoutingRecord(architecture.num_hidden_layers, architecture.num_experts) if record else None
     for number, layer in enumerate(causal_lm.model.layers):
         layer.mlp.experts = QuantizedExperts(architecture, fmt) if fmt else Experts(architecture, dtype)
@@ -173,7 +173,7 @@ def replace_experts(
 
 
 def named_expert_tensors(causal_lm: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """The Hugging Face name and the memory of every expert's tensors; nothing from a dense model."""
+    """The Hugging Face name and the memory of the tensors of every expert. Empty for a dense model."""
     for name, module in causal_lm.named_modules():
         if isinstance(module, Experts):
             yield from ((f"{name}.{suffix}", tensor) for suffix, tensor in module.named_tensors())

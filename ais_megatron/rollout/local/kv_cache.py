@@ -1,10 +1,10 @@
-"""The engine's KV cache and the attention that reads it.
+"""The KV cache of the embedded engine, and the attention that reads it.
 
-In FP8 a layer keeps round_E4M3(k / k_scale) and round_E4M3(v / v_scale), saturating at 448. Attention reads those values as
-they are: k_scale is folded into the softmax's scale and v_scale into the output, exactly what a kernel with descale factors
-does. The container is wider than FP8, because what is emulated is the precision, not the memory: E4M3 values are exact in
-BF16 and in float32. On a CPU it is float32 for BF16 models too, since attention over float32 takes about half the time
-there (0.3 against 0.65 ms for 128 rows of 68 tokens) and rounds less; elsewhere it is the model's dtype.
+In FP8 a layer keeps round_E4M3(k / k_scale) and round_E4M3(v / v_scale), saturating at 448. Attention reads these values directly.
+k_scale becomes part of the softmax's scale, and v_scale multiplies the output, as in a kernel with descale factors. The cache stores
+the values in a wider dtype, because it emulates the precision of FP8 and not its memory. E4M3 values are exact in BF16 and float32. On
+a CPU the dtype is float32 even for BF16 models, because attention over float32 takes about half the time there (0.3 against 0.65 ms
+for 128 rows of 68 tokens) and rounds less. Elsewhere it is the model's dtype.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ def container_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
 
 
 class KVCache(Cache):
-    """Keys and values of all layers in one tensor, filled from the left, all rows at the same column.
+    """Keys and values of all layers in one tensor. It is filled from the left, and all rows have the same length.
 
     Args:
-        data: ``[num_layers, 2 (k, v), rows, kv_heads, max_len, head_dim]`` in `container_dtype`; uninitialised is fine.
-        scales: float32 ``[num_layers, 2]`` on the same device for an FP8 cache, None to keep what comes.
+        data: ``[num_layers, 2 (k, v), rows, kv_heads, max_len, head_dim]`` in `container_dtype`; may be uninitialised.
+        scales: float32 ``[num_layers, 2]`` on the same device for an FP8 cache; None for a cache that is not quantised.
     """
 
     def __init__(self, data: Tensor, scales: Tensor | None, length: int = 0) -> None:
-        super().__init__(layers=[])  # transformers' own layers are not used: `update` is all that its models call
+        super().__init__(layers=[])  # transformers' own cache layers are not used, because its models call only `update`
         self.data = data
         self.scales = scales
         self.length = length
@@ -45,16 +45,16 @@ class KVCache(Cache):
     def empty(
         cls, architecture: Architecture, rows: int, max_len: int, dtype: torch.dtype, device: torch.device, scales: Tensor | None
     ) -> KVCache:
-        """Room for `max_len` tokens in each of `rows` rows, for a model that computes in `dtype`."""
+        """A cache with room for `max_len` tokens in each of `rows` rows, for a model that computes in `dtype`."""
         shape = (architecture.num_hidden_layers, 2, rows, architecture.num_key_value_heads, max_len, architecture.head_dim)
         return cls(torch.empty(shape, dtype=container_dtype(dtype, device), device=device), scales)
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: object, **kwargs: object) -> tuple[Tensor, Tensor]:
-        """Write `key_states` and `value_states`, ``[rows, kv_heads, new, head_dim]``, behind the first `length` columns.
+        """Write `key_states` and `value_states`, ``[rows, kv_heads, new, head_dim]``, after the first `length` columns.
 
         Returns:
-            k and v as they are stored, ``[rows, kv_heads, length + new, head_dim]``. `length` itself is the caller's to
-            advance (`advance`), after all layers have written.
+            k and v as stored, ``[rows, kv_heads, length + new, head_dim]``. The caller calls `advance` after all layers have
+            written.
         """
         end = self.length + key_states.shape[2]
         layer = self.data[layer_idx]
@@ -77,7 +77,7 @@ class KVCache(Cache):
         return KVCache(data, self.scales, self.length)
 
     def keep_rows(self, rows: Tensor) -> None:
-        """Drop all but the given rows (increasing), in place: what remains is a view of the same memory."""
+        """Drop all rows except the given ones (increasing), in place. The rest is a view of the same memory."""
         kept = self.data[:, :, rows, :, : self.length]
         self.data = self.data[:, :, : len(rows)]
         self.data[..., : self.length, :] = kept
@@ -87,7 +87,7 @@ class KVCache(Cache):
 
 
 def set_kv_scales(model: PreTrainedModel, scales: Tensor) -> None:
-    """Tell each attention layer the scales it undoes. scales: float32 ``[num_layers, 2]``; read as floats once per update."""
+    """Give each attention layer its scales. scales: float32 ``[num_layers, 2]``; read as floats once per update."""
     for layer, (k_scale, v_scale) in zip(model.model.layers, scales.tolist(), strict=True):
         layer.self_attn.k_scale, layer.self_attn.v_scale = k_scale, v_scale
 
@@ -99,8 +99,8 @@ def attention(
 
     Args:
         module: the model's attention layer, with the two scales of `set_kv_scales`.
-        query: ``[rows, heads, new, head_dim]``; key, value: ``[rows, kv_heads, length, head_dim]``, a cache's.
-        attention_mask: additive, ``[rows, 1, new, length]``, in the cache's dtype.
+        query: ``[rows, heads, new, head_dim]``. key, value: ``[rows, kv_heads, length, head_dim]`` from a cache.
+        attention_mask: additive, ``[rows, 1, new, length]``, in the dtype of the cache.
     Returns:
         ``[rows, new, heads, head_dim]`` in query's dtype.
     """
@@ -110,8 +110,8 @@ def attention(
     scale = scaling * module.k_scale
     q = query.to(key.dtype)
     if new == 1 and key.device.type == "cpu":
-        # One query: heads that share keys become the rows of one small matmul. SDPA's kernel walks over (row, head)
-        # pairs, which costs it twice the time of these batched matmuls at the sizes of small models.
+        # With one query, heads that share keys become the rows of one small matmul. SDPA's kernel goes over (row, head)
+        # pairs, which takes twice as long as these batched matmuls for small models.
         mask = attention_mask.expand(rows, kv_heads, 1, length).reshape(rows * kv_heads, 1, length)
         flat_key, flat_value = key.flatten(0, 1), value.flatten(0, 1)  # views: a cache's rows and heads are adjacent
         scores = torch.baddbmm(mask, q.reshape(rows * kv_heads, group, head_dim), flat_key.transpose(1, 2), alpha=scale)

@@ -2,10 +2,10 @@
 
     y = dequantize(round(x / s_x)) @ dequantize(q, scale_inv).T,    products and sums in float32.
 
-The pushed q and scale_inv are the truth and stay as they came; the matmul reads a dequantised copy made once per update.
-That copy is float32: E4M3 times a float32 scale has up to 28 significant bits, of which BF16 would drop most and so
-quantise a second time. (BF16 could hold the bare E4M3 values, but its matmul rounds each group's sum to 8 bits before the
-scales are applied; on a CPU it saves a third of the matmul's time, about a tenth of a decode step.)
+The pushed q and scale_inv stay unchanged. The matmul uses a dequantised copy, which is made once per update. The copy is float32. E4M3
+times a float32 scale has up to 28 significant bits, and BF16 would drop most of them and so quantise a second time. (BF16 could hold the
+E4M3 values without scales, but its matmul rounds the sum of each group to 8 bits before the scales are applied. On a CPU it would save a
+third of the matmul's time, about a tenth of a decode step.)
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from ais_megatron.quantization.fp8 import dequantize_block, quantize_dequantize_
 
 
 class InputQuantizer:
-    """`quantize_dequantize_groups`, which remembers its last input: q/k/v and gate/up read the same tensor one after another.
+    """`quantize_dequantize_groups` with a cache for its last input, because q/k/v and gate/up read the same tensor one after another.
 
-    One serves all layers of a model. It compares by identity, so the tensor must not be changed in place in between.
+    All layers of a model share one. It compares inputs by identity, so a tensor must not be changed in place between two calls.
     """
 
     def __init__(self, fmt: Format = FP8_E4M3) -> None:
@@ -38,17 +38,17 @@ class InputQuantizer:
         return output
 
     def forget(self) -> None:
-        """Let go of the last activations' memory."""
+        """Release the memory of the last input."""
         self._input = self._output = None
 
 
 class QuantizedLinear(nn.Module):
-    """In place of `nn.Linear`.
+    """Replaces `nn.Linear`.
 
-    weight: ``[out, in]`` in the format's dtype; weight_scale_inv: float32, one per block of the format; bias: ``[out]`` in the
-    model's dtype, or None. Copy into them, then call `refresh`. The bias is added to the product after it has been rounded to the
-    model's dtype, as SGLang does. Input and output are ``[..., in]`` and ``[..., out]`` in the model's dtype. Written for CPU and CUDA
-    alike; it has not been run on a GPU, where it would need no FP8 hardware, nor profit from it.
+    weight is ``[out, in]`` in the format's dtype. weight_scale_inv is float32, one per block of the format. bias is ``[out]`` in the
+    model's dtype, or None. Copy into them, then call `refresh`. The product is rounded to the model's dtype before the bias is added,
+    as in SGLang. Input and output are ``[..., in]`` and ``[..., out]`` in the model's dtype. The layer is written for CPU and CUDA. It
+    has not been run on a GPU. There it would not need FP8 hardware, and would not use it.
     """
 
     weight: Tensor
@@ -64,7 +64,7 @@ class QuantizedLinear(nn.Module):
         device: torch.device | None = None,
         bias: torch.dtype | None = None,
     ) -> None:
-        """bias: its dtype; None: there is none."""
+        """bias: dtype of the bias; None: no bias."""
         super().__init__()
         fmt, shape = quantizer.format, (out_features, in_features)
         self.register_buffer("weight", torch.empty(shape, dtype=fmt.dtype, device=device))
@@ -74,7 +74,7 @@ class QuantizedLinear(nn.Module):
         self.quantizer = quantizer
 
     def refresh(self) -> None:
-        """Make the dequantised copy anew, in place."""
+        """Update the dequantised copy in place."""
         self.dequantized.copy_(dequantize_block(self.weight, self.weight_scale_inv, fmt=self.quantizer.format))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -83,7 +83,7 @@ class QuantizedLinear(nn.Module):
 
 
 def replace_linears(model: nn.Module, fmt: Format) -> InputQuantizer:
-    """Put a `QuantizedLinear` in the place of every projection that is quantised; they share the quantiser that is returned."""
+    """Replace every quantised projection by a `QuantizedLinear`. Returns the quantiser that they share."""
     quantizer = InputQuantizer(fmt)
     for name, module in list(model.named_modules()):
         if isinstance(module, nn.Linear) and is_quantized_weight(f"{name}.weight"):

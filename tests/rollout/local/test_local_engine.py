@@ -248,7 +248,7 @@ K_SCALE = "model.layers.1.self_attn.attn.k_scale"
         (BF16, lambda w: _replaced(w, DOWN, torch.zeros(32, 47)), rf"{DOWN}: got .*\[32, 47\], expected .*\[32, 48\]"),
         (BF16, lambda w: _replaced(w, DOWN, torch.zeros(32, 48).bfloat16()), f"{DOWN}: got torch.bfloat16"),
         (BF16, lambda w: quantize_bucket(w), "got torch.float8_e4m3fn"),
-        (BF16, lambda w: [*w, (K_SCALE, torch.tensor(1.0))], f"{K_SCALE}: KV scales are of no use"),
+        (BF16, lambda w: [*w, (K_SCALE, torch.tensor(1.0))], f"{K_SCALE}: the engine has no such KV scale"),
         (FP8, lambda w: w, r"got torch.float32 .*expected torch.float8_e4m3fn"),
         (FP8, lambda w: [x for x in quantize_bucket(w) if x[0] != DOWN + "_scale_inv"], f"{DOWN}_scale_inv: missing"),
         (FP8, lambda w: [*quantize_bucket(w), (K_SCALE, torch.tensor(1.0))], "layers.0.self_attn.attn.k_scale: missing"),

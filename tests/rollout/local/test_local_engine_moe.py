@@ -232,7 +232,7 @@ def _replaced(weights, name, tensor):
         (BF16, lambda w: [*w, (UP, dict(w)[UP])], f"{UP}: arrived twice"),
         (BF16, lambda w: _replaced(w, UP, torch.zeros(32, 24)), rf"{UP}: got .*\[32, 24\], expected .*\[24, 32\]"),
         (BF16, lambda w: _replaced(w, UP, torch.zeros(24, 32).bfloat16()), f"{UP}: got torch.bfloat16"),
-        (BF16, lambda w: [*w, (UP + "_scale_inv", torch.ones(1, 1))], f"{UP}_scale_inv: scales of weights are of no use"),
+        (BF16, lambda w: [*w, (UP + "_scale_inv", torch.ones(1, 1))], f"{UP}_scale_inv: the engine has no such weight scale"),
         (FP8, lambda w: w, "got torch.float32 .*expected torch.float8_e4m3fn"),
         (FP8, lambda w: _without(quantize_bucket(w), UP + "_scale_inv"), f"{UP}_scale_inv: missing"),
         (FP8, lambda w: _replaced(quantize_bucket(w), ROUTER, torch.zeros(6, 32).to(E4M3)), f"{ROUTER}: got torch.float8_e4m3fn"),

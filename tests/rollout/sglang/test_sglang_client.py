@@ -252,7 +252,7 @@ def test_after_a_failed_update_servers_have_to_be_healthy(servers) -> None:
 def test_bad_calls(servers, engine_of) -> None:
     (server,) = servers(1)
     engine = engine_of([server])
-    with pytest.raises(ValueError, match="prompt 3 has 2 tokens, which with max_tokens=600 exceeds max_position_embeddings=512"):
+    with pytest.raises(ValueError, match="prompt 3 has 2 tokens; with max_tokens=600 this exceeds max_position_embeddings=512"):
         engine.generate(PROMPTS[3:4], SamplingParams(1, 600))
     with pytest.raises(ValueError, match="version=-1"):
         engine.update_weights([], -1)
