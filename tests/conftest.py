@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,6 +11,12 @@ import pytest
 pytest.register_assert_rewrite("tests.helpers")  # so that their assertions say what they compared
 
 from tests.helpers.ranks import RankPool  # noqa: E402
+
+
+def pytest_configure() -> None:
+    """A shell starts `make check &` with Ctrl-C ignored. Programs that tests interrupt would inherit that, and never end."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
