@@ -19,6 +19,26 @@ def pytest_configure() -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+# What `make check` and `make test` give to one process together: whatever shares servers, a cluster or a pool. Long ones come first,
+# because two processes that share the work then end at about the same time.
+FIRST = ("sglang", "slurm", "tests/algorithm", "tests/benchmarks", "tests/virtual_cuda")
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if not any(item.config.pluginmanager.hasplugin("xdist") for item in items[:1]):
+        return
+    order = {item: _group(item) for item in items}
+    for item, group in order.items():
+        item.add_marker(pytest.mark.xdist_group(group))
+    items.sort(key=lambda item: next((i for i, start in enumerate(FIRST) if order[item].startswith(start)), len(FIRST)))
+
+
+def _group(item: pytest.Item) -> str:
+    """One real server and one cluster serve all their tests; everything else keeps to its file."""
+    return next((name for name in ("sglang", "slurm") if item.get_closest_marker(name)), item.nodeid.partition("::")[0])
+
+
 @pytest.fixture(scope="session")
 def ranks() -> Iterator[RankPool]:
     pool = RankPool(4)
