@@ -9,10 +9,15 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 CONFIG ?= configs/tiny_countdown.yaml
 RUN    ?= runs/$(basename $(notdir $(CONFIG)))-$(shell date +%Y%m%d-%H%M%S)
+JOBS   ?= 2
 VENV   := .venv
 READY  := $(VENV)/.installed
 SGLANG := .venv-sglang
 SGLANG_READY := $(SGLANG)/.installed
+
+# JOBS processes share the tests (0: only one, and none beside it). A file stays with one process, and so do all tests that need a
+# real server or Slurm. Tensors are so small that threads only get into one another's way.
+PYTEST := OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -rs -n $(JOBS) --dist loadgroup --no-loadscope-reorder
 
 .PHONY: train check test bench lint install sglang-cpu
 
@@ -20,10 +25,10 @@ train: $(READY)
 	@$(VENV)/bin/ais-megatron train $(CONFIG) run.dir=$(RUN)
 
 check: $(READY)
-	@$(VENV)/bin/python -m pytest -rs -m "not slow and not sglang and not slurm"
+	@$(PYTEST) -m "not slow and not sglang and not slurm"
 
 test: $(READY) $(SGLANG_READY)
-	@$(VENV)/bin/python -m pytest -rs
+	@$(PYTEST)
 
 bench: $(READY) $(SGLANG_READY) .venv-trl/.installed .venv-verl/.installed
 	@$(VENV)/bin/python benchmarks/run_all.py $(if $(ROUNDS),--rounds $(ROUNDS))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,6 +11,32 @@ import pytest
 pytest.register_assert_rewrite("tests.helpers")  # so that their assertions say what they compared
 
 from tests.helpers.ranks import RankPool  # noqa: E402
+
+
+def pytest_configure() -> None:
+    """A shell starts `make check &` with Ctrl-C ignored. Programs that tests interrupt would inherit that, and never end."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+# What `make check` and `make test` give to one process together: whatever shares servers, a cluster or a pool. Long ones come first,
+# because two processes that share the work then end at about the same time.
+FIRST = ("sglang", "slurm", "tests/algorithm", "tests/benchmarks", "tests/virtual_cuda")
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if not any(item.config.pluginmanager.hasplugin("xdist") for item in items[:1]):
+        return
+    order = {item: _group(item) for item in items}
+    for item, group in order.items():
+        item.add_marker(pytest.mark.xdist_group(group))
+    items.sort(key=lambda item: next((i for i, start in enumerate(FIRST) if order[item].startswith(start)), len(FIRST)))
+
+
+def _group(item: pytest.Item) -> str:
+    """One real server and one cluster serve all their tests; everything else keeps to its file."""
+    return next((name for name in ("sglang", "slurm") if item.get_closest_marker(name)), item.nodeid.partition("::")[0])
 
 
 @pytest.fixture(scope="session")

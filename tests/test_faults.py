@@ -12,11 +12,11 @@ import psutil
 import pytest
 import torch
 
-from ais_megatron.config import build_config
+from ais_megatron.config import build_config, load_config
 from tests.helpers.paths import ROOT
-from tests.helpers.policies import make_batch, make_config, make_policy, my_rows, trained, weights_of
+from tests.helpers.policies import make_batch, make_config, make_policy, my_rows, weights_of
 from tests.helpers.ranks import RankPool
-from tests.helpers.runs import SMALL, assert_same_rows, command, rows_of, run, small, write
+from tests.helpers.runs import SMALL, assert_same_rows, command, rows_of, small, trained, write
 
 pytestmark = pytest.mark.slow  # whole runs that are killed and go on
 
@@ -48,7 +48,7 @@ def test_a_signal_saves_and_the_run_goes_on(ranks: RankPool, tmp_path: Path, num
     assert f"{number.name} after step {len(rows)}, which is saved; status 75: continue with run.resume=true" in output
     if to == "launcher":
         steps = len(rows) + 1
-        run("train", stopped / "config.yaml", "run.resume=true", f"train.steps={steps}")
+        ranks.run(2, trained, config=load_config(stopped / "config.yaml", ["run.resume=true", f"train.steps={steps}"]))
         data = small(whole, **SMALL)
         data["train"] |= {"steps": steps}
         whole.mkdir()
@@ -57,7 +57,7 @@ def test_a_signal_saves_and_the_run_goes_on(ranks: RankPool, tmp_path: Path, num
         assert_same_rows(stopped, whole)
 
 
-def test_a_killed_rank_ends_the_others_and_a_torn_row_is_written_again(tmp_path: Path) -> None:
+def test_a_killed_rank_ends_the_others_and_a_torn_row_is_written_again(ranks: RankPool, tmp_path: Path) -> None:
     process, by_rank = started(tmp_path, "checkpoint.every=1")
     before = time.monotonic()
     by_rank[1].kill()
@@ -69,7 +69,7 @@ def test_a_killed_rank_ends_the_others_and_a_torn_row_is_written_again(tmp_path:
     whole_lines = metrics.read_text().splitlines()
     metrics.write_text("\n".join(whole_lines) + '\n{"step": 9999, "al')  # as a crash of the machine leaves it
     steps = len(whole_lines) + 1
-    run("train", tmp_path / "config.yaml", "run.resume=true", f"train.steps={steps}")
+    ranks.run(2, trained, config=load_config(tmp_path / "config.yaml", ["run.resume=true", f"train.steps={steps}"]))
     assert [row["step"] for row in rows_of(tmp_path)] == list(range(1, steps + 1))
 
 

@@ -18,7 +18,7 @@ import torch
 from ais_megatron.config import build_config, load_config
 from tests.helpers.paths import ROOT
 from tests.helpers.ranks import RankPool
-from tests.helpers.runs import assert_same_rows, command, refusal, rows_of, run, small, write
+from tests.helpers.runs import assert_same_rows, command, refusal, rows_of, run, small, trained, write
 
 ROW_KEYS = set(
     "step alpha weight_reliability weight_reliability_raw divergence_severity variance_amplification k1_kl ppl_ratio chi2_token "
@@ -76,14 +76,14 @@ def test_the_same_command_makes_the_same_run(finished: tuple[Path, str], tmp_pat
 
 
 @pytest.mark.slow
-def test_a_run_is_not_overwritten_but_continued(finished: tuple[Path, str], tmp_path: Path) -> None:
+def test_a_run_is_not_overwritten_but_continued(finished: tuple[Path, str], ranks: RankPool, tmp_path: Path) -> None:
     """Resumed from step 2 of 3, with every row and weight as if it had never stopped."""
     folder, _ = finished
     shutil.copytree(folder / "run", tmp_path / "run")
     config = write(tmp_path, sft=small(folder)["sft"])
     assert "already holds a run" in run("train", config, status=2)
     shutil.rmtree(tmp_path / "run" / "checkpoints" / "step_000003")
-    run("train", config, "run.resume=true")
+    ranks.run(2, trained, config=load_config(config, ["run.resume=true"]))
     assert [row["step"] for row in rows_of(tmp_path)] == [1, 2, 3]
     assert_same_rows(tmp_path, folder)
 
@@ -100,11 +100,14 @@ def test_a_run_is_not_overwritten_but_continued(finished: tuple[Path, str], tmp_
     ],
     ids=["dapo", "tbpo-lagged"],
 )
-def test_what_a_method_remembers_survives_a_resume(finished: tuple[Path, str], tmp_path: Path, method: dict[str, object]) -> None:
+def test_what_a_method_remembers_survives_a_resume(
+    finished: tuple[Path, str], ranks: RankPool, tmp_path: Path, method: dict[str, object]
+) -> None:
     """The moving average, the automatic tau, the lagged alpha, the reference policy and the stream's position."""
     sft, whole, again = small(finished[0])["sft"], tmp_path / "whole", tmp_path / "again"
     whole.mkdir()
-    run("train", write(whole, sft=sft, **method), "train.steps=4", "checkpoint.keep=4")
+    steps = ["train.steps=4", "checkpoint.keep=4"]
+    ranks.run(2, trained, config=load_config(write(whole, sft=sft, **method), steps))
     rows = rows_of(whole)
     assert all(row.keys() >= ROW_KEYS for row in rows)
     if method["objective"]["name"] == "dapo":
@@ -113,7 +116,7 @@ def test_what_a_method_remembers_survives_a_resume(finished: tuple[Path, str], t
         assert rows[0]["alpha"] == 0.1 and rows[0]["policy_ratio_mean"] == 1.0 and rows[1]["reference_kl"] > 0.0
     shutil.copytree(whole / "run", again / "run")
     shutil.rmtree(again / "run" / "checkpoints" / "step_000004")
-    run("train", write(again, sft=sft, **method), "train.steps=4", "checkpoint.keep=4", "run.resume=true")
+    ranks.run(2, trained, config=load_config(write(again, sft=sft, **method), [*steps, "run.resume=true"]))
     assert len(rows_of(again)) == 4
     assert_same_rows(again, whole)
 

@@ -1,11 +1,11 @@
 """`doctor CONFIG` on the two sides of a job: each judges itself, and the servers' side what the trainer's left for it."""
 
 import json
-import subprocess
-import sys
 
 import pytest
+from typer.testing import CliRunner
 
+from ais_megatron.cli import app
 from ais_megatron.cluster import nccl, needs
 from ais_megatron.cluster.needs import check_needs, compare
 from ais_megatron.cluster.ports import free_port
@@ -97,6 +97,5 @@ def test_gpus_of_the_trainers_side_only(python, monkeypatch):
 def test_the_command_of_a_gpu_job_on_a_machine_without_one(tmp_path):
     settings = sglang_config(device="cpu").model_copy(update={"rollout": sglang_config().rollout.model_copy(update={"engine": "local"})})
     (tmp_path / "config.yaml").write_text(dump_config(settings))
-    command = [sys.executable, "-m", "ais_megatron", "doctor", str(tmp_path / "config.yaml"), "run.backend=cuda", "--part", "trainer"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 1 and "PROBLEM  GPUs: run.backend=cuda: torch" in done.stdout, done.stdout + done.stderr
+    done = CliRunner().invoke(app, ["doctor", str(tmp_path / "config.yaml"), "run.backend=cuda", "--part", "trainer"])
+    assert done.exit_code == 1 and "PROBLEM  GPUs: run.backend=cuda: torch" in done.stdout, done.output

@@ -2,12 +2,12 @@
 
 import http.server
 import socket
-import subprocess
-import sys
 import threading
 
 import pytest
+from typer.testing import CliRunner
 
+from ais_megatron.cli import app
 from ais_megatron.cluster.ports import free_port
 from ais_megatron.cluster.sglang_doctor import Check, check_sglang
 from ais_megatron.config import dump_config
@@ -74,9 +74,8 @@ def test_named_servers_are_asked():
 
 def test_the_command_fails_with_status_1(tmp_path):
     (tmp_path / "config.yaml").write_text(dump_config(sglang_config(python=str(tmp_path / "none"))))
-    command = [sys.executable, "-m", "ais_megatron", "doctor", str(tmp_path / "config.yaml")]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 1 and "PROBLEM  rollout.sglang.python=" in done.stdout
+    done = CliRunner().invoke(app, ["doctor", str(tmp_path / "config.yaml")])
+    assert done.exit_code == 1 and "PROBLEM  rollout.sglang.python=" in done.stdout
 
 
 @pytest.mark.sglang

@@ -103,12 +103,6 @@ def weights_of(policy) -> dict[str, torch.Tensor]:  # noqa: ANN001
     return {name: tensor.clone() for bucket in policy.export_buckets(20_000) for name, tensor in bucket}
 
 
-def trained(rank: int, config) -> None:  # noqa: ANN001
-    from ais_megatron.trainer import train
-
-    train(config)
-
-
 def policy_logprobs(rank: int, path: Path, **layout) -> tuple[Tensor, Tensor]:
     policy = make_policy(make_config(path, **layout), path)
     rows, index = my_rows(make_batch())

@@ -24,6 +24,8 @@ from ais_megatron.cluster.ports import free_port
 # gloo's threads outlive their groups, about 50 for each set that Megatron makes: fresh processes now and then keep them few.
 RUNS_PER_PROCESS = 16
 START_S = 300.0  # for the nursery's imports, on a busy machine
+# What nearly every function on a rank imports, itself or through torch's first optimizer: 2 s for each rank that starts without.
+IMPORTED_ONCE = ("pytest", "torch._dynamo", "ais_megatron.trainer")
 
 
 class RankError(AssertionError):
@@ -115,6 +117,8 @@ def _fork_ranks(orders: Connection, address: str, key: bytes, prepare: Callable[
         prepare()
     else:
         importlib.import_module("ais_megatron.policy.policy")
+    for module in IMPORTED_ONCE:
+        importlib.import_module(module)
     context = multiprocessing.get_context("fork")
     ranks: list[multiprocessing.process.BaseProcess] = []
     while True:

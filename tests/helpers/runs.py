@@ -72,9 +72,23 @@ def assert_same_rows(ours: Path, theirs: Path) -> None:
         assert {key: mine[key] for key in same} == {key: other[key] for key in same}
 
 
+def trained(rank: int, config: Config) -> Path:
+    """`train` on the ranks of a pool; returns the run folder.
+
+    It draws no report, because that takes longer than such a run. The runs that `run` starts draw theirs.
+    """
+    from ais_megatron import trainer
+
+    original = trainer.write_report
+    trainer.write_report = lambda run_dir: run_dir / "report" / "index.html"
+    try:
+        return trainer.train(config)
+    finally:
+        trainer.write_report = original
+
+
 def refusal(rank: int, config: Config, poison: str | None = None) -> str:
     """What `train` raises on this rank; with `poison`, rank 1's engine misbehaves."""
-    from ais_megatron import trainer
     from ais_megatron.batch import Rollout
     from ais_megatron.rollout import build
 
@@ -90,7 +104,7 @@ def refusal(rank: int, config: Config, poison: str | None = None) -> str:
     original = build.LocalEngine
     build.LocalEngine = Poisoned
     try:
-        trainer.train(config)
+        trained(rank, config)
     except (ValueError, RuntimeError) as error:
         return f"{type(error).__name__}: {error}"
     finally:

@@ -12,9 +12,9 @@ import torch
 
 from ais_megatron.config import CheckpointConfig, build_config
 from ais_megatron.runs import checkpoint_files as files
-from tests.helpers.policies import LAYOUTS, make_batch, make_config, make_policy, my_rows, trained, weights_of
+from tests.helpers.policies import LAYOUTS, make_batch, make_config, make_policy, my_rows, weights_of
 from tests.helpers.ranks import RankPool
-from tests.helpers.runs import SMALL, assert_same_rows, rows_of, small
+from tests.helpers.runs import SMALL, assert_same_rows, rows_of, small, trained
 
 
 def checkpoint_at(folder: Path, step: int, content: bytes = b"weights") -> Path:

@@ -1,4 +1,4 @@
-"""configs/tiny_countdown_sglang.yaml as a user runs it, with a server that is killed on the way."""
+"""configs/tiny_countdown_sglang.yaml as a user runs it, with a server that is killed on the way; then on servers that run already."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -16,27 +17,41 @@ import psutil
 import pytest
 
 from ais_megatron.cluster.ports import free_port
+from ais_megatron.config import Config, load_config
 from tests.helpers.paths import ROOT
-from tests.helpers.sglang import SGLANG_PYTHON
+from tests.helpers.ranks import RankPool
+from tests.helpers.runs import trained
+from tests.helpers.sglang import SGLANG_PYTHON, RunningServer
 
 pytestmark = pytest.mark.sglang
 
 CONFIG = ROOT / "configs" / "tiny_countdown_sglang.yaml"
 RESPONSES = 16 * 8
+Servers = Callable[[str, str], RunningServer]
+
+
+COMMON = ["sft.steps=60", "eval.num_prompts=32"]
+
+
+def rows_of(folder: Path) -> list[dict[str, Any]]:
+    path = folder / "metrics.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def on_running(server: RunningServer, folder: Path, *overrides: str) -> Config:
+    """The same run of a server's own model on this server, which somebody else has started: a start takes longer than the run."""
+    common = [f"run.dir={folder}", f"sft.cache_dir={folder.parent / 'cache'}", *COMMON, f"rollout.sglang.servers=['{server.url}']"]
+    architecture = server.architecture.model_dump_json(exclude_none=True)
+    ours = [f"model.architecture={architecture}", f"rollout.sglang.key_file={server.config.rollout.sglang.key_file}"]
+    return load_config(CONFIG, [*common, *ours, *overrides])
 
 
 class Run:
-    """`ais-megatron train CONFIG` in a process of its own."""
+    """`ais-megatron train CONFIG` in a process of its own, which starts its own server."""
 
     def __init__(self, folder: Path, cache: Path, *overrides: str) -> None:
         self.folder = folder
-        common = [
-            f"run.dir={folder}",
-            f"sft.cache_dir={cache}",
-            "sft.steps=60",
-            "eval.num_prompts=32",
-            f"rollout.sglang.port={free_port()}",
-        ]
+        common = [f"run.dir={folder}", f"sft.cache_dir={cache}", f"rollout.sglang.port={free_port()}", *COMMON]
         command = [
             sys.executable,
             "-m",
@@ -51,8 +66,7 @@ class Run:
         self.process = subprocess.Popen(command, cwd=ROOT, stdout=self.log.open("a"), stderr=subprocess.STDOUT)
 
     def rows(self) -> list[dict[str, Any]]:
-        path = self.folder / "metrics.jsonl"
-        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        return rows_of(self.folder)
 
     def wait_for_step(self, step: int) -> None:
         deadline = time.monotonic() + 1200
@@ -70,14 +84,8 @@ class Run:
         return self.log.read_text()
 
 
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The warm start, made once for all runs."""
-    return tmp_path_factory.mktemp("cache")
-
-
-def test_twenty_steps_with_a_server_killed_on_the_way(tmp_path: Path, cache: Path) -> None:
-    run = Run(tmp_path / "sglang", cache)
+def test_twenty_steps_with_a_server_killed_on_the_way(ranks: RankPool, tmp_path: Path) -> None:
+    run = Run(tmp_path / "sglang", tmp_path / "cache")
     run.wait_for_step(8)
     time.sleep(0.5)  # within step 9, most of which is generation
     run.kill_server()
@@ -88,45 +96,46 @@ def test_twenty_steps_with_a_server_killed_on_the_way(tmp_path: Path, cache: Pat
     assert all(row["num_responses"] == RESPONSES and row["dropped_fraction"] == 0 for row in rows), "every prompt is answered once"
     assert all(row["staleness"] == 0 for row in rows)
 
-    local = Run(tmp_path / "local", cache, "rollout.engine=local")
-    local.finish()
+    local = tmp_path / "local"
+    same = [f"run.dir={local}", f"sft.cache_dir={tmp_path / 'cache'}", *COMMON]
+    ranks.run(1, trained, config=load_config(CONFIG, [*same, "rollout.engine=local"]))
     for name, tolerance in (("alpha", 0.25), ("weight_reliability", 0.01), ("divergence_severity", 2e-3), ("accuracy", 0.15)):
-        ours, theirs = (mean(row[name] for row in some) for some in (rows, local.rows()))
+        ours, theirs = (mean(row[name] for row in some) for some in (rows, rows_of(local)))
         print(f"{name}: SGLang {ours:.4g}, local engine {theirs:.4g}")
         assert abs(ours - theirs) < tolerance, name
     assert 0.05 < mean(row["alpha"] for row in rows) < 0.95 and 2e-4 < mean(row["divergence_severity"] for row in rows) < 5e-3
 
 
-def test_without_servers_the_run_is_saved_and_can_go_on(tmp_path: Path, cache: Path) -> None:
-    limits = ["train.steps=6", "rollout.sglang.max_restarts=0", "rollout.sglang.recovery_timeout_s=5"]
-    run = Run(tmp_path / "run", cache, *limits)
+def test_without_servers_the_run_is_saved_and_can_go_on(sglang_server: Servers, ranks: RankPool, tmp_path: Path) -> None:
+    """It goes on with a server that somebody else has started."""
+    other = sglang_server("dense", "fp8")
+    limits = ["train.steps=6", "rollout.sglang.recovery_timeout_s=5"]
+    architecture = f"model.architecture={other.architecture.model_dump_json(exclude_none=True)}"
+    run = Run(tmp_path / "run", tmp_path / "cache", architecture, *limits, "rollout.sglang.max_restarts=0")
     run.wait_for_step(2)
     run.kill_server()
     log = run.finish(status=2)
     assert "recovery_timeout_s" in log and "continue it with run.resume=true" in log
     done = len(run.rows())
     assert 2 <= done < 6
-    Run(run.folder, cache, *limits, "run.resume=true").finish()
+    ranks.run(1, trained, config=on_running(other, run.folder, *limits, "run.resume=true"))
     assert [row["step"] for row in run.rows()] == list(range(1, 7))
 
 
-def test_one_batch_ahead_of_a_pipeline(tmp_path: Path, cache: Path) -> None:
+def test_one_batch_ahead_of_a_pipeline(sglang_server: Servers, ranks: RankPool, tmp_path: Path) -> None:
     """Two ranks, two pipeline stages: staleness is measured, and servers take updates while both ranks have requests there."""
-    run = Run(tmp_path / "ahead", cache, "train.steps=6", "rollout.ahead=1", "parallel.pp=2")
-    run.finish()
-    staleness = [row["staleness"] for row in run.rows()]
-    assert staleness[0] == 0 and all(0.0 < value <= 1.0 for value in staleness[1:]), staleness
-    assert all(row["num_responses"] == RESPONSES for row in run.rows())
+    folder, pipeline = tmp_path / "ahead", ["train.steps=6", "rollout.ahead=1", "parallel.pp=2"]
+    ranks.run(2, trained, config=on_running(sglang_server("dense", "fp8"), folder, *pipeline))
+    staleness = [row["staleness"] for row in rows_of(folder)]
+    assert len(staleness) == 6 and staleness[0] == 0 and all(0.0 < value <= 1.0 for value in staleness[1:]), staleness
+    assert all(row["num_responses"] == RESPONSES for row in rows_of(folder))
 
 
-def test_experts_with_routing_replay(tmp_path: Path, cache: Path) -> None:
+def test_experts_with_routing_replay(sglang_server: Servers, ranks: RankPool, tmp_path: Path) -> None:
     """Qwen3-MoE over two expert-parallel ranks, the trainer using the experts that SGLang chose."""
-    moe = "{model_type: qwen3_moe, num_experts: 4, num_experts_per_tok: 2, moe_intermediate_size: 128}"
-    replay = ["rollout.return_routed_experts=true", "moe.routing_replay=true"]
-    run = Run(
-        tmp_path / "moe", cache, "train.steps=5", f"model.architecture={moe}", *replay, "parallel.ep=2", "parallel.dp=2", "sft.steps=20"
-    )
-    run.finish()
-    rows = run.rows()
+    replay = ["rollout.return_routed_experts=true", "moe.routing_replay=true", "parallel.ep=2", "parallel.dp=2"]
+    config = on_running(sglang_server("moe", "fp8"), tmp_path / "moe", "train.steps=5", "sft.steps=20", *replay)
+    ranks.run(2, trained, config=config)
+    rows = rows_of(tmp_path / "moe")
     assert len(rows) == 5 and all(row["num_responses"] == RESPONSES for row in rows)
     assert mean(row["divergence_severity"] for row in rows) < 5e-3

@@ -1,4 +1,8 @@
-"""Tasks: exact rewards on hand-made answers, every row of the real files, disjoint streams, hostile responses and files."""
+"""Tasks: exact rewards on hand-made answers, every row of the real files, disjoint streams, hostile responses and files.
+
+The real files are the only ones outside the repository that tests read: public test sets in the folder `shared/data` beside it.
+A test of a file that is not there is skipped, and says which one. Files written by hand test the same readers everywhere.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +28,7 @@ from ais_megatron.tasks.sudoku import solutions
 from ais_megatron.tasks.task import extract_answer, is_held_out
 from tests.helpers.paths import ROOT
 
-DATA = (ROOT / ".." / "shared" / "data").resolve()
+DATA = ROOT.parent / "shared" / "data"
 TEST_FILES = {
     "countdown": ("countdown/countdown_cd3_test.jsonl", 256),
     "sudoku": ("sudoku/4x4_test_sudoku.csv", 500),
@@ -41,7 +45,7 @@ TRUTHS = {
 
 def real_file(relative: str) -> str:
     if not (DATA / relative).is_file():
-        pytest.skip(f"the data folder {DATA} lacks {relative}")
+        pytest.skip(f"real data outside the repository: {DATA} lacks {relative}")
     return str(DATA / relative)
 
 

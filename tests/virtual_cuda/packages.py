@@ -21,14 +21,19 @@ class NotToBeHad(Exception):
     """Why a package could not be fetched."""
 
 
-def unpacked(names: tuple[str, ...], folder: Path) -> Path:
-    """`folder` with these packages in it."""
+def unpacked(names: tuple[str, ...], folder: Path, fetched: Path) -> Path:
+    """`folder` with these packages in it. fetched: a folder for their wheels, which are not fetched twice."""
     for name in names:
-        wheels = folder / "wheels" / name
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:", f"--dest={wheels}"]
+        for wheel in wheels(name, fetched / name):
+            zipfile.ZipFile(wheel).extractall(folder)
+    return folder
+
+
+def wheels(name: str, folder: Path) -> list[Path]:
+    """The wheel of a package, fetched into `folder` unless it lies there."""
+    if not list(folder.glob("*.whl")):
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:", f"--dest={folder}"]
         done = subprocess.run([*command, *WHEELS[name]], capture_output=True, text=True, timeout=300, check=False)
         if done.returncode:
             raise NotToBeHad(f"pip cannot fetch {WHEELS[name][0]}: {(done.stderr.strip().splitlines() or ['no reason given'])[-1]}")
-        for wheel in wheels.iterdir():
-            zipfile.ZipFile(wheel).extractall(folder)
-    return folder
+    return list(folder.glob("*.whl"))

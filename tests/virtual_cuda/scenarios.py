@@ -13,7 +13,7 @@ from torch import Tensor
 from ais_megatron.batch import Batch, Prompt
 from ais_megatron.config import Architecture, Config, build_config
 from tests.helpers.policies import my_rows
-from tests.helpers.runs import small
+from tests.helpers.runs import small, trained
 
 TEMPERATURE = 1.3
 DENSE: dict[str, Any] = {
@@ -239,7 +239,6 @@ def engine_and_files(rank: int, layout: str, weights: Path, folder: Path) -> dic
 def whole_run(rank: int, layout: str, folder: Path, ahead: int) -> list[dict[str, Any]]:
     """`train` for two steps, with warm start, checkpoint and evaluation; returns its rows on the first rank."""
     from ais_megatron.runs.metrics import read_metrics
-    from ais_megatron.trainer import train
 
     kind, (_, parallel, recompute) = layout.split(",")[0], LAYOUTS[layout]
     data = small(folder)
@@ -252,7 +251,7 @@ def whole_run(rank: int, layout: str, folder: Path, ahead: int) -> list[dict[str
     data["rollout"] |= {"ahead": ahead, "return_routed_experts": kind == "moe"}
     data["moe"] = {"routing_replay": kind == "moe"}
     data["checkpoint"] = {"every": 1, "async_save": True}
-    run_dir = train(build_config(data))
+    run_dir = trained(rank, build_config(data))
     return read_metrics(run_dir) if rank == 0 else []
 
 

@@ -26,11 +26,16 @@ MACHINES = {
 }
 
 
+@pytest.fixture(scope="module")
+def fetched(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("wheels")
+
+
 @pytest.fixture(scope="module", params=MACHINES)
-def others(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RankPool]:
+def others(request: pytest.FixtureRequest, fetched: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RankPool]:
     names = MACHINES[request.param]
     try:
-        packages = unpacked(names, tmp_path_factory.mktemp("packages"))
+        packages = unpacked(names, tmp_path_factory.mktemp("packages"), fetched)
     except NotToBeHad as reason:
         pytest.skip(f"second stage of virtual CUDA, {request.param}: {reason}")
     prepare = partial(machine.install, packages, transformer_engine="transformer_engine" in names)
