@@ -31,6 +31,11 @@ FLOORS = [
 FENCES = {"megatron": "policy", "transformer_engine": "policy", "sglang": "rollout.sglang"}
 STRANGERS = [{"policy", "rollout"}, {"rollout.local", "rollout.sglang"}, {"cluster", "planning"}]
 TORCH_FREE = ("models", "config", "planning", "runs", "comparison", "cli", "cluster.launcher", "cluster.layout", "cluster.exits")
+COLLECTIVES = {
+    *("all_gather", "all_gather_into_tensor", "all_gather_object", "all_reduce", "all_to_all_single", "barrier", "broadcast"),
+    *("broadcast_object_list", "reduce_scatter", "all_reduce_sum", "broadcast_text", "gather_batch", "raise_together", "rank_consistent"),
+    *("reduce_metrics", "export_buckets", "weight_stream", "update_weights", "save_hf"),
+}
 MODULES_AT_THE_TOP = 18
 
 
@@ -117,3 +122,18 @@ def test_the_house_has_rooms() -> None:
 def test_sglangs_process_imports_the_plugin_alone() -> None:
     for folder in ("rollout", "rollout/sglang"):
         assert not (PACKAGE / folder / "__init__.py").read_text().strip(), f"{folder}/__init__.py is imported by every SGLang server"
+
+
+def is_call_of(node: ast.AST, names: set[str]) -> bool:
+    if not isinstance(node, ast.Call):
+        return False
+    return (node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")) in names
+
+
+def test_no_collective_inside_rank_consistent() -> None:
+    """A rank that raises leaves the block at once, and the others would wait in the collective for ever."""
+    for here, path in modules().items():
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.With) and any(is_call_of(item.context_expr, {"rank_consistent"}) for item in node.items):
+                calls = [inner for part in node.body for inner in ast.walk(part) if is_call_of(inner, COLLECTIVES)]
+                assert not calls, f"{here}, line {calls[0].lineno}: {ast.unparse(calls[0])} is a collective; see `raise_together`"
