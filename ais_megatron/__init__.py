@@ -10,9 +10,9 @@ How data flows through the package:
     algorithm          log-probabilities -> diagnostics -> alpha -> loss scaler
     policy             batch, scaler -> gradients -> new weights, and ranges of K and V
     weight_sync        weights, scales -> quantised -> engine
-    trainer            says these lines in this order
+    trainer            runs these steps in this order
 
-Around that flow stand: config (the experiment as data), models (the model families), quantization (FP8 and FP4),
-cluster (starting processes, checking machines), planning (memory and seconds before a run), runs (what a run leaves behind)
-and comparison (several runs side by side).
+The other packages support this flow: config (the configuration), models (the model families), quantization (FP8 and FP4), cluster
+(starting processes, checking machines), planning (memory and time before a run), runs (a run's folder, metrics and report) and
+comparison (several runs side by side).
 """

@@ -1,4 +1,4 @@
-"""`ais-megatron`: one command per thing to do. Commands only parse, start ranks and print; the work is elsewhere."""
+"""The command line, `ais-megatron`. Commands only parse arguments, start ranks and print. Other modules do the work."""
 
 from __future__ import annotations
 
@@ -29,41 +29,42 @@ app = typer.Typer(
     help="GRPO on Megatron-Core with FP8 rollouts and adaptive importance sampling.",
 )
 
-ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="a YAML file, see configs/")]
+ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="experiment as a YAML file, see configs/")]
 Overrides = Annotated[
-    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="for example train.steps=10 rollout.quantization=none")
+    list[str] | None,
+    typer.Argument(metavar="[KEY=VALUE]...", help="change settings of the file, for example train.steps=10 rollout.quantization=none"),
 ]
-RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="a run folder")]
+RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="folder of a run (run.dir)")]
 
 
 @app.command()
 def train(config: ConfigPath, overrides: Overrides = None) -> None:
-    """Train, from the starting policy to the report. Starts the ranks itself unless torchrun or srun has."""
+    """Train, from the starting policy to the report. Starts its own ranks, or joins those of torchrun or srun."""
     loaded = load_config(config, overrides or [])
-    if not is_launched():  # a rank that is slow to start would find what the first rank has begun to write
+    if not is_launched():  # a slow rank would find the files that the first rank has begun to write
         check_run_folder(loaded)
     _run_distributed(loaded, _train)
 
 
 @app.command()
 def sft(config: ConfigPath, overrides: Overrides = None) -> None:
-    """Only make the starting policy (the warm start), and print where it lies."""
+    """Only make the starting policy (the warm start), and print its folder."""
     _run_distributed(load_config(config, overrides or []), _sft)
 
 
 @app.command("eval")
 def evaluate(
     target: Annotated[
-        Path, typer.Argument(metavar="CONFIG|RUN", help="a YAML file (its starting policy) or a run folder (its checkpoint)")
+        Path, typer.Argument(metavar="CONFIG|RUN", help="a YAML file evaluates its starting policy, a run folder its newest checkpoint")
     ],
     overrides: Overrides = None,
-    out: Annotated[Path | None, typer.Option(metavar="FILE", help="write the figure as JSON too")] = None,
+    out: Annotated[Path | None, typer.Option(metavar="FILE", help="also write the result to this file, as JSON")] = None,
 ) -> None:
-    """Measure pass@1 on the held-out problems with the rollout engine."""
+    """Measure pass@1 on the held-out problems, with the rollout engine."""
     loaded = load_config(target / "config.yaml" if target.is_dir() else target, overrides or [])
     if not loaded.rollout.engine_traits.can_evaluate:
         raise ConfigError(
-            f"rollout.engine={loaded.rollout.engine}: a recording holds no answers of other weights; set rollout.engine=local"
+            f"rollout.engine={loaded.rollout.engine}: a recording has no responses of other weights; set rollout.engine=local"
         )
     if out is not None:
         check_output_file("--out", out)
@@ -72,16 +73,21 @@ def evaluate(
 
 @app.command()
 def compare(
-    config: Annotated[Path, typer.Argument(metavar="COMPARISON", help="a YAML file, see configs/compare_*.yaml")],
-    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="for example seeds=[0] dir=runs/try")] = None,
-    only: Annotated[list[str] | None, typer.Option(metavar="ARM[/SEED]", help="these runs only; may be repeated")] = None,
-    report: Annotated[bool, typer.Option("--report", help="run nothing: table and figure of what is there")] = False,
+    config: Annotated[Path, typer.Argument(metavar="COMPARISON", help="comparison as a YAML file, see configs/compare_*.yaml")],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[KEY=VALUE]...", help="change settings of the comparison, for example seeds=[0] dir=runs/try"),
+    ] = None,
+    only: Annotated[list[str] | None, typer.Option(metavar="ARM[/SEED]", help="do only these runs; may be repeated")] = None,
+    report: Annotated[bool, typer.Option("--report", help="run nothing, only write table and figure of the runs that exist")] = False,
     evaluate: Annotated[
-        bool, typer.Option("--evaluate", help="train nothing: final evaluations that are missing, then the report")
+        bool, typer.Option("--evaluate", help="train nothing, only do missing final evaluations and write the report")
     ] = False,
-    as_list: Annotated[bool, typer.Option("--list", help="only print each run: name, base, folder, overrides, separated by tabs")] = False,
+    as_list: Annotated[
+        bool, typer.Option("--list", help="only list the runs: name, base, folder and overrides, separated by tabs")
+    ] = False,
 ) -> None:
-    """Train every arm with every seed on every task, then one table and one figure. Finished runs are not run again."""
+    """Train every arm with every seed on every task, then write one table and one figure. Finished runs are not repeated."""
     from ais_megatron.comparison.config import load_comparison, select
     from ais_megatron.comparison.report import write_comparison_report
     from ais_megatron.comparison.runs import result_of, run_cells
@@ -103,9 +109,9 @@ def compare(
 @app.command()
 def report(
     run: RunFolder,
-    scaling: Annotated[bool, typer.Option("--scaling", help="RUN is the folder of a scaling experiment: one table and one plot")] = False,
+    scaling: Annotated[bool, typer.Option("--scaling", help="RUN is the folder of a scaling experiment; write its table and plot")] = False,
 ) -> None:
-    """Draw the report of a run, finished or not, and print its path."""
+    """Write the report of a run, finished or not, and print its path."""
     if scaling:
         from ais_megatron.comparison.scaling import write_scaling_report
 
@@ -122,9 +128,9 @@ def layout(
     overrides: Overrides = None,
     trainer_nodes: Annotated[str, typer.Option(metavar="HOST,HOST...")] = "localhost",
     rollout_nodes: Annotated[str, typer.Option(metavar="HOST,HOST...")] = "",
-    gpus_per_node: Annotated[int, typer.Option(help="0: on a CPU")] = 8,
+    gpus_per_node: Annotated[int, typer.Option(help="GPUs of each node; 0: run on CPUs")] = 8,
 ) -> None:
-    """Where a cluster job would put its ranks and SGLang servers, one per line; what does not fit is an error. Starts nothing."""
+    """Print on which nodes a cluster job would run its ranks and SGLang servers, or why they do not fit. Starts nothing."""
     from ais_megatron.cluster.layout import plan_from_file
 
     trainers, servers = ([name for name in names.split(",") if name] for names in (trainer_nodes, rollout_nodes))
@@ -135,31 +141,35 @@ def layout(
 def plan(
     config: ConfigPath,
     overrides: Overrides = None,
-    gpus: Annotated[int | None, typer.Option(help="trainer GPUs; empty: the fewest that the layout needs")] = None,
-    rollout_gpus: Annotated[int | None, typer.Option(help="GPUs of the SGLang servers; empty: those the configuration names")] = None,
-    gpu: Annotated[str, typer.Option(help="card whose figures are assumed: h100 or h200")] = "h100",
-    gpu_memory_gib: Annotated[float | None, typer.Option(help="of one GPU; empty: the card's (h100: 80)")] = None,
-    reserve_gib: Annotated[float, typer.Option(help="of that outside of torch: CUDA's context, kernels, NCCL")] = 3.0,
-    workspace_gib: Annotated[float, typer.Option(help="of cuBLAS, cuDNN and Transformer Engine")] = 1.0,
-    fragmentation: Annotated[float, typer.Option(help="share of the tensors' bytes that the allocator loses between blocks")] = 0.05,
-    margin: Annotated[float, typer.Option(help="a layout fits only if its peak and this share of it do")] = 0.15,
-    peak_tflops: Annotated[float | None, typer.Option(help="dense BF16; empty: the card's")] = None,
-    memory_gb_s: Annotated[float | None, typer.Option(help="memory bandwidth; empty: the card's")] = None,
-    nvlink_gb_s: Annotated[float, typer.Option(help="of one GPU within a node, one direction")] = 400.0,
-    network_gb_s: Annotated[float, typer.Option(help="of one GPU between nodes, one direction")] = 45.0,
+    gpus: Annotated[int | None, typer.Option(help="number of trainer GPUs; default: the fewest that the layout needs")] = None,
+    rollout_gpus: Annotated[int | None, typer.Option(help="number of GPUs for SGLang servers; default: those of the configuration")] = None,
+    gpu: Annotated[str, typer.Option(help="GPU model whose figures are assumed: h100 or h200")] = "h100",
+    gpu_memory_gib: Annotated[float | None, typer.Option(help="memory of one GPU; default: that of the model (h100: 80)")] = None,
+    reserve_gib: Annotated[float, typer.Option(help="part of the memory that torch cannot use: CUDA's context, kernels, NCCL")] = 3.0,
+    workspace_gib: Annotated[float, typer.Option(help="workspaces of cuBLAS, cuDNN and Transformer Engine")] = 1.0,
+    fragmentation: Annotated[
+        float, typer.Option(help="memory that the allocator loses between blocks, as a share of the tensors' bytes")
+    ] = 0.05,
+    margin: Annotated[float, typer.Option(help="a layout fits only if its peak and this share of it fit")] = 0.15,
+    peak_tflops: Annotated[float | None, typer.Option(help="dense BF16 peak of one GPU; default: that of the model")] = None,
+    memory_gb_s: Annotated[float | None, typer.Option(help="memory bandwidth of one GPU; default: that of the model")] = None,
+    nvlink_gb_s: Annotated[float, typer.Option(help="bandwidth of one GPU within a node, in one direction")] = 400.0,
+    network_gb_s: Annotated[float, typer.Option(help="bandwidth of one GPU between nodes, in one direction")] = 45.0,
     gpus_per_node: Annotated[int, typer.Option()] = 8,
-    mfu: Annotated[float, typer.Option(help="share of the peak that passes reach")] = 0.4,
+    mfu: Annotated[float, typer.Option(help="share of the peak that forward and backward passes reach")] = 0.4,
     decode_efficiency: Annotated[float, typer.Option(help="share of the memory bandwidth that decoding reaches")] = 0.6,
-    prompt_tokens: Annotated[int, typer.Option(help="of a typical prompt")] = 256,
-    response_tokens: Annotated[int | None, typer.Option(help="of a typical response; empty: rollout.max_response_tokens")] = None,
-    suggestions: Annotated[int, typer.Option(help="layouts of the same GPUs to list; 0: none")] = 5,
+    prompt_tokens: Annotated[int, typer.Option(help="length of a typical prompt")] = 256,
+    response_tokens: Annotated[int | None, typer.Option(help="length of a typical response; default: rollout.max_response_tokens")] = None,
+    suggestions: Annotated[int, typer.Option(help="number of other layouts to list for the same GPUs")] = 5,
 ) -> None:
-    """Memory, bytes and seconds of a run from its configuration alone. Status 1, and layouts that would fit, if it cannot."""
+    """Estimate memory, traffic and time of a run from its configuration. Needs no GPU. Status 1 if the run cannot work or fit."""
     from ais_megatron.planning.cost import CARDS, Assumptions
     from ais_megatron.planning.plan import make_plan, print_plan, suggest, with_gpus
 
     if gpu not in CARDS:
-        raise ConfigError(f"--gpu {gpu}: unknown; allowed: {', '.join(CARDS)} (and --gpu-memory-gib, --peak-tflops, --memory-gb-s)")
+        raise ConfigError(
+            f"--gpu {gpu}: unknown; allowed: {', '.join(CARDS)} (describe others by --gpu-memory-gib, --peak-tflops and --memory-gb-s)"
+        )
     assumed = Assumptions(
         card=CARDS[gpu],
         gpu_memory_gib=gpu_memory_gib,
@@ -198,34 +208,41 @@ def export(run: RunFolder, out: Annotated[Path, typer.Argument(metavar="OUT", he
 def serve(
     config: ConfigPath,
     overrides: Overrides = None,
-    compile_only: Annotated[bool, typer.Option("--compile", help="only compile their DeepGEMM kernels into SGLang's cache")] = False,
+    compile_only: Annotated[
+        bool, typer.Option("--compile", help="only compile the servers' DeepGEMM kernels into SGLang's cache, and end")
+    ] = False,
 ) -> None:
-    """Run SGLang servers on this host until interrupted, restarting them when they die; prints their addresses."""
+    """Run SGLang servers on this host until interrupted, print their addresses, and restart servers that die."""
     from ais_megatron.rollout.sglang.pool import compile_kernels
     from ais_megatron.rollout.sglang.pool import serve as run_servers
 
     loaded = load_config(config, overrides or [])
     if not loaded.rollout.engine_traits.has_servers:
-        raise ConfigError(f"rollout.engine={loaded.rollout.engine}: there are no servers to run; set it to sglang")
+        raise ConfigError(f"rollout.engine={loaded.rollout.engine}: this engine has no servers to run; set it to sglang")
     (compile_kernels if compile_only else run_servers)(loaded, Path(loaded.run.dir) / "servers")
 
 
 @app.command()
 def doctor(
-    config: Annotated[Path | None, typer.Argument(metavar="[CONFIG]", help="check also what this YAML file needs")] = None,
+    config: Annotated[Path | None, typer.Argument(metavar="[CONFIG]", help="also check what this experiment needs")] = None,
     overrides: Overrides = None,
-    part: Annotated[Literal["all", "trainer", "servers"], typer.Option(help="of the job that will run on this machine")] = "all",
+    part: Annotated[Literal["all", "trainer", "servers"], typer.Option(help="part of the job that will run on this machine")] = "all",
     facts: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="shared by all nodes: --part trainer writes what --part servers compares")
+        Path | None,
+        typer.Option(
+            metavar="DIR", help="folder shared by all nodes, in which --part trainer writes its versions and --part servers compares them"
+        ),
     ] = None,
-    local_ranks: Annotated[int | None, typer.Option(help="of the trainer on this machine; empty: those that `train` starts")] = None,
+    local_ranks: Annotated[
+        int | None, typer.Option(help="number of trainer ranks on this machine; default: as many as `train` starts")
+    ] = None,
 ) -> None:
-    """What is present on this machine, and what each absence switches off. With CONFIG: status 1 if a run of it would fail here."""
+    """Show what is installed, and what each missing part switches off. With CONFIG, status 1 if a run of it would fail here."""
     from ais_megatron.cluster.doctor import print_checks, print_doctor
     from ais_megatron.cluster.needs import check_needs
 
     loaded = load_config(config, overrides or []) if config else None
-    if os.environ.get("SLURM_PROCID", "0") == "0":  # of the nodes of one srun, one prints the table
+    if os.environ.get("SLURM_PROCID", "0") == "0":  # only one node of an srun prints the table
         print_doctor()
     where = f"{socket.gethostname()}: " if int(os.environ.get("SLURM_NTASKS", "1")) > 1 else ""
     if loaded and not print_checks(check_needs(loaded, part, facts, local_ranks), where):
@@ -235,7 +252,7 @@ def doctor(
 @app.command()
 def keys(
     section: Annotated[str, typer.Argument(metavar="[SECTION]", help="for example rollout, train.optimizer or ais.tau")] = "",
-    markdown: Annotated[bool, typer.Option("--markdown", help="all keys as the page docs/configuration.md")] = False,
+    markdown: Annotated[bool, typer.Option("--markdown", help="print all keys as the page docs/configuration.md")] = False,
 ) -> None:
     """Print every configuration key with its type, default, allowed values and what it does."""
     from ais_megatron.config.keys import all_keys, as_markdown, as_text, keys_of
@@ -244,7 +261,7 @@ def keys(
 
 
 def _run_distributed(config: Config, work: Callable[[Config], None]) -> None:
-    """Join the job this process is a rank of; else start one: in this process if one rank is enough."""
+    """Join the job if a launcher started this process as a rank. Otherwise start a job, in this process if it has only one rank."""
     prepare_cuda(config)
     if problems := gpu_problems(config, ranks_here() if is_launched() else None):
         raise ConfigError("\n".join(problems))
@@ -261,7 +278,7 @@ def _run_distributed(config: Config, work: Callable[[Config], None]) -> None:
     work(config)
     barrier()
     dist.destroy_process_group()
-    # gloo's threads outlive its groups, and now and then abort a process whose work is done: leave without destroying them.
+    # gloo's threads outlive its groups, and sometimes abort a process that has finished. So exit without destroying them.
     atexit._run_exitfuncs()
     sys.stdout.flush()
     sys.stderr.flush()
@@ -271,7 +288,7 @@ def _run_distributed(config: Config, work: Callable[[Config], None]) -> None:
 def _train(config: Config) -> None:
     from ais_megatron.interruption import listen
 
-    listen()  # before the imports that take seconds: until then a signal just ends the process, and nothing is lost
+    listen()  # before the slow imports; until here a signal just ends the process, and nothing is lost
     from ais_megatron.trainer import train
 
     train(config)
@@ -297,7 +314,7 @@ def _evaluate(config: Config, run: Path | None, out: Path | None = None) -> None
     from ais_megatron.session import build_session
     from ais_megatron.trainer import begin
 
-    config = config.model_copy(update={"rollout": config.rollout.model_copy(update={"save_dir": None})})  # nothing to train on later
+    config = config.model_copy(update={"rollout": config.rollout.model_copy(update={"save_dir": None})})  # an evaluation is not recorded
     folder = _newest_checkpoint(run, config) if run else None
     session = build_session(config, from_checkpoint=run is not None)
     with closing(session.engine):
@@ -328,13 +345,13 @@ def _newest_checkpoint(run: Path, config: Config) -> Path:
 
     folder = saver.newest_on_all_ranks(run / "checkpoints")
     if folder is None:
-        raise ConfigError(f"{run}: holds no complete checkpoint; wait for checkpoint.every, or for the end of the run")
+        raise ConfigError(f"{run}: has no complete checkpoint yet; wait for the next one (checkpoint.every), or for the end of the run")
     saver.verify(folder, config.checkpoint)
     return folder
 
 
 def main() -> None:
-    """Entry point. What the user can mend is one message and status 2, on every rank together; see `exits` for the others."""
+    """Entry point. An error that the user can correct is one message and status 2, on all ranks together. `exits` lists all statuses."""
     try:
         app()
     except (ValueError, RuntimeError) as error:
@@ -342,7 +359,7 @@ def main() -> None:
             if isinstance(error, RuntimeError):
                 traceback.print_exc()
             print(f"error: {error}", file=sys.stderr, flush=True)
-        os._exit(USER_ERROR)  # no clean-up at exit: a process group that other ranks have left would wait for them
+        os._exit(USER_ERROR)  # no clean-up at exit, because a process group would wait for ranks that have left
     except Preempted as stop:
         if os.environ.get("RANK", "0") == "0":
             print(f"stopped: {stop}", flush=True)

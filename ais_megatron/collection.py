@@ -1,9 +1,9 @@
-"""From the prompt stream to a batch with a signal: generate, judge, compare within groups.
+"""Turns the next prompts of the stream into a batch: generate, judge, and compute advantages within groups.
 
-With dynamic sampling (DAPO, arXiv 2503.14476) groups whose rewards are all equal make room for the stream's next prompts, in
-at most `objective.max_refills` further rounds; if signals are still too few, groups without one fill the batch up. Which groups
-are taken depends on the stream alone, never on the layout: candidates are numbered by their position in it, and one
-all-reduce per round tells every rank which of them carry a signal and where they are.
+With dynamic sampling (DAPO, arXiv 2503.14476) groups whose rewards are all equal have no signal. They are replaced by groups of the
+stream's next prompts, in at most `objective.max_refills` further rounds. If there are still too few groups with a signal, groups
+without one fill the batch. The choice depends only on the stream and not on the layout. Candidates are numbered by their position in
+the stream, and one all-reduce per round tells every rank which of them have a signal and where they are.
 """
 
 from __future__ import annotations
@@ -26,20 +26,25 @@ from ais_megatron.tasks import Reward
 
 @dataclass(frozen=True)
 class Collected:
-    """batch: this data-parallel rank's rows. rollouts, rewards, values: all that this rank generated, chosen or not.
-    next_prompt: the stream's position afterwards. prompts_sampled: how far it moved."""
+    """The result of `collect`."""
 
     batch: Batch
+    """This data-parallel rank's rows."""
     rollouts: list[Rollout]
+    """All responses that this rank generated, whether they are in a batch or not."""
     rewards: list[Reward]
+    """Their rewards."""
     values: Tensor
+    """The values of `rewards`."""
     next_prompt: int
+    """The position in the stream after this batch."""
     prompts_sampled: int
+    """How many prompts of the stream this batch used."""
 
 
 @dataclass
 class _Candidates:
-    """What this rank generated so far, and of every candidate group of the step its owner (rank) and whether it has a signal."""
+    """What this rank has generated so far. For every candidate group of the step: its owner (a rank), and whether it has a signal."""
 
     rollouts: list[Rollout] = field(default_factory=list)
     rewards: list[Reward] = field(default_factory=list)
@@ -51,7 +56,7 @@ class _Candidates:
         return torch.tensor([r.value for r in self.rewards], dtype=torch.float32)
 
     def choose(self, wanted: int) -> list[int]:
-        """The candidates that train, in the stream's order: the first with a signal, then the first without."""
+        """The candidates for the batch, in the order of the stream: first those with a signal, then those without."""
         by_signal = sorted(range(len(self.signal)), key=lambda i: not self.signal[i])
         return sorted(by_signal[:wanted])
 
@@ -60,7 +65,7 @@ def collect(session: Session, first: int, timer: PhaseTimer) -> Collected:
     """The batch that begins at position `first` of the prompt stream. Collective.
 
     Raises:
-        ValueError, RuntimeError: a problem, the engine or a response is corrupt; on all ranks together.
+        ValueError, RuntimeError: a problem, the engine or a response is corrupt. All ranks raise it together.
     """
     wanted, objective = session.config.rollout.prompts_per_step, session.config.objective
     candidates = _Candidates()
@@ -80,7 +85,7 @@ def collect(session: Session, first: int, timer: PhaseTimer) -> Collected:
 
 
 def next_prompts(session: Session, first: int) -> tuple[list[Prompt], SamplingParams]:
-    """What `collect` will ask the engine for first, at position `first` of the stream."""
+    """The first prompts that `collect` will generate for, from position `first` of the stream."""
     return _prompts(session, first, session.config.rollout.prompts_per_step), session.sampling
 
 
@@ -90,7 +95,7 @@ def _prompts(session: Session, first: int, count: int) -> list[Prompt]:
 
 
 def _sample(session: Session, candidates: _Candidates, first: int, count: int, timer: PhaseTimer) -> None:
-    """Generate and judge this rank's share of `count` further prompts."""
+    """Generate and judge this rank's share of the next `count` prompts."""
     with timer.phase("generate"):
         rollouts = session.generator.rollouts(_prompts(session, first, count), session.sampling)
     with timer.phase("reward"), rank_consistent():
@@ -101,7 +106,7 @@ def _sample(session: Session, candidates: _Candidates, first: int, count: int, t
 
 
 def _find_signals(candidates: _Candidates, first: int, group_size: int) -> None:
-    """Fill in owner and signal of all candidates, on every rank."""
+    """Set owner and signal of all candidates, on every rank."""
     known = torch.zeros(2, len(candidates.owner), dtype=torch.int64)
     mine = torch.tensor([r.prompt.index - first for r in candidates.rollouts[::group_size]], dtype=torch.int64)
     known[0, mine] = rank() + 1
@@ -111,14 +116,14 @@ def _find_signals(candidates: _Candidates, first: int, group_size: int) -> None:
 
 
 def _own_rows(session: Session, candidates: _Candidates) -> Batch:
-    """All that this rank's model-parallel group generated."""
+    """All rows that this rank's model-parallel group generated."""
     with rank_consistent():
         local = _assemble(session, candidates.rollouts, candidates.values)
     return gather_batch(local, model_parallel_group())
 
 
 def _chosen_rows(session: Session, candidates: _Candidates, first: int) -> Batch:
-    """This data-parallel rank's part of the chosen groups, wherever they were generated: everyone sees all of them once."""
+    """This data-parallel rank's part of the chosen groups, wherever they were generated. Every rank receives all groups once."""
     size, share = session.config.rollout.group_size, session.share
     chosen = candidates.choose(session.config.rollout.prompts_per_step)
     with rank_consistent():
@@ -126,7 +131,7 @@ def _chosen_rows(session: Session, candidates: _Candidates, first: int) -> Batch
         rows = [i for i, r in enumerate(candidates.rollouts) if r.prompt.index - first in keep]
         local = _assemble(session, [candidates.rollouts[i] for i in rows], candidates.values[rows])
     everything = gather_batch(local, None)
-    # The gathered groups stand by rank, and by position within one: where each chosen group came to stand.
+    # The gathered groups are ordered by rank and then by position. This finds the place of each chosen group.
     stands = {group: place for place, group in enumerate(sorted(chosen, key=lambda group: candidates.owner[group]))}
     low, high = (len(chosen) * (share.dp_rank + i) // share.dp_size for i in (0, 1))
     places = torch.tensor([stands[group] for group in chosen[low:high]], dtype=torch.int64)
@@ -135,7 +140,7 @@ def _chosen_rows(session: Session, candidates: _Candidates, first: int) -> Batch
 
 
 def _assemble(session: Session, rollouts: list[Rollout], values: Tensor) -> Batch:
-    """Whole groups as a `Batch` with advantages; responses cut at the limit leave the loss where the objective says so."""
+    """Whole groups as a `Batch` with advantages. With `objective.overlong_filter`, responses cut at the limit are not in the loss."""
     objective, group_size = session.config.objective, session.config.rollout.group_size
     advantages = advantages_of(objective.resolved.advantages, values, group_size, objective.std_floor)
     batch = assemble(rollouts, values.nan_to_num(0.0), advantages)

@@ -1,8 +1,8 @@
-"""Process start-up, and the few collectives that everything above Megatron needs.
+"""Process start-up, and the few collectives that the code above Megatron needs.
 
-Errors are rank-consistent: work that can fail on one rank alone (reading a file, scoring, an engine) runs inside
-`rank_consistent`, which reduces a flag and makes all ranks raise together, so that no rank waits for one that is gone. Where such
-work alternates with collectives, its error is kept until the last of them, and then given to `raise_together`.
+Errors are rank-consistent. Work that can fail on a single rank (reading a file, scoring, an engine) runs inside `rank_consistent`, which
+reduces a flag and makes all ranks raise together. So no rank waits for one that is gone. If such work alternates with collectives, its
+error is kept until the last collective and then passed to `raise_together`.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ MESSAGE_BYTES = 4096
 
 
 class Unavailable(RuntimeError):
-    """A service outside the job is gone for good. What was computed before is whole, and worth a checkpoint."""
+    """A service outside the job does not come back. The results so far are complete, so a checkpoint is worth saving."""
 
 
 def device() -> torch.device:
-    """Where this rank's tensors live: its CUDA device if the process group runs on NCCL, else the CPU."""
+    """The device of this rank's tensors: its CUDA device if the process group uses NCCL, else the CPU."""
     if dist.is_initialized() and "nccl" in dist.get_backend():
         return torch.device("cuda", torch.cuda.current_device())
     return torch.device("cpu")
 
 
 def use_device(where: torch.device) -> None:
-    """Make `where` this thread's CUDA device: a new thread begins with the first of the machine, whatever its process uses."""
+    """Make `where` this thread's CUDA device. A new thread starts with the first device of the machine, whatever its process uses."""
     if where.type == "cuda":
         torch.cuda.set_device(where)
 
@@ -44,13 +44,13 @@ def rank() -> int:
 
 
 def init_process_group(backend: str = "auto", timeout_minutes: float = 30.0) -> None:
-    """Join the job that torchrun's or srun's variables describe; alone, become a world of one rank.
+    """Join the job that torchrun's or srun's variables describe. Without them, this process is the only rank.
 
     Args:
         backend: `run.backend`; see `uses_cuda`.
-        timeout_minutes: a collective that waits longer for another rank fails.
+        timeout_minutes: a collective fails if it waits longer for another rank.
     Raises:
-        ValueError: backend is "cuda" and this node has fewer GPUs than ranks; on all ranks of the node.
+        ValueError: backend is "cuda" and this node has fewer GPUs than ranks. All ranks of the node raise it.
     """
     env = os.environ
     _adopt_srun()
@@ -74,8 +74,8 @@ def init_process_group(backend: str = "auto", timeout_minutes: float = 30.0) -> 
 
 
 def uses_cuda(backend: str, num_ranks: int) -> bool:
-    """Whether a job with this `run.backend` runs on GPUs: "cuda" (over NCCL) does, "cpu" (over gloo) does not, and "auto" does
-    where this node has a GPU for each of its ranks."""
+    """Whether a job with this `run.backend` runs on GPUs. "cuda" does (over NCCL), "cpu" does not (over gloo), and "auto" does if this
+    node has a GPU for each of its ranks."""
     if backend == "auto":
         return torch.cuda.is_available() and torch.cuda.device_count() >= num_ranks
     return backend == "cuda"
@@ -91,12 +91,12 @@ def _adopt_srun() -> None:
 
 
 def barrier() -> None:
-    """Wait for all ranks. (NCCL's own barrier has to guess which device is meant.)"""
+    """Wait for all ranks. (NCCL's own barrier has to guess the device.)"""
     all_reduce_sum(torch.zeros(1))
 
 
 def all_reduce_sum(vector: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
-    """Sum over the ranks of `group`; the input, any device, is left alone and the result comes back on its device."""
+    """Sum over the ranks of `group`. The input may be on any device and does not change. The result is on the same device."""
     if dist.get_world_size(group) == 1:
         return vector.clone()
     total = vector.to(device(), copy=True)
@@ -105,7 +105,7 @@ def all_reduce_sum(vector: Tensor, group: dist.ProcessGroup | None = None) -> Te
 
 
 def broadcast_text(text: str) -> str:
-    """The first rank's `text`, on every rank; the others' is not looked at, but must be as long."""
+    """The first rank's `text`, on every rank. The text of the other ranks is ignored, but must have the same length."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return text
     raw = torch.tensor(list(text.encode()), dtype=torch.uint8, device=device())
@@ -114,22 +114,22 @@ def broadcast_text(text: str) -> str:
 
 
 def reduce_metrics(sums: Mapping[str, tuple[float, float]], group: dist.ProcessGroup | None = None) -> dict[str, float]:
-    """Global means: each entry is (sum, count) of this rank; one all-reduce gives sum(sums) / sum(counts) (0 where count is 0)."""
+    """Global means. Each entry is (sum, count) of this rank. One all-reduce gives sum(sums) / sum(counts), or 0 if the count is 0."""
     totals = all_reduce_sum(torch.tensor(list(sums.values()), dtype=torch.float64), group).tolist()
     return {name: total / count if count else 0.0 for name, (total, count) in zip(sums, totals, strict=True)}
 
 
 LOCAL_ERRORS = (ValueError, RuntimeError, OSError)
 """What may happen to one rank alone. Anything else is a bug of ours."""
-_KINDS: tuple[type[Exception], ...] = (ValueError, Unavailable, RuntimeError)  # what one rank's error becomes on the others
+_KINDS: tuple[type[Exception], ...] = (ValueError, Unavailable, RuntimeError)  # the types that one rank's error can have on the others
 
 
 @contextmanager
 def rank_consistent(group: dist.ProcessGroup | None = None) -> Iterator[None]:
     """Run local work, no collectives inside; if it fails on any rank, raise the first failing rank's error on all.
 
-    ValueError, RuntimeError and OSError are passed on (OSError as RuntimeError on the other ranks); anything else is
-    a bug of ours and propagates at once, whereupon the launcher ends the job.
+    ValueError, RuntimeError and OSError are passed on (OSError as RuntimeError on the other ranks). Any other error is our bug. It
+    propagates immediately, and the launcher ends the job.
     """
     error: Exception | None = None
     try:
@@ -157,7 +157,7 @@ def raise_together(error: Exception | None, group: dist.ProcessGroup | None = No
 
 
 def _first_failure(error: Exception | None, group: dist.ProcessGroup | None) -> tuple[type[Exception], str]:
-    """Every rank's message as plain bytes (never pickled); the lowest failing rank's is the one to show."""
+    """The error of the lowest failing rank. Messages are exchanged as plain bytes and never pickled."""
     code = 0 if error is None else 1 + next((i for i, kind in enumerate(_KINDS) if isinstance(error, kind)), len(_KINDS) - 1)
     text = b"" if error is None else str(error).encode()[:MESSAGE_BYTES]
     mine = torch.tensor(list(bytes([code]) + text.ljust(MESSAGE_BYTES, b"\0")), dtype=torch.uint8, device=device())
@@ -171,10 +171,10 @@ def _first_failure(error: Exception | None, group: dist.ProcessGroup | None) -> 
 
 
 def gather_batch(local: Batch, group: dist.ProcessGroup | None) -> Batch:
-    """Join the rows that the ranks of one model-parallel group generated, in rank order, on every one of them.
+    """Join the rows that the ranks of one model-parallel group generated, in the order of ranks, on every rank.
 
-    Rows and columns may differ between ranks (a rank may have none). Two collectives: the sizes, then all fields
-    packed as bytes in one tensor.
+    The numbers of rows and columns may differ between ranks, and a rank may have no rows. There are two collectives: the sizes, and
+    all fields packed as bytes in one tensor.
     """
     world = dist.get_world_size(group)
     if world == 1:
@@ -192,11 +192,12 @@ def gather_batch(local: Batch, group: dist.ProcessGroup | None) -> Batch:
     return _unpack(rows, seq, (layers, top_k), _ROUTES[itemsize])
 
 
-_ROUTES = {0: torch.int8, 1: torch.int8, 2: torch.int16, 4: torch.int32}  # by bytes; 0: no rank has any
+_ROUTES = {0: torch.int8, 1: torch.int8, 2: torch.int16, 4: torch.int32}  # by number of bytes; 0: no rank has routes
 
 
 def _pack(batch: Batch, experts: tuple[int, int], routes_dtype: torch.dtype) -> Tensor:
-    """uint8 ``[rows, bytes]``: tokens, logprobs and (length, advantage, reward) of 4 bytes each, then routes, then the mask."""
+    """uint8 ``[rows, bytes]``: tokens, rollout log-probabilities and (length, advantage, reward) with 4 bytes each, then routes and
+    mask."""
     per_row = [batch.lengths.int(), batch.advantages.view(torch.int32), batch.rewards.view(torch.int32)]
     fields = [batch.tokens.int(), batch.rollout_logprobs, torch.stack(per_row, 1)]
     if experts[0]:
@@ -224,7 +225,7 @@ def _unpack(raw: Tensor, seq: int, experts: tuple[int, int], routes_dtype: torch
 
 
 def _from_bytes(part: Tensor, dtype: torch.dtype) -> Tensor:
-    """Columns of bytes as values, in memory of their own: bytes are only values where they begin at a multiple of the width."""
+    """Columns of bytes as values of `dtype`. They are copied, because values must be aligned."""
     values = torch.empty(len(part), part.shape[1] // dtype.itemsize, dtype=dtype)
     values.view(torch.uint8).copy_(part)
     return values

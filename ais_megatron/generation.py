@@ -1,7 +1,7 @@
-"""Asking the engine for responses: again until none is missing, and if wanted one batch ahead of the trainer.
+"""Gets responses from the engine, until none is missing, and if configured one batch ahead of the trainer.
 
-With `rollout.ahead = 1` the responses for step k+1 are generated in a thread while step k trains, so they are one version
-old when they are used, and servers that take an update in the middle of a response make some of them younger in part.
+With `rollout.ahead = 1` a thread generates the responses for step k+1 while step k trains. When they are used, they are one version old.
+If servers get an update in the middle of a response, its later tokens have the newer version.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from ais_megatron.weight_sync import WeightSync
 
 
 class Generator:
-    """One engine, the sync that can bring its weights back, and what is being generated ahead."""
+    """An engine, the weight sync that can restore its weights, and the batch that is generated ahead."""
 
     def __init__(self, engine: RolloutEngine, sync: WeightSync, rollout: RolloutConfig) -> None:
         self._engine, self._sync, self._rollout = engine, sync, rollout
@@ -27,7 +27,7 @@ class Generator:
         self._ahead: tuple[Sequence[Prompt], SamplingParams, Future[list[Rollout]]] | None = None
 
     def start(self, prompts: Sequence[Prompt], sampling: SamplingParams) -> None:
-        """Begin with responses that `rollouts` will be asked for later."""
+        """Start to generate responses for a later call of `rollouts`."""
         assert self._ahead is None, "one batch ahead is the limit"
         if prompts:
             self._ahead = (prompts, sampling, self._thread.submit(self._engine.generate, prompts, sampling))
@@ -36,8 +36,8 @@ class Generator:
         """`sampling.num_samples` responses to each of this rank's prompts, grouped. Collective.
 
         Raises:
-            ValueError, RuntimeError: a prompt or the engine; also when more responses than
-                `rollout.sglang.max_dropped_fraction` came without usable log-probabilities. On all ranks together.
+            ValueError, RuntimeError: a prompt is wrong or the engine failed, or a larger share of the responses than
+                `rollout.sglang.max_dropped_fraction` has no finite log-probabilities. All ranks raise it together.
         """
         while True:
             with rank_consistent():
@@ -53,18 +53,18 @@ class Generator:
         limit = self._rollout.sglang.max_dropped_fraction
         if all_dropped > limit * total:
             raise RuntimeError(
-                f"{all_dropped:.0f} of {total:.0f} responses came without finite log-probabilities, more than "
-                f"rollout.sglang.max_dropped_fraction={limit:g}: the engine's weights or kernels are corrupt"
+                f"{all_dropped:.0f} of {total:.0f} responses have no finite log-probabilities, more than "
+                f"rollout.sglang.max_dropped_fraction={limit:g} allows; the engine's weights or kernels are corrupt"
             )
         return rollouts
 
     def settle(self) -> None:
-        """Before an update: wait for what is being generated, if the engine cannot do both."""
+        """Before an update, wait for the batch that is being generated, unless the engine can do both at the same time."""
         if self._ahead is not None and not self._engine.takes_updates_while_generating:
-            self._ahead[2].exception()  # waits; an error is raised, on all ranks together, where the result is asked for
+            self._ahead[2].exception()  # waits; an error is raised later, by all ranks together, when the result is needed
 
     def _try(self, prompts: Sequence[Prompt], sampling: SamplingParams) -> list[Rollout] | None:
-        """None: the engine has lost its weights; what is finished is kept for the next try."""
+        """Generate, or return None if the engine has lost its weights. Finished responses are kept for the next try."""
         if not prompts:
             return []
         try:

@@ -1,8 +1,8 @@
-"""SIGTERM and SIGUSR1: finish the step, save, leave with a status that says "start me again" (Slurm's --signal, preemption).
+"""Handles SIGTERM and SIGUSR1 (Slurm's --signal, preemption): finish the step, save, and exit with a status that means "start again".
 
-A handler only takes a note; the loop asks between two steps. Ranks get a signal at different times or not at all, so they
-agree through one all-reduce of two numbers per step, which also carries whether an asynchronous save has been written
-everywhere (a job of one rank needs none).
+A handler only records the signal, and the loop checks it between two steps. Ranks may get a signal at different times or not at all. So
+they agree with one all-reduce of two numbers per step. It also tells whether all ranks have written an asynchronous save. (A job with
+one rank needs no all-reduce.)
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ _received: list[int] = []
 
 
 def listen() -> None:
-    """Take note of `SIGNALS` from now on; to be called in the main thread. What was noted before is forgotten."""
+    """Record `SIGNALS` from now on, and forget earlier ones. Must be called in the main thread."""
     _received.clear()
     for number in SIGNALS:
         signal.signal(number, lambda received, _: _received.append(received))
 
 
 def stop_if_asked(saver: Saver, state: TrainingState) -> None:
-    """Between two steps: complete a save that is written on all ranks; save and stop if any rank was asked to. Collective.
+    """Between two steps, complete a save that all ranks have written. If any rank got a signal, save and stop. Collective.
 
     Raises:
-        Preempted: on all ranks together, when a checkpoint of `state` is complete.
+        Preempted: a checkpoint of `state` is complete. All ranks raise it together.
     """
     signal_number, busy = _agree(max(_received, default=0), int(saver.busy))
     if not signal_number:
@@ -41,11 +41,11 @@ def stop_if_asked(saver: Saver, state: TrainingState) -> None:
         return
     name = signal.Signals(signal_number).name
     saver.save_now(state)
-    raise Preempted(f"{name} after step {state.step}, which is saved; status {EXIT_REQUEUE}: continue with run.resume=true")
+    raise Preempted(f"{name} after step {state.step}, which is saved; exit status {EXIT_REQUEUE}; continue with run.resume=true")
 
 
 def _agree(*mine: int) -> list[int]:
-    """The largest over all ranks of each number."""
+    """The maximum of each number over all ranks."""
     if dist.get_world_size() == 1:
         return list(mine)
     numbers = torch.tensor(mine, device=device())

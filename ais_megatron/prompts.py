@@ -1,6 +1,6 @@
-"""Prompts by number: the training stream and the held-out set, tokenised, and which rank generates which.
+"""Tokenised prompts of the training stream and the held-out set, and which rank generates for which prompt.
 
-A problem is a pure function of the seed and its index, so "where was I" is one number and nothing else.
+A problem depends only on the seed and its index, so a single number records the position in the stream.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from ais_megatron.tokenizer import Tokenizer
 class Share:
     """This rank's part of the prompts of a step.
 
-    A data-parallel rank trains on what its own model-parallel group generated, so a step's prompts are cut into one
-    contiguous range per data-parallel rank, and that range into one per rank of the group. All responses to a prompt
-    come from one rank: a group's baseline never crosses ranks.
+    A data-parallel rank trains on what its own model-parallel group generated. So the prompts of a step are split into one contiguous
+    range per data-parallel rank, and each range is split over the ranks of its group. One rank generates all responses to a prompt, so
+    a group's baseline needs no other rank.
     """
 
     dp_rank: int
@@ -27,19 +27,19 @@ class Share:
     mp_size: int
 
     def of(self, count: int) -> range:
-        """The positions in 0..count that this rank generates; `count` need not divide evenly."""
+        """The positions in 0..count for which this rank generates. `count` need not be divisible."""
         low, high = (count * (self.dp_rank + i) // self.dp_size for i in (0, 1))
         size = high - low
         return range(low + size * self.mp_rank // self.mp_size, low + size * (self.mp_rank + 1) // self.mp_size)
 
 
 def training_prompts(task: Task, tokenizer: Tokenizer, first: int, count: int, share: Share) -> list[Prompt]:
-    """This rank's part of the `count` prompts of the stream that begin at position `first` (from 0)."""
+    """This rank's part of the `count` prompts of the stream from position `first` on (counted from 0)."""
     return [to_prompt(task.train_problem(first + i), first + i, tokenizer) for i in share.of(count)]
 
 
 def held_out_prompts(task: Task, tokenizer: Tokenizer, num: int, share: Share) -> list[Prompt]:
-    """This rank's part of the held-out prompts; their indices are negative, so that they never share sampling noise with training."""
+    """This rank's part of the held-out prompts. Their indices are negative, so they never share random numbers with training prompts."""
     problems = task.test_problems(num)
     return [to_prompt(problems[i], -1 - i, tokenizer) for i in share.of(len(problems))]
 

@@ -1,4 +1,4 @@
-"""Everything a command works with, built from a configuration on every rank: task, tokenizer, policy, engine."""
+"""Builds what a command needs from a configuration, on every rank: task, tokenizer, policy and engine."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from ais_megatron.tasks import Reward, Task, make_task
 from ais_megatron.tokenizer import Tokenizer, make_tokenizer
 from ais_megatron.weight_sync import WeightSync
 
-NUM_PROBE_PROMPTS = 2  # asked of each server after each sync
+NUM_PROBE_PROMPTS = 2  # number of prompts that each server answers after each sync
 
 
 @dataclass(frozen=True)
@@ -35,13 +35,13 @@ class Session:
     share: Share
 
     def score(self, rollouts: list[Rollout]) -> list[Reward]:
-        """The task's verdict on each response; NaN, neither right nor wrong, for one that was dropped."""
+        """The task's reward for each response. A dropped response has the value NaN."""
         none = Reward(float("nan"), well_formed=False, correct=False)
         return [none if r.is_dropped else self.task.reward(r.prompt.truth, self.tokenizer.decode(r.token_ids)) for r in rollouts]
 
     @property
     def sampling(self) -> SamplingParams:
-        """How to sample training responses. (The stream's prompt numbers never repeat, so one seed serves all steps.)"""
+        """How to sample training responses. (The prompt numbers of the stream never repeat, so all steps use the same seed.)"""
         rollout = self.config.rollout
         return SamplingParams(
             num_samples=rollout.group_size,
@@ -53,7 +53,7 @@ class Session:
         )
 
     def held_out_accuracy(self) -> float:
-        """pass@1 on the held-out problems with the engine's present weights: the mean over `eval.samples` responses to each. Collective."""
+        """pass@1 on the held-out problems with the engine's current weights, as the mean over `eval.samples` responses each. Collective."""
         evaluation = self.config.eval
         with rank_consistent():
             prompts = held_out_prompts(self.task, self.tokenizer, evaluation.num_prompts, self.share)
@@ -67,7 +67,7 @@ class Session:
 
 
 def build_task(config: Config) -> tuple[Task, Tokenizer]:
-    """Task and tokenizer, and a trial of an objective of the user's own, with errors on all ranks together."""
+    """Create task and tokenizer, and try an objective of the user's own. All ranks raise an error together."""
     with rank_consistent():
         task = make_task(config.task, config.run.seed)
         tokenizer = make_tokenizer(config, task)
@@ -76,9 +76,9 @@ def build_task(config: Config) -> tuple[Task, Tokenizer]:
 
 
 def build_policy(config: Config, from_checkpoint: bool = False) -> tuple[Policy, Task, Tokenizer]:
-    """Process groups, task, tokenizer and the starting policy, which is made first if need be.
+    """Create process groups, task, tokenizer and policy. The starting policy is made first if it is not in the cache.
 
-    from_checkpoint: leave random weights in place, because the caller loads a checkpoint over them.
+    from_checkpoint: keep random weights, because the caller will load a checkpoint.
     """
     initialize_parallel(config)
     task, tokenizer = build_task(config)
@@ -88,12 +88,12 @@ def build_policy(config: Config, from_checkpoint: bool = False) -> tuple[Policy,
 
 
 def build_session(config: Config, from_checkpoint: bool = False) -> Session:
-    """`build_policy` and an engine, which has no weights yet."""
+    """`build_policy`, and an engine without weights."""
     return with_engine(config, *build_policy(config, from_checkpoint))
 
 
 def with_engine(config: Config, policy: Policy, task: Task, tokenizer: Tokenizer) -> Session:
-    """A session of this policy with an engine of its own, as `config.rollout` says, which has no weights yet."""
+    """A session of this policy with a new engine for `config.rollout`, which has no weights yet."""
     engine = build_engine(config, eos_id=tokenizer.eos_id, pad_id=tokenizer.pad_id)
     with rank_consistent():
         probe = [to_prompt(task.train_problem(i), i, tokenizer) for i in range(NUM_PROBE_PROMPTS)]

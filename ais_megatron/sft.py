@@ -1,7 +1,7 @@
-"""Supervised warm start: the policy learns the task's own worked solutions, on the same Megatron path that RL uses.
+"""Supervised warm start: the policy learns the task's own worked solutions, with the same Megatron code as RL.
 
-The result is a Hugging Face folder in the cache, named after a hash of everything that made it, so that a second run
-with the same configuration starts at once.
+The result is a Hugging Face folder in the cache. Its name is a hash of everything that determines it, so a second run with the same
+configuration starts immediately.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from ais_megatron.policy.policy import Policy, data_parallel_group
 from ais_megatron.tasks import Task
 from ais_megatron.tokenizer import Tokenizer
 
-FORMAT_VERSION = 1  # raise it when the same configuration would train to other weights
+FORMAT_VERSION = 1  # increase it if the same configuration would give other weights
 
 
 def starting_policy(config: Config, task: Task, tokenizer: Tokenizer) -> str | None:
-    """The folder that RL starts from: `model.path` itself, or what the warm start makes of it; None for random weights."""
+    """The folder from which RL starts: `model.path`, or the result of the warm start. None for random weights."""
     if config.sft.steps == 0:
         return config.model.path
     folder = cached_folder(config)
@@ -42,7 +42,7 @@ def starting_policy(config: Config, task: Task, tokenizer: Tokenizer) -> str | N
 
 
 def cached_folder(config: Config) -> Path:
-    """Where the warm-started policy of this configuration lies, or will lie."""
+    """The folder for the warm-started policy of this configuration, which may not exist yet."""
     made_of = {
         "format": FORMAT_VERSION,
         "seed": config.run.seed,
@@ -54,13 +54,13 @@ def cached_folder(config: Config) -> Path:
 
 
 def _problems_made_of(task: TaskConfig) -> dict[str, Any]:
-    """What decides the worked solutions: the settings, and the source of a class of the user's own. (Rewards play no part.)"""
+    """What determines the worked solutions: the settings, and the source of a class of the user's own. (Rewards do not matter.)"""
     settings = task.model_dump(mode="json", exclude={"reward"} if task.options else {"reward", "options"})
     return settings | ({"source": source_digest(task.name)} if is_own(task.name) else {})
 
 
 def warm_start(config: Config, task: Task, tokenizer: Tokenizer, folder: Path) -> None:
-    """Train `sft.steps` steps and write the policy to `folder`, which appears only when it is complete. Collective.
+    """Train for `sft.steps` steps and write the policy to `folder`, which appears only when it is complete. Collective.
 
     Raises:
         ValueError: the task has no worked solutions.
@@ -85,8 +85,8 @@ def warm_start(config: Config, task: Task, tokenizer: Tokenizer, folder: Path) -
 
 
 def solutions(config: Config, task: Task, tokenizer: Tokenizer, step: int) -> Batch:
-    """This data-parallel rank's rows of one SFT batch. Problems come from the far end of the training stream's
-    numbering, so that RL's own first prompts are not the ones memorised."""
+    """This data-parallel rank's rows of one SFT batch. The problems have very large indices in the training stream, so that the model does
+    not memorise the first prompts of RL."""
     group = data_parallel_group()
     rows = config.sft.batch_size // dist.get_world_size(group)
     first = 2**40 + step * config.sft.batch_size + dist.get_rank(group) * rows
@@ -94,7 +94,10 @@ def solutions(config: Config, task: Task, tokenizer: Tokenizer, step: int) -> Ba
     for index in range(first, first + rows):
         problem = task.train_problem(index)
         if problem.solution is None:
-            raise ValueError(f"sft.steps={config.sft.steps}: task {task.name} has no worked solution for problem {index}; set sft.steps=0")
+            raise ValueError(
+                f"sft.steps={config.sft.steps}: task {task.name} has no worked solution for problem {index}; set sft.steps=0, or provide "
+                "solutions"
+            )
         prompt = Prompt(index, problem.text, tuple(tokenizer.encode_prompt(problem.text)), problem.truth)
         response = tuple(tokenizer.encode_response(problem.solution))
         examples.append(Rollout(prompt, response, (0.0,) * len(response), "stop", -1))

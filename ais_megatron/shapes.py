@@ -1,4 +1,4 @@
-"""The shapes that the model is given its microbatches in. No torch here: `ais-megatron plan` counts with them too."""
+"""The shapes of the microbatches that the model gets. No torch here, because `ais-megatron plan` uses them too."""
 
 from __future__ import annotations
 
@@ -14,39 +14,41 @@ CUDA_COLUMNS = 128
 
 @dataclass(frozen=True)
 class Shapes:
-    """The (rows, columns) that the model may be given.
+    """The allowed numbers of rows and columns of a microbatch.
 
-    On Hopper Transformer Engine prefers cuDNN's fused attention, which builds a graph for every exact shape it meets: it must meet
-    few. A CPU has nothing to gain from that, and is given every microbatch as it is.
-
-    columns: rounded up to a multiple of this. (Rotary embeddings are computed for any length, so nothing is too long by that.)
-    few_row_counts: rows are 1, 2, 3, 4, 6, 8, 12, …: powers of two and three times powers of two.
+    On Hopper Transformer Engine prefers cuDNN's fused attention. It builds a graph for every exact shape, so there should be few shapes. A
+    CPU would not gain from this, so there microbatches keep their shape.
     """
 
     columns: int = 1
+    """The number of columns is padded to a multiple of this. (Rotary embeddings work for any length, so padding never makes a row too
+    long.)"""
     few_row_counts: bool = False
+    """The number of rows is 1, 2, 3, 4, 6, 8, 12, …: powers of two, and three times powers of two."""
 
     @staticmethod
     def on(device: str, multiple: int) -> Shapes:
-        """Of a device of that type, "cpu" or "cuda". multiple: what columns are a multiple of anyway, for sequence parallelism."""
+        """The shapes for a type of device, "cpu" or "cuda".
+
+        multiple: the number of columns must be a multiple of this in any case, for sequence parallelism."""
         return Shapes(math.lcm(CUDA_COLUMNS, multiple), few_row_counts=True) if device == "cuda" else AS_IS
 
     def width(self, longest: int) -> int:
-        """Columns of a microbatch whose longest row has so many tokens."""
+        """The columns of a microbatch whose longest row has `longest` tokens."""
         return longest + -longest % self.columns
 
     def most_rows(self, count: int) -> int:
-        """The largest number of rows up to `count`, at least 1."""
+        """The largest allowed number of rows up to `count`, at least 1."""
         count = max(count, 1)
         return count if not self.few_row_counts else max(n for n in _near_powers(count) if n <= count)
 
     def rows(self, count: int) -> int:
-        """The smallest number of rows from `count` on, at least 1."""
+        """The smallest allowed number of rows from `count` on, at least 1."""
         count = max(count, 1)
         return count if not self.few_row_counts else min(n for n in _near_powers(count) if n >= count)
 
     def fill(self, rows: Batch) -> Batch:
-        """What the model is given: `rows` with columns of padding, and below them idle rows, which have no real token."""
+        """`rows` padded to an allowed shape, with columns of padding, and rows of padding that have no real token."""
         batch, columns = rows.tokens.shape
         return rows.pad_columns(self.width(columns)).pad_rows(self.rows(batch) - batch)
 
@@ -55,6 +57,6 @@ AS_IS = Shapes()
 
 
 def _near_powers(count: int) -> tuple[int, ...]:
-    """The powers of two around `count`, and what lies half-way between them."""
+    """The powers of two around `count`, and the numbers half-way between them."""
     power = 1 << (count.bit_length() - 1)
     return (power, 2 * power) if power == 1 else (power, power + power // 2, 2 * power)

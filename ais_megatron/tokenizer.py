@@ -1,8 +1,8 @@
-"""Text <-> token ids: a small SentencePiece model for models trained from scratch, or a Hugging Face tokenizer.
+"""Tokenizers: a small SentencePiece model for models that are trained from scratch, or a Hugging Face tokenizer.
 
-Prompt and response are always encoded apart, because the policy's tokens are the ones the rollout engine sampled after the
-prompt: no piece may ever straddle the border. `decode(encode_prompt(p) + encode_response(r)) == p + r` holds exactly for
-SentencePiece; a Hugging Face chat template adds its own turns to the prompt.
+Prompt and response are encoded separately. The engine samples the response's tokens after the prompt, so no token may contain parts of
+both. `decode(encode_prompt(p) + encode_response(r)) == p + r` holds exactly for SentencePiece. A Hugging Face chat template adds its own
+turns to the prompt.
 """
 
 from __future__ import annotations
@@ -26,36 +26,39 @@ if TYPE_CHECKING:
 
 MODEL_FILE = "tokenizer.model"
 CORPUS_LINES = 2000
-MAX_CHAR_ALPHABET = 64  # up to here one piece per character; above, word pieces
+MAX_CHAR_ALPHABET = 64  # with at most this many characters, one piece per character; otherwise word pieces
 
 ModelType = Literal["char", "unigram"]
 
 
 class Tokenizer(Protocol):
-    """vocab_size: number of ids, at most the model's. eos_id ends a response. pad_id fills a batch; it may equal eos_id."""
+    """Converts text to token ids and back."""
 
     vocab_size: int
+    """Number of ids, at most that of the model."""
     eos_id: int
+    """The token that ends a response."""
     pad_id: int
+    """The token that pads a batch; may equal `eos_id`."""
 
     def encode_prompt(self, text: str) -> list[int]:
-        """Token ids of a prompt, without an end-of-sequence."""
+        """Token ids of a prompt, without an end-of-sequence token."""
 
     def encode_response(self, text: str) -> list[int]:
-        """Token ids of a response, the last one eos_id."""
+        """Token ids of a response. The last one is `eos_id`."""
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of any ids at all, eos_id and pad_id dropped; ids that stand for nothing become visible rubbish."""
+        """The text of any ids, without `eos_id` and `pad_id`. Ids without a meaning become visible garbage."""
 
     def save(self, folder: str | Path) -> None:
-        """Write all that makes the tokenizer: MODEL_FILE, or the files of a Hugging Face tokenizer."""
+        """Write the tokenizer: MODEL_FILE, or the files of a Hugging Face tokenizer."""
 
 
 class SentencePieceTokenizer:
-    """One `.model` file, which holds everything, the special ids included."""
+    """A SentencePiece `.model` file, which also contains the special ids."""
 
     def __init__(self, model: bytes, source: str = "tokenizer") -> None:
-        """Args: model: the contents of a .model file; source: its name, for messages. Raises ValueError if it is unusable."""
+        """model: the contents of a .model file. source: its name, for messages. Raises ValueError if it cannot be used."""
         from sentencepiece import SentencePieceProcessor
 
         try:
@@ -69,7 +72,7 @@ class SentencePieceTokenizer:
             raise ValueError(f"{source}: the model has no end-of-sequence piece; train it with eos_id >= 0")
         pad_id = self._processor.pad_id()
         self.pad_id = pad_id if pad_id >= 0 else self.eos_id
-        knows_space = self._processor.unk_id() not in self._processor.encode(" ")  # Sudoku's texts, for one, have none
+        knows_space = self._processor.unk_id() not in self._processor.encode(" ")  # for example, Sudoku's texts have no spaces
         prompt, response = (" 1 ", "  2") if knows_space else ("1", "2")
         if self.decode(self.encode_prompt(prompt) + self.encode_response(response)) != prompt + response:
             raise ValueError(
@@ -91,12 +94,12 @@ class SentencePieceTokenizer:
         """Train on `lines`, write the model to `path` and return it. The same arguments give the same bytes.
 
         Args:
-            vocab_size: the most pieces there may be; a small corpus gives fewer.
+            vocab_size: the largest number of pieces. A small corpus gives fewer.
             special_pieces: texts that are always one piece, such as "<answer>".
-            model_type: "char": one piece per character of `lines`; "unigram": word pieces, and bytes for characters that
-                `lines` do not show, so that nothing is ever unknown.
+            model_type: "char": one piece per character of `lines`. "unigram": word pieces, and bytes for characters that are not in
+                `lines`, so that nothing is unknown.
         Raises:
-            ValueError: no text, or `vocab_size` too small for the characters of `lines`.
+            ValueError: there is no text, or `vocab_size` is too small for the characters of `lines`.
         """
         tokenizer = cls(_train(lines, vocab_size, special_pieces, model_type), source=str(path))
         _write_atomically(Path(path), tokenizer._model)
@@ -109,7 +112,7 @@ class SentencePieceTokenizer:
         return [*self._processor.encode(text), self.eos_id]
 
     def decode(self, ids: Sequence[int]) -> str:
-        # A model's vocabulary may be larger than ours; an id beyond it is unknown, not a crash.
+        # A model's vocabulary may be larger than ours. An id beyond ours is unknown, and not an error.
         unknown = self._processor.unk_id()
         kept = [int(i) if 0 <= i < self.vocab_size else unknown for i in ids if i not in (self.eos_id, self.pad_id)]
         return self._processor.decode(kept)
@@ -119,10 +122,10 @@ class SentencePieceTokenizer:
 
 
 class HFTokenizer:
-    """A tokenizer folder of a Hugging Face checkpoint, used offline; its chat template, if any, wraps every prompt."""
+    """The tokenizer in a Hugging Face checkpoint folder, used offline. If it has a chat template, the template wraps every prompt."""
 
     def __init__(self, folder: str | Path) -> None:
-        """Raises ValueError if the folder has no usable tokenizer, or the tokenizer no end-of-sequence token."""
+        """Raises ValueError if the folder has no usable tokenizer, or the tokenizer has no end-of-sequence token."""
         from transformers import AutoTokenizer
 
         if not Path(folder).is_dir():
@@ -134,7 +137,7 @@ class HFTokenizer:
         except (OSError, ValueError, KeyError, ImportError, AttributeError, TypeError) as error:
             raise ValueError(f"tokenizer.path={folder}: cannot be loaded as a Hugging Face tokenizer ({error})") from error
         if self._tokenizer.eos_token_id is None:
-            raise ValueError(f"tokenizer.path={folder}: the tokenizer names no eos_token; set it in tokenizer_config.json")
+            raise ValueError(f"tokenizer.path={folder}: the tokenizer has no eos_token; set it in tokenizer_config.json")
         self.vocab_size = len(self._tokenizer)
         self.eos_id = int(self._tokenizer.eos_token_id)
         pad_id = self._tokenizer.pad_token_id
@@ -158,12 +161,12 @@ class HFTokenizer:
 
 
 def make_tokenizer(config: Config, task: Task) -> Tokenizer:
-    """The tokenizer that `config` describes; without tokenizer.path, SentencePiece learns one from the task's own texts.
+    """The tokenizer of `config`. Without tokenizer.path, a SentencePiece model is trained on the task's own texts.
 
-    A learned model is kept in sft.cache_dir under a hash of all that makes it; every rank may call this at the same time.
+    A trained model is kept in sft.cache_dir under a hash of everything that determines it. All ranks may call this at the same time.
 
     Raises:
-        ValueError: unusable file or folder, or more tokens than model.architecture.vocab_size.
+        ValueError: the file or folder cannot be used, or there are more tokens than model.architecture.vocab_size.
     """
     limit = config.architecture.vocab_size
     path = config.tokenizer.path
@@ -187,7 +190,7 @@ def _train_or_load(task: Task, vocab_size: int, cache: Path) -> SentencePieceTok
     import sentencepiece
 
     lines = task.tokenizer_corpus(CORPUS_LINES)
-    # Puzzles are written in some twenty characters: with one token each, a tiny model sees every digit in its place.
+    # Puzzles use about twenty characters. With one token per character, a tiny model sees every digit in its place.
     model_type: ModelType = "char" if len(_characters(lines, task.special_pieces)) <= MAX_CHAR_ALPHABET else "unigram"
     recipe = json.dumps([lines, vocab_size, list(task.special_pieces), model_type, sentencepiece.__version__])
     path = cache / f"tokenizer-{task.name}-{hashlib.sha256(recipe.encode()).hexdigest()[:16]}.model"
@@ -216,25 +219,27 @@ def _train(lines: Sequence[str], vocab_size: int, special_pieces: Sequence[str],
             vocab_size=vocab_size,
             hard_vocab_limit=False,  # small corpora have fewer pieces
             user_defined_symbols=list(special_pieces),
-            pad_id=0,  # what `Batch` pads with
+            pad_id=0,  # the padding of `Batch`
             eos_id=1,
             unk_id=2,
             bos_id=-1,
             byte_fallback=model_type != "char",
             character_coverage=1.0,
             split_digits=True,
-            # The next three make decoding exact.
+            # The next three options make decoding exact.
             normalization_rule_name="identity",
             add_dummy_prefix=False,
             remove_extra_whitespaces=False,
-            max_sentence_length=1 << 20,  # bytes; longer lines would be skipped
-            num_threads=1,  # the order of summation, and with it the model, then does not vary
+            max_sentence_length=1 << 20,  # in bytes; longer lines would be skipped
+            num_threads=1,  # so that the order of summation, and with it the model, does not vary
             minloglevel=2,
         )
     except RuntimeError as error:
-        raise ValueError(f"model.architecture.vocab_size={vocab_size}: no tokenizer for the task's text ({error}); raise it") from error
+        raise ValueError(
+            f"model.architecture.vocab_size={vocab_size}: no tokenizer can be trained on the task's text ({error}); raise it"
+        ) from error
     processor = SentencePieceProcessor(model_proto=buffer.getvalue())
-    # "char" keeps the most frequent characters that fit and drops the others without a word.
+    # "char" keeps the most frequent characters that fit, and silently drops the others.
     plain = _characters(lines, special_pieces)
     lost = {character for character in plain if processor.unk_id() in processor.encode(character)}
     if lost:
@@ -246,13 +251,13 @@ def _train(lines: Sequence[str], vocab_size: int, special_pieces: Sequence[str],
 
 
 def _write_atomically(path: Path, data: bytes) -> None:
-    """Another process sees the old file or the new one, never half of one."""
+    """Write a file so that another process sees the old file or the new one, and never a part of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
     try:
         with os.fdopen(handle, "wb") as file:
             file.write(data)
-        os.chmod(temporary, 0o644)  # mkstemp's 0600 would hide a shared cache from colleagues
+        os.chmod(temporary, 0o644)  # with mkstemp's 0600 other users could not read a shared cache
         os.replace(temporary, path)
     except BaseException:
         os.unlink(temporary)

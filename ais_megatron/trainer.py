@@ -1,7 +1,6 @@
 """The training loop: prompts -> rollouts -> rewards -> logprobs -> diagnostics -> loss -> step -> sync.
 
-SPMD: every rank runs these lines. What only one rank does is inside the callee; what can fail on one rank alone fails on
-all together.
+SPMD: every rank runs these lines. Work of a single rank is inside the called functions. If it fails, all ranks raise together.
 """
 
 from __future__ import annotations
@@ -36,12 +35,13 @@ from ais_megatron.update import lagged_update, update
 
 
 def train(config: Config) -> Path:
-    """Run GRPO from the starting policy for `train.steps` steps; returns the run folder.
+    """Run GRPO from the starting policy for `train.steps` steps and return the run folder.
 
     Raises:
         ValueError: the configuration, a data file or a checkpoint cannot be used.
-        RuntimeError: the engine or a gradient is corrupt. Both on all ranks together, before a weight has changed.
-        Preempted: a signal asked for it; the state is saved. On all ranks together.
+        RuntimeError: the engine or a gradient is corrupt.
+        Preempted: a signal asked the run to stop, and its state is saved.
+    All ranks raise these errors together. ValueError and RuntimeError are raised before the step changes a weight.
     """
     started = time.perf_counter()
     with rank_consistent():
@@ -63,14 +63,14 @@ def train(config: Config) -> Path:
             stop_if_asked(saver, state)
             try:
                 row, state, outage = train_step(session, state, timer)
-            except Unavailable as error:  # no rollouts: the policy still is where `state` says
+            except Unavailable as error:  # there are no rollouts, so the policy is still that of `state`
                 saver.save_now(state)
                 raise _resumable(error, checkpoints) from error
             done, is_last = state.step, state.step == config.train.steps
             if not outage and (is_last or (config.eval.every and done % config.eval.every == 0)):
                 with timer.phase("evaluate"):
                     row["held_out_accuracy"] = session.held_out_accuracy()
-            sinks.log(done, row | timer.take())  # before the checkpoint: a resumed run begins after it, and must find this row
+            sinks.log(done, row | timer.take())  # before the checkpoint, because a run that resumes after it must find this row
             if outage:
                 saver.save_now(state)
                 raise _resumable(outage, checkpoints) from outage
@@ -84,11 +84,12 @@ def train(config: Config) -> Path:
 
 
 def train_step(session: Session, state: TrainingState, timer: PhaseTimer) -> tuple[dict[str, float], TrainingState, Unavailable | None]:
-    """One step, from prompts to an engine with the new weights; returns its row of metrics, the state after it, and what
-    became of the engine if it could not be given the new weights any more.
+    """One step, from prompts to an engine with the new weights.
+
+    Returns the metrics of the step, the state after it, and the error if the engine could not get the new weights any more.
 
     Raises:
-        Unavailable: there are no rollouts to be had; nothing of the step has happened.
+        Unavailable: no engine can generate rollouts. The step has changed nothing.
     """
     config, policy = session.config, session.policy
     began = time.perf_counter()
@@ -123,11 +124,11 @@ def _push(session: Session, scales: KVScales | None, version: int) -> Unavailabl
 
 
 def _resumable(outage: Unavailable, checkpoints: Path) -> Unavailable:
-    return Unavailable(f"{outage}. The run was saved in {checkpoints}: continue it with run.resume=true once there are servers again")
+    return Unavailable(f"{outage}. The run was saved in {checkpoints}; continue it with run.resume=true when there are servers again")
 
 
 def begin(session: Session, folder: Path | None, with_optimizer: bool = True) -> TrainingState:
-    """Give the engine its first weights: those of the checkpoint in `folder`, or the policy's own; returns where the run stands."""
+    """Give the engine its first weights, from the checkpoint in `folder` or from the policy. Returns the state of the run."""
     config, policy = session.config, session.policy
     state = checkpoint.load(policy, folder, with_optimizer) if folder is not None else TrainingState()
     calibration = policy.calibrate(_prompt_batch(session)) if state.calibration is None else state.calibration
@@ -136,7 +137,7 @@ def begin(session: Session, folder: Path | None, with_optimizer: bool = True) ->
 
 
 def _prompt_batch(session: Session) -> Batch:
-    """The first step's prompts alone: what there is to measure K and V on before the first response exists."""
+    """The first step's prompts as a batch, on which K and V are measured before the first response exists."""
     with rank_consistent():
         prompts = training_prompts(session.task, session.tokenizer, 0, session.config.rollout.prompts_per_step, session.share)
         rollouts = [Rollout(p, p.token_ids[-1:], (0.0,), "stop", -1) for p in prompts]
@@ -154,7 +155,7 @@ def _say(text: str) -> None:
 
 
 def _finish(run_dir: Path, start_accuracy: float, wall_seconds: float) -> None:
-    """summary.json, the report and the closing table."""
+    """Write summary.json and the report, and print the closing table."""
     with rank_consistent():
         if rank() == 0:
             rows = read_metrics(run_dir)
@@ -165,9 +166,9 @@ def _finish(run_dir: Path, start_accuracy: float, wall_seconds: float) -> None:
 
 
 def _rollout_metrics(session: Session, collected: Collected, step: int, seconds: float) -> dict[str, float]:
-    """Figures about all responses, trained on or not, over the whole job: each was generated by exactly one rank.
+    """Figures about all responses of the whole job, whether they are in the batch or not. Exactly one rank generated each response.
 
-    staleness: updates that the trainer (at `step`) is ahead of the weights that a token was sampled with, mean over tokens.
+    staleness: how many updates the trainer (at `step`) is ahead of the weights that sampled a token, as a mean over tokens.
     """
     present = [not r.is_dropped for r in collected.rollouts]
     rollouts = [r for r in collected.rollouts if not r.is_dropped]

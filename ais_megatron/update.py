@@ -1,8 +1,8 @@
-"""From a batch to new weights: the lines of the paper between the reward and the sync, in two orders.
+"""Turns a batch into new weights: the steps of the algorithm between the reward and the sync, in two orders.
 
-`update` knows the batch before it weighs it; `lagged_update` saves the forward pass for old_logprobs by weighing this batch
-with the previous one's alpha, and learns what this batch was like from the training forward itself (`ais.lag = 1`).
-Both take the batch of this data-parallel rank and are collective over the job.
+`update` measures the batch before it chooses alpha for it. `lagged_update` (`ais.lag = 1`) uses the previous batch's alpha, and measures
+this batch in the training forward pass. This saves the forward pass for old_logprobs. Both get the batch of this data-parallel rank and
+are collective over the job.
 """
 
 from __future__ import annotations
@@ -21,17 +21,21 @@ from ais_megatron.runs.metrics import PhaseTimer
 
 @dataclass(frozen=True)
 class Update:
-    """alpha: that weighed this batch. diagnostics: of this batch. metrics: of the optimizer steps. state: for the next batch."""
+    """The result of an update."""
 
     alpha: float
+    """The alpha with which this batch was weighted."""
     diagnostics: Diagnostics
+    """Of this batch."""
     metrics: dict[str, float]
+    """Of the optimizer steps."""
     calibration: Calibration
     state: AISState
+    """For the next batch."""
 
 
 def update(policy: Policy, batch: Batch, state: AISState, timer: PhaseTimer) -> Update:
-    """`train.updates_per_batch` optimizer steps, weighed by this batch's own alpha."""
+    """`train.updates_per_batch` optimizer steps with this batch's own alpha."""
     config = policy.config
     with timer.phase("logprobs"):
         old_logprobs, calibration = policy.logprobs_and_calibration(batch)
@@ -46,7 +50,7 @@ def update(policy: Policy, batch: Batch, state: AISState, timer: PhaseTimer) -> 
 
 
 def lagged_update(policy: Policy, batch: Batch, state: AISState, timer: PhaseTimer) -> Update:
-    """One optimizer step, weighed by the previous batch's alpha (alpha_min before the first batch)."""
+    """One optimizer step with the previous batch's alpha (alpha_min for the first batch)."""
     with timer.phase("logprobs"):
         reference_logprobs = policy.reference_logprobs(batch)
     with timer.phase("train"):

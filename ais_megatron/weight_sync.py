@@ -1,9 +1,8 @@
-"""Export -> quantise -> push -> verify: the one place where policy and rollout engine meet.
+"""Brings the policy's weights to the rollout engine: export -> quantise -> push -> verify.
 
-Weights leave Megatron as whole tensors under Hugging Face names, a bucket at a time; each bucket is quantised here, once,
-and handed to the engine together with the KV scales as one transaction. Afterwards the engine's weights equal
-quantise(export(policy)), bit for bit. Of a remote engine that is tested: it answers a few prompts, and the policy must find
-those answers about as likely as the engine says they are.
+Megatron's weights are exported as whole tensors under Hugging Face names, one bucket at a time. Each bucket is quantised here, once. The
+engine gets all buckets and the KV scales as one transaction. Afterwards the engine's weights equal quantise(export(policy)), bit for bit.
+A remote engine is tested: it answers a few prompts, and the policy's log-probabilities of these answers must be close to the engine's.
 """
 
 from __future__ import annotations
@@ -24,13 +23,13 @@ from ais_megatron.rollout.engine import RolloutEngine, SamplingParams
 
 logger = logging.getLogger(__name__)
 
-PROBE_TOKENS = 8  # sampled for each probe prompt
+PROBE_TOKENS = 8  # number of tokens that are sampled for each probe prompt
 
 
 class WeightSync:
-    """Brings one engine to the policy's weights. All methods are collective.
+    """Brings the policy's weights to one engine. All methods are collective.
 
-    probe_prompts: asked of every server of a remote engine after each push.
+    probe_prompts: prompts that every server of a remote engine answers after each push.
     """
 
     def __init__(self, policy: Policy, engine: RolloutEngine, rollout: RolloutConfig, probe_prompts: Sequence[Prompt] = ()) -> None:
@@ -39,14 +38,14 @@ class WeightSync:
         self._q_warned: set[int] = set()
 
     def push(self, scales: KVScales | None, version: int) -> None:
-        """Bring the engine to `version`: the policy's weights, and `scales` where its KV cache is FP8.
+        """Push the policy's weights as `version`, with `scales` if the engine's KV cache is FP8.
 
-        A remote engine that failed, or that then disagrees with the policy, gets everything once more.
+        If a remote engine fails, or afterwards disagrees with the policy, everything is pushed once more.
 
         Raises:
             ValueError: the engine refused a tensor.
-            Unavailable: no part of the engine answers any more.
-            RuntimeError: it failed twice. All of them on all ranks together.
+            Unavailable: no server of the engine answers any more.
+            RuntimeError: it failed twice. All ranks raise any of these errors together.
         """
         self._last = (scales, version)
         if scales is not None and self._rollout.kv_cache_is_fp8:
@@ -56,28 +55,28 @@ class WeightSync:
         except Unavailable:
             raise
         except RuntimeError as error:
-            if not self._engine.takes_updates_while_generating:  # an embedded engine fails for reasons that stay
+            if not self._engine.takes_updates_while_generating:  # an embedded engine would fail again
                 raise
             try:
                 self._push_once(scales, version)
             except Unavailable:
                 raise
             except RuntimeError as again:
-                raise RuntimeError(f"weights of version {version} were pushed twice: {again}") from error
+                raise RuntimeError(f"pushing the weights of version {version} failed twice: {again}") from error
 
     def repeat(self) -> None:
-        """The last push once more, before the policy has changed: servers that were restarted take part again."""
+        """Repeat the last push, before the policy has changed, so that restarted servers get its weights."""
         assert self._last is not None, "there was no push to repeat"
         self.push(*self._last)
 
     def _warn_about_q(self, layers: list[int]) -> None:
-        """Once for each layer: there is no scale for Q, so what exceeds 448 saturates where attention is computed in FP8."""
+        """Warn once for each layer. There is no scale for Q, so values above 448 saturate if attention is computed in FP8."""
         new = [layer for layer in layers if layer not in self._q_warned]
         self._q_warned.update(new)
         if new and rank() == 0:
             logger.warning(
                 "Q exceeds 448 in layers %s: attention kernels that cast Q to FP8 (FlashAttention-3 with an FP8 KV cache) saturate there; "
-                "rollout.kv_cache=bf16 avoids it, and the metric q_amax shows where it goes",
+                "rollout.kv_cache=bf16 avoids it, and the metric q_amax shows how it develops",
                 new,
             )
 
@@ -88,13 +87,13 @@ class WeightSync:
             self._engine.update_weights(stream, version)
         except LOCAL_ERRORS as caught:
             error = caught
-        for _ in stream:  # the other ranks wait in the same gathers: a rank whose engine failed still takes part
+        for _ in stream:  # the other ranks wait in the same gathers, so a rank whose engine failed still takes part
             pass
         raise_together(error)
         self._verify()
 
     def _verify(self) -> None:
-        """RuntimeError if a server and the policy disagree about what the server just sampled."""
+        """Raise RuntimeError if a server and the policy disagree about what the server has just sampled."""
         with rank_consistent():
             sampling = SamplingParams(1, PROBE_TOKENS, self._rollout.temperature)
             answers = self._engine.probe(self._probe_prompts, sampling) if self._probe_prompts else []
@@ -108,16 +107,16 @@ class WeightSync:
         by_server = distance.view(servers, -1).sum(1) / batch.loss_mask.view(servers, -1).sum(1)
         limit = self._rollout.sglang.verify_tolerance
         with rank_consistent():
-            if not bool((by_server <= limit).all()):  # (NaN, of a server without usable log-probabilities, is not within limits)
+            if not bool((by_server <= limit).all()):  # (NaN, from a server without finite log-probabilities, is not within the limit)
                 raise RuntimeError(
-                    f"after the sync the engine's log-probabilities are {by_server.max().item():.3g} nats per token away from the "
-                    f"policy's on its own samples (by server: {[round(v, 3) for v in by_server.tolist()]}; "
-                    f"rollout.sglang.verify_tolerance={limit:g}): its weights or KV scales are corrupt"
+                    "after the sync the engine's log-probabilities of its own samples differ from the policy's by "
+                    f"{by_server.max().item():.3g} nats per token (by server: {[round(v, 3) for v in by_server.tolist()]}; "
+                    f"rollout.sglang.verify_tolerance={limit:g}); its weights or KV scales are corrupt"
                 )
 
 
 def weight_stream(policy: Policy, rollout: RolloutConfig, scales: KVScales | None) -> Iterator[Bucket]:
-    """What is pushed, bucket by bucket. Collective: every rank has to come to its end."""
+    """The tensors of a push, bucket by bucket. Collective, so every rank has to consume all of them."""
     fmt = FORMATS.get(rollout.quantization)  # None: not quantised
     exported = policy.export_buckets(int(rollout.sync_bucket_mb * 2**20))
     try:
@@ -128,6 +127,8 @@ def weight_stream(policy: Policy, rollout: RolloutConfig, scales: KVScales | Non
             pass
         raise
     if scales is None and rollout.engine_traits.keeps_kv_scales:
-        scales = KVScales.unit(policy.config.architecture.num_hidden_layers)  # said aloud: a server may hold others from before
+        scales = KVScales.unit(
+            policy.config.architecture.num_hidden_layers
+        )  # sent explicitly, because a server may have other scales from before
     if scales is not None and rollout.kv_cache_is_fp8:
         yield list(scales.named_tensors())

@@ -4,9 +4,9 @@
     oracle     alpha = clip( (b2 + (V0 - C01) / N) / (b2 + (V0 + V1 - 2 C01) / N) ),  b2 = max(0, mean(g1 - g0)^2 - Var(g1 - g0) / N)
     constant   alpha = constant_alpha
 
-Correct more when the divergence D is severe; trust the weights less when few samples carry them (rho) or when they
-amplify the variance of the signal (nu). The oracle minimises the mean-squared error of (1 - alpha) mean(g0) + alpha mean(g1)
-under the surrogate that g1 is unbiased. Source: AIS (arXiv 2605.13907), Proposition 1, in the form of docs/algorithm.md.
+The correction is stronger if the divergence D is large. It is weaker if few samples carry the importance weights (rho), or if the
+weights amplify the variance of the signal (nu). The oracle minimises the mean-squared error of (1 - alpha) mean(g0) + alpha mean(g1)
+under the assumption that g1 is unbiased. Source: AIS (arXiv 2605.13907), Proposition 1, in the form of docs/algorithm.md.
 """
 
 from __future__ import annotations
@@ -23,23 +23,22 @@ from ais_megatron.config import AISConfig, Config
 
 @dataclass(frozen=True)
 class AISState:
-    """All that alpha remembers, equal on every rank and saved with a checkpoint.
-
-    batches, divergence_sum: the batches that make up an automatic tau, and the sum of their D. alpha: of the latest batch,
-    smoothed if `ais.ema` says so; None before the first.
-    """
+    """What alpha depends on besides the current batch. It is equal on every rank and saved in checkpoints."""
 
     batches: int = 0
+    """Number of batches so far that determine an automatic tau."""
     divergence_sum: float = 0.0
+    """The sum of their D."""
     alpha: float | None = None
+    """Of the latest batch, smoothed by `ais.ema`; None before the first batch."""
 
     def to_json(self) -> dict[str, Any]:
-        """Plain numbers; JSON writes floats so that they come back to the last bit."""
+        """Plain numbers. JSON preserves floats to the last bit."""
         return asdict(self)
 
 
 def step(state: AISState, diagnostics: Diagnostics, ais: AISConfig) -> tuple[float, AISState]:
-    """alpha of the batch with these diagnostics, and what to remember of it. Pure, the same on every rank."""
+    """alpha of the batch with these diagnostics, and the state after it. A pure function, so it is the same on every rank."""
     batches, total = state.batches, state.divergence_sum
     if batches < ais.auto_batches:
         batches, total = batches + 1, total + diagnostics.divergence_severity
@@ -50,7 +49,7 @@ def step(state: AISState, diagnostics: Diagnostics, ais: AISConfig) -> tuple[flo
 
 
 def coefficient(diagnostics: Diagnostics, ais: AISConfig, tau: float) -> float:
-    """alpha of one batch by the configured rule, in [alpha_min, alpha_max]."""
+    """alpha of one batch by `ais.coefficient`, in [alpha_min, alpha_max]."""
     if ais.coefficient == "constant":
         return _clip(ais.constant_alpha, ais)
     if ais.coefficient == "oracle":
@@ -59,7 +58,9 @@ def coefficient(diagnostics: Diagnostics, ais: AISConfig, tau: float) -> float:
 
 
 def product_coefficient(diagnostics: Diagnostics, ais: AISConfig, tau: float | None = None) -> float:
-    """alpha of one batch, from its global diagnostics; tau: in place of `ais.tau`, 0 where no divergence was ever seen."""
+    """alpha of one batch from its global diagnostics.
+
+    tau: used instead of `ais.tau`. It is 0 if there has been no divergence yet."""
     if tau is None:
         assert ais.tau != "auto", "an automatic tau comes from the batches so far (`step`): pass it"
         tau = ais.tau
@@ -73,9 +74,9 @@ def product_coefficient(diagnostics: Diagnostics, ais: AISConfig, tau: float | N
 
 
 def oracle_coefficient(diagnostics: Diagnostics, ais: AISConfig) -> float:
-    """The plug-in of Proposition 1; alpha_min where the weights move no response's signal (or there is only one).
+    """Proposition 1 with estimates. It is alpha_min if the weights change no response's signal, or if there is only one response.
 
-    With gap = g1 - g0: V0 - C01 = -Cov(g0, gap) and V0 + V1 - 2 C01 = Var(gap), which do not cancel where g1 is close to g0.
+    With gap = g1 - g0: V0 - C01 = -Cov(g0, gap) and V0 + V1 - 2 C01 = Var(gap). These forms avoid cancellation if g1 is close to g0.
     """
     n = diagnostics.num_sequences
     if n < 2:
@@ -94,12 +95,12 @@ def loss_scaler(diagnostics: Diagnostics, config: Config, state: AISState | None
 
 
 def lagged_loss_scaler(config: Config, state: AISState) -> LossScaler:
-    """The scaler of a batch that is not yet known: the alpha of the one before, alpha_min at the start."""
+    """The scaler of a batch that is not known yet: with the previous batch's alpha, or alpha_min for the first batch."""
     return _scaler(config, config.ais.alpha_min if state.alpha is None else state.alpha)
 
 
 def _scaler(config: Config, alpha: float, mean_full_weight: float = 1.0) -> LossScaler:
-    """Only ais mixes; the other corrections act at full strength, and none at no strength."""
+    """Only ais uses alpha. The other corrections have full strength (1), and none has 0."""
     correction = Correction.of(config)
     alpha = {"ais": alpha, "none": 0.0}.get(correction.name, 1.0)
     return LossScaler(
@@ -112,7 +113,7 @@ def _scaler(config: Config, alpha: float, mean_full_weight: float = 1.0) -> Loss
 
 
 def _mean_weight(alpha: float, mean_full_weight: float) -> float:
-    """The global mean of s = 1 + alpha (w - 1); 1 where every weight is 0, and so every product is 0 whatever divides it."""
+    """The global mean of s = 1 + alpha (w - 1). It is 1 if every weight is 0, because then every product is 0 for any divisor."""
     mean = 1.0 + alpha * (mean_full_weight - 1.0)
     return mean if mean > 0.0 else 1.0
 

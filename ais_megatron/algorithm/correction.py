@@ -1,17 +1,17 @@
-"""Importance weights between the rollout engine's distribution mu and the trainer's pi_old, and what corrections make of them.
+"""Importance weights between the engine's distribution mu and the trainer's pi_old, and the corrections that use them.
 
     l = clamp(old_logprobs - rollout_logprobs, -20, 20),   w = exp(l),   wbar = min(w, C),   s = 1 + alpha (wbar - 1)
 
-One weight per token, or per response: the product of its tokens' (`sequence`, exp(sum l)) or their geometric mean
-(`geometric`, exp(mean l)), then the same for all its tokens. The corrections, each at full strength (alpha = 1):
+There is one weight per token or per response. The weight of a response is the product of its tokens' weights (`sequence`, exp(sum l))
+or their geometric mean (`geometric`, exp(mean l)), and all its tokens have it. The corrections at full strength (alpha = 1) are:
 
     none             s = 1
     tis, ais         s = min(w, C)                     truncated importance sampling, as in verl and slime
-    mis, icepop      s = w inside [low, high], else 0  the mask is unchanged: such tokens still count in the normaliser
-    geo_rs           a response with exp(mean l) outside [low, high] is rejected: it leaves mask and normaliser; s = 1
-    k3_rs            a response with mean(exp(l) - 1 - l) above the limit is rejected likewise
+    mis, icepop      s = w inside [low, high], else 0  the mask does not change: such tokens still count in the divisor of the loss
+    geo_rs           a response with exp(mean l) outside [low, high] is rejected: it leaves mask and divisor; s = 1
+    k3_rs            a response with mean(exp(l) - 1 - l) above the limit is rejected in the same way
 
-Pure functions of ``[batch, seq]`` tensors; nothing here knows Megatron or a process group.
+These are pure functions of ``[batch, seq]`` tensors, without Megatron or process groups.
 """
 
 from __future__ import annotations
@@ -32,42 +32,44 @@ MAX_LOG_RATIO = 20.0
 
 @dataclass(frozen=True)
 class Correction:
-    """A correction with its numbers.
-
-    level: what one weight stands for. weight_cap: C. low, high: the band of mis, icepop and geo_rs. k3_limit: nats per
-    token. batch_normalise: weights are divided by their mean over the global batch, after truncation: over its tokens, or over
-    its responses where one weight stands for a response.
-    """
+    """A correction with its settings."""
 
     name: CorrectionName = "ais"
     level: Level = "token"
+    """What has one weight: a token, or a response."""
     weight_cap: float = 2.0
+    """C."""
     low: float = 0.0
+    """Lower end of the band of mis, icepop and geo_rs."""
     high: float = math.inf
+    """Upper end of that band."""
     k3_limit: float = math.inf
+    """Nats per token."""
     batch_normalise: bool = False
+    """Weights are divided by their mean over the global batch, after truncation: over tokens, or over responses if a response has one
+    weight."""
 
     @staticmethod
     def of(config: Config) -> Correction:
-        """The configured correction, presets filled in."""
+        """The correction of a configuration, with its presets."""
         options = config.correction_options
         low, high = options.band(config.correction)
         cap = config.ais.weight_cap
         return Correction(config.correction, config.weight_level, cap, low, high, options.k3_limit, options.batch_normalise)
 
     def weights(self, log_ratio: Tensor, loss_mask: Tensor) -> Tensor:
-        """The factor of every token at full strength, in log_ratio's dtype and shape; any value outside the mask."""
+        """The factor of every token at full strength, in the dtype and shape of `log_ratio`. Values outside the mask have no meaning."""
         if not METHODS[self.name].weighs:
             return torch.ones_like(log_ratio)
         return self.limited(importance_weights(log_ratio, loss_mask, self.level))
 
     def limited(self, w: Tensor) -> Tensor:
-        """`weights` from raw ones, where the correction weighs at all: truncated, or 0 outside the band."""
+        """The weights of a correction that weights tokens, from raw weights: truncated, or 0 outside the band."""
         return METHODS[self.name].limit(self, w)
 
     @property
     def acts_on_tokens(self) -> bool:
-        """Whether a token's weight depends on that token alone, and no response is rejected."""
+        """Whether a token's weight depends only on that token, and no response is rejected."""
         return self.level == "token" and METHODS[self.name].weighs
 
     def kept(self, log_ratio: Tensor, loss_mask: Tensor) -> Tensor:
@@ -98,17 +100,14 @@ def k3_below_limit(correction: Correction, log_ratio: Tensor, loss_mask: Tensor)
 
 
 class Method(NamedTuple):
-    """What sets one correction apart from the others.
-
-    weighs: whether tokens carry importance weights; otherwise their weight is 1.
-    limit: (correction, w ``[batch, seq]``) -> ``[batch, seq]``, what is made of a raw weight.
-    accepts: (correction, log_ratio, loss_mask, both ``[batch, seq]``) -> bool ``[batch]``, the responses that stay in the batch;
-        None: all of them.
-    """
+    """What makes one correction different from the others."""
 
     weighs: bool = True
+    """Tokens have importance weights; otherwise their weight is 1."""
     limit: Callable[[Correction, Tensor], Tensor] = truncated
+    """(correction, w ``[batch, seq]``) -> ``[batch, seq]``, the weight that is used in place of a raw weight."""
     accepts: Callable[[Correction, Tensor, Tensor], Tensor] | None = None
+    """(correction, log_ratio, loss_mask, both ``[batch, seq]``) -> bool ``[batch]``, the responses that stay in the batch; None: all."""
 
 
 METHODS: dict[str, Method] = {
@@ -123,17 +122,17 @@ METHODS: dict[str, Method] = {
 
 
 def log_importance_ratio(old_logprobs: Tensor, rollout_logprobs: Tensor) -> Tensor:
-    """l, in the inputs' dtype; clamped so that one corrupt token can reach neither inf nor NaN."""
+    """l in the dtype of the inputs, clamped so that a corrupt token gives neither inf nor NaN."""
     return (old_logprobs - rollout_logprobs).clamp_(-MAX_LOG_RATIO, MAX_LOG_RATIO)
 
 
 def response_mean(values: Tensor, loss_mask: Tensor) -> Tensor:
-    """The mean over each response's mask tokens, ``[batch]``; 0 for a row without any."""
+    """The mean over each response's tokens in the mask, ``[batch]``; 0 for a row without such tokens."""
     return values.masked_fill(~loss_mask, 0.0).sum(1) / loss_mask.sum(1).clamp(min=1)
 
 
 def importance_weights(log_ratio: Tensor, loss_mask: Tensor, level: Level = "token") -> Tensor:
-    """w, ``[batch, seq]``; at the levels of a response every one of its tokens carries the response's weight."""
+    """w, ``[batch, seq]``. If a response has one weight, all its tokens have it."""
     if level == "token":
         return log_ratio.exp()
     exponent = response_mean(log_ratio, loss_mask)
@@ -143,8 +142,8 @@ def importance_weights(log_ratio: Tensor, loss_mask: Tensor, level: Level = "tok
 
 
 def mixed_weights(full_weights: Tensor, alpha: float) -> Tensor:
-    """s = 1 + alpha (wbar - 1): the uncorrected gradient at alpha 0, the whole correction at alpha 1.
+    """s = 1 + alpha (wbar - 1): no correction at alpha 0, the full correction at alpha 1.
 
-    In this form a weight of exactly 1 gives exactly 1, whatever alpha (Proposition 3: no mismatch, no change).
+    In this form a weight of exactly 1 gives exactly 1 for any alpha (Proposition 3: without mismatch nothing changes).
     """
     return torch.lerp(full_weights.new_ones(()), full_weights, alpha)

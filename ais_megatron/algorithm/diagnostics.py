@@ -1,13 +1,13 @@
-"""How far the sampler is from the trainer: one vector of sums per rank, one all-reduce, then every figure.
+"""Measures how far the sampler is from the trainer, with one vector of sums per rank and one all-reduce.
 
     rho = (sum wbar)^2 / (n sum wbar^2)      weight reliability, the ESS ratio of the weights in use
     D   = mean(exp(l) - 1 - l)               divergence severity, the k3 estimator of KL(mu || pi_old), nats per token
     nu  = sum (wbar A)^2 / sum A^2           variance amplification
 
-w and wbar are those of the correction's level: one per token, or one per response that all its tokens carry.
+w and wbar are those of the correction's level: one per token, or one per response, which all its tokens have.
 
-Source: AIS (arXiv 2605.13907), its three diagnostics. Ratios are taken of global sums only: a mean of ranks' ratios is
-another number. Everything is float64 from before the exponential on, because at l = 1e-3 float32 gets D wrong by 12 %.
+Source: AIS (arXiv 2605.13907), its three diagnostics. Ratios are computed only from global sums, because the mean of the ranks' ratios
+is a different number. Everything is float64 from before the exponential on, because at l = 1e-3 float32 gets D wrong by 12 %.
 """
 
 from __future__ import annotations
@@ -23,21 +23,21 @@ from torch import Tensor
 from ais_megatron.algorithm.correction import Correction, importance_weights, log_importance_ratio, response_mean
 from ais_megatron.distributed import all_reduce_sum
 
-CPU_CHUNK = 2**16  # elements of [batch, seq] worked on at a time
+CPU_CHUNK = 2**16  # number of elements of [batch, seq] that are processed at a time
 
 Value = TypeVar("Value")
 
 
 class Sums(NamedTuple, Generic[Value]):
-    """What is added up over tokens, responses and ranks: float64 scalars where they are computed, numbers after the reduction.
+    """The sums over tokens, responses and ranks: float64 scalars on each rank, numbers after the reduction.
 
-    w, wbar: of the correction's level, and truncated at C. l: the log importance ratio. A: the advantage.
+    w is the weight at the correction's level, and wbar is w truncated at C. l is the log importance ratio, A the advantage.
     """
 
     tokens: Value
     """Response tokens."""
     sequences: Value
-    """Responses that have any."""
+    """Responses with at least one such token."""
     w_trunc: Value
     """wbar."""
     w_trunc_sq: Value
@@ -63,9 +63,9 @@ class Sums(NamedTuple, Generic[Value]):
     ppl_ratio: Value
     """Per response: exp(-mean l)."""
     kept: Value
-    """Tokens of responses that were not rejected; at the levels of a response, such responses."""
+    """Tokens of responses that were not rejected. If a response has one weight, the number of such responses."""
     kept_weight: Value
-    """s at full strength over them: one term per token, or per response."""
+    """s at full strength, summed over these tokens or responses."""
     rejected: Value
     """Tokens of rejected responses, or outside the band."""
     g0: Value
@@ -79,7 +79,7 @@ class Sums(NamedTuple, Generic[Value]):
 
 
 class Extremes(NamedTuple, Generic[Value]):
-    """Of which the maximum counts. They travel through the sum as one slot per rank."""
+    """Values whose maximum over all ranks is needed. In the all-reduce, which sums, every rank has its own slot for them."""
 
     largest_w: Value
     minus_smallest_w: Value
@@ -91,9 +91,9 @@ NUM_SUMS, NUM_EXTREMES = len(Sums._fields), len(Extremes._fields)
 
 @dataclass(frozen=True, kw_only=True)
 class Diagnostics:
-    """Global figures of one batch, equal on every rank; the words are those of docs/algorithm.md.
+    """Global figures of one batch, equal on every rank. docs/algorithm.md explains the terms.
 
-    The defaults are those of a batch without a single token: sampler and trainer agree perfectly.
+    The defaults are those of a batch without tokens: sampler and trainer agree perfectly.
     """
 
     num_tokens: float = 0.0
@@ -101,15 +101,15 @@ class Diagnostics:
     num_sequences: float = 0.0
     """Responses of the whole batch."""
     weight_reliability: float = 1.0
-    """rho, of the truncated weights."""
+    """rho of the truncated weights."""
     weight_reliability_raw: float = 1.0
-    """rho, of the weights as they are."""
+    """rho of the weights without truncation."""
     divergence_severity: float = 0.0
-    """D, nats per token."""
+    """D, in nats per token."""
     variance_amplification: float = 1.0
     """nu."""
     k1_kl: float = 0.0
-    """mean(-l), nats per token."""
+    """mean(-l), in nats per token."""
     ppl_ratio: float = 1.0
     """Mean over responses of exp(-mean l)."""
     chi2_token: float = 0.0
@@ -121,18 +121,18 @@ class Diagnostics:
     is_weight_max: float = 1.0
     """Largest w."""
     fraction_truncated: float = 0.0
-    """Tokens with w > C."""
+    """Share of tokens with w > C."""
     prob_diff_mean: float = 0.0
     """Mean of |pi_old(y) - mu(y)|."""
     prob_diff_max: float = 0.0
-    """The largest of them."""
+    """The largest |pi_old(y) - mu(y)|."""
     fraction_rejected: float = 0.0
-    """Tokens that the correction dropped with their response, or gave the weight 0."""
+    """Share of tokens whose response was rejected, or whose weight is 0."""
     mean_weight: float = 1.0
-    """Mean weight of the correction at full strength, over the tokens kept; at the levels of a response over the responses kept,
-    whatever their lengths, as in verl."""
+    """Mean weight of the correction at full strength over the kept tokens. If a response has one weight, over the kept responses, whatever
+    their lengths, as in verl."""
     signal_gap: float = 0.0
-    """Mean over responses of g1 - g0: how far the correction moves a response's mean advantage."""
+    """Mean over responses of g1 - g0: how much the correction changes a response's mean advantage."""
     signal_gap_variance: float = 0.0
     """Its variance over responses, unbiased."""
     signal_gap_covariance: float = 0.0
@@ -147,14 +147,14 @@ def diagnose(
     correction: Correction,
     group: dist.ProcessGroup | None = None,
 ) -> Diagnostics:
-    """The batch's `Diagnostics` from every rank's own tokens, with one all-reduce.
+    """The `Diagnostics` of a batch, from every rank's own tokens and one all-reduce.
 
     Args:
         old_logprobs, rollout_logprobs: float32 ``[batch, seq]``.
-        advantages: ``[batch]``, or ``[batch, seq]`` where they differ by token.
+        advantages: ``[batch]``, or ``[batch, seq]`` if the tokens of a response differ.
         loss_mask: bool ``[batch, seq]``.
-        correction: whose weight cap, level, rejections and mean weight are measured.
-        group: the data-parallel x context-parallel group (never TP or PP: replicas would count twice).
+        correction: its weight cap, level, rejections and mean weight are used.
+        group: the data-parallel x context-parallel group. (With TP or PP, copies would count twice.)
     """
     sums, extremes = statistics(old_logprobs, rollout_logprobs, advantages, loss_mask, correction)
     vector = join(sums, extremes, group)
@@ -164,7 +164,7 @@ def diagnose(
 
 
 def join(sums: Tensor, extremes: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
-    """One float64 vector whose SUM over the ranks of `group` holds everything: the sums, and one slot of extremes per rank."""
+    """A float64 vector to be summed over the ranks of `group`. It has the sums, and one slot of extremes per rank."""
     world = dist.get_world_size(group) if group is not None else 1
     slots = torch.zeros(world, NUM_EXTREMES, dtype=torch.float64, device=sums.device)
     slots[dist.get_rank(group) if world > 1 else 0] = extremes
@@ -172,20 +172,20 @@ def join(sums: Tensor, extremes: Tensor, group: dist.ProcessGroup | None = None)
 
 
 def split(vector: Tensor) -> Diagnostics:
-    """The figures of a reduced `join`."""
+    """The figures from a reduced `join`."""
     return from_statistics(vector[:NUM_SUMS], vector[NUM_SUMS:].view(-1, NUM_EXTREMES).amax(0))
 
 
 def statistics(
     old_logprobs: Tensor, rollout_logprobs: Tensor, advantages: Tensor, loss_mask: Tensor, correction: Correction
 ) -> tuple[Tensor, Tensor]:
-    """Sufficient statistics of whole rows of a batch: float64 ``[NUM_SUMS]``, the `Sums`, which add, and ``[NUM_EXTREMES]``, the
-    `Extremes`, of which the maximum counts (-inf where there is no token)."""
+    """The statistics of whole rows of a batch: the `Sums`, float64 ``[NUM_SUMS]``, and the `Extremes`, ``[NUM_EXTREMES]`` (-inf without
+    tokens)."""
     if advantages.dim() == 1:
         advantages = advantages[:, None]
     advantages = advantages.expand_as(loss_mask)
     batch, seq = loss_mask.shape
-    # On a CPU a few rows at a time, whose float64 intermediates stay in the cache; on a GPU one set of kernels for all.
+    # On a CPU a few rows at a time, so that their float64 intermediates stay in the cache. On a GPU all at once.
     rows = max(1, CPU_CHUNK // max(seq, 1)) if loss_mask.device.type == "cpu" else batch
     cuts = [slice(first, first + rows) for first in range(0, batch, rows) or (0,)]
     chunks = [_of_rows(old_logprobs[cut], rollout_logprobs[cut], advantages[cut], loss_mask[cut], correction) for cut in cuts]
@@ -193,12 +193,12 @@ def statistics(
 
 
 def _of_rows(old: Tensor, rollout: Tensor, advantages: Tensor, loss_mask: Tensor, correction: Correction) -> tuple[Tensor, Tensor]:
-    """`statistics` of a few rows, over their response tokens alone, end to end: outside the mask anything may stand, NaN included."""
+    """`statistics` of a few rows. Only response tokens are used, one after the other. Outside the mask any value is allowed, even NaN."""
     where = loss_mask.flatten().nonzero()[:, 0]
     old, rollout, adv = (x.flatten().index_select(0, where) for x in (old, rollout, advantages))
     log_ratio, adv = log_importance_ratio(old.double(), rollout.double()), adv.double()
     excess = torch.special.expm1(log_ratio)
-    prob_diff = old.exp_().sub_(rollout.exp_()).abs_()  # in the inputs' float32: no small difference is taken to a power here
+    prob_diff = old.exp_().sub_(rollout.exp_()).abs_()  # float32 as the inputs is enough, because no small difference is exponentiated here
     weighed = _weigh(log_ratio, excess, where, loss_mask, correction)
     w, cap = weighed.w, correction.weight_cap
     w_trunc = w.clamp(max=cap)
@@ -218,7 +218,7 @@ def _of_rows(old: Tensor, rollout: Tensor, advantages: Tensor, loss_mask: Tensor
         log_ratio=log_ratio.sum(),
         weighted_adv_sq=weighted_adv.dot(weighted_adv),
         adv_sq=adv.dot(adv),
-        chi2=excess.dot(excess) + 2.0 * excess.sum(),  # exp(2 l) - 1, which loses no digits for small l
+        chi2=excess.dot(excess) + 2.0 * excess.sum(),  # exp(2 l) - 1 without loss of digits for small l
         truncated=torch.count_nonzero(w > cap).double(),
         prob_diff=prob_diff.sum(dtype=torch.float64),
         ppl_ratio=(-mean_log_ratio).exp().sum(),
@@ -238,16 +238,17 @@ def _of_rows(old: Tensor, rollout: Tensor, advantages: Tensor, loss_mask: Tensor
 
 
 class _Weighed(NamedTuple):
-    """w: float64 ``[tokens]``; the others: the `Sums` of these names."""
+    """The weights of some tokens, and the `Sums` with the same names."""
 
     w: Tensor
+    """float64 ``[tokens]``."""
     kept: Tensor
     kept_weight: Tensor
     rejected: Tensor
 
 
 def _weigh(log_ratio: Tensor, excess: Tensor, where: Tensor, loss_mask: Tensor, correction: Correction) -> _Weighed:
-    """The tokens at the flat positions `where`, as the correction weighs them; excess: exp(log_ratio) - 1."""
+    """The weights of the tokens at the flat positions `where`. excess: exp(log_ratio) - 1."""
     if correction.acts_on_tokens:
         w = excess + 1.0
         full = correction.limited(w)
@@ -260,7 +261,7 @@ def _weigh(log_ratio: Tensor, excess: Tensor, where: Tensor, loss_mask: Tensor, 
     rejected = torch.count_nonzero(full.flatten()[where] == 0.0).double()
     if correction.level == "token":
         count, total = kept.sum().double(), full.sum()
-    else:  # each response counts once: its tokens all carry its one weight
+    else:  # each response counts once, because all its tokens have the same weight
         count, total = kept.any(1).sum().double(), response_mean(full, kept).sum()
     return _Weighed(w.flatten()[where], count, total, rejected)
 
@@ -271,10 +272,10 @@ def _response_sums(values: Tensor, lengths: Tensor) -> Tensor:
 
 
 def from_statistics(sums: Tensor, extremes: Tensor) -> Diagnostics:
-    """The figures from global sums and extremes. Without a single token: a batch that agrees perfectly.
+    """The figures from global sums and extremes. Without tokens, sampler and trainer agree perfectly.
 
     Raises:
-        ValueError: a sum is not finite, so some log-probability was not.
+        ValueError: a sum is not finite, because a log-probability is not finite.
     """
     t: Sums[float] = Sums._make(sums.tolist())
     if bad := [name for name, value in t._asdict().items() if not math.isfinite(value)]:
@@ -309,7 +310,7 @@ def from_statistics(sums: Tensor, extremes: Tensor) -> Diagnostics:
 
 
 class RunningStatistics:
-    """`statistics` of a batch that comes in pieces (microbatches): sums are added, extremes compared, nothing is reduced."""
+    """`statistics` of a batch that comes in microbatches. Sums are added and extremes compared, without communication."""
 
     def __init__(self, correction: Correction) -> None:
         self._correction = correction
@@ -317,11 +318,11 @@ class RunningStatistics:
         self._extremes = torch.full((NUM_EXTREMES,), -math.inf, dtype=torch.float64)
 
     def add(self, old_logprobs: Tensor, rollout_logprobs: Tensor, advantages: Tensor, loss_mask: Tensor) -> None:
-        """Whole rows, as in `statistics`; on a GPU nothing waits for the result."""
+        """Add whole rows, as in `statistics`. On a GPU nothing waits for the result."""
         sums, extremes = statistics(old_logprobs, rollout_logprobs, advantages, loss_mask, self._correction)
         self._sums = self._sums.to(sums.device) + sums
         self._extremes = torch.maximum(self._extremes.to(sums.device), extremes)
 
     def joined(self, group: dist.ProcessGroup) -> Tensor:
-        """`join` of all pieces so far, on the CPU."""
+        """`join` of all microbatches so far, on the CPU."""
         return join(self._sums.cpu(), self._extremes.cpu(), group)

@@ -2,8 +2,8 @@
 
     loss = - sum_t weight_t J_t + sum_t share_t (kl_coefficient KL_t - entropy_bonus H_t)
 
-J is the objective's (`objectives`), weight_t and share_t are `LossScaler`'s; the division by the global number of
-tokens is Megatron's. Penalty and bonus are regularisers of the policy, so alpha does not scale them.
+J comes from the objective (`objectives`), weight_t and share_t from `LossScaler`. Megatron divides by the global number of tokens. The
+penalty and the bonus are regularisers of the policy, so alpha does not scale them.
 """
 
 from __future__ import annotations
@@ -21,10 +21,12 @@ POLICY_METRICS = ("loss", "entropy", "policy_ratio_mean", "clip_fraction", "refe
 
 
 class PolicyLoss(NamedTuple):
-    """total: float32 scalar with grad. metric_sums: float64 ``[len(POLICY_METRICS)]``, sums over the kept tokens."""
+    """The loss of one microbatch, and its metrics."""
 
     total: Tensor
+    """float32 scalar with grad."""
     metric_sums: Tensor
+    """float64 ``[len(POLICY_METRICS)]``, sums over the kept tokens."""
 
 
 def policy_loss(
@@ -40,7 +42,8 @@ def policy_loss(
 
     Args:
         logprobs, entropy: float32 ``[batch, seq]`` with grad.
-        old_logprobs: the same shape, no grad; reference_logprobs: likewise, None where there is no penalty.
+        old_logprobs: the same shape, no grad.
+        reference_logprobs: the same shape, no grad; None if there is no penalty.
         advantages: float32 ``[batch]``.
     """
     kept, clip = factors.kept, objective.resolved

@@ -1,4 +1,4 @@
-"""What is maximised per token, before any weight: J_t of the batch, of which `loss` makes a sum.
+"""The objectives: J_t of every token, before importance weights. `loss` sums them.
 
 With r_t = exp(logprobs - old_logprobs), R_i = exp(mean over response i of (logprobs - old_logprobs)), e_l = clip_low,
 e_h = clip_high, clip(x) = clip(x, 1 - e_l, 1 + e_h), and sg the stop-gradient:
@@ -8,10 +8,10 @@ e_h = clip_high, clip(x) = clip(x, 1 - e_l, 1 + e_h), and sg the stop-gradient:
     cispo                  sg(clip(r_t)) A log pi_t                       2506.13585
     tbpo                   min(R_i A, clip(R_i) A) if A > 0, else clip(R_i) A    2604.07853
 
-GRPO's relatives differ in advantages, clipping and aggregation, which are settings, not formulas. The sequence-level
-objectives give every token of a response the same J, so that the sequence mean of `LossScaler` is the paper's sum, its
-gradient flows through R_i to all tokens, and token-level weights act by their mean over the response. TBPO's trust band:
-a negative response moves the policy only while R_i is inside, so that a garbled one cannot push without limit.
+dr_grpo and dapo differ from grpo only in advantages, clipping and aggregation, which are settings. The sequence-level objectives (gspo,
+tbpo) give all tokens of a response the same J. The sequence mean of `LossScaler` is then the paper's sum, the gradient flows through R_i
+to all tokens, and token-level weights act by their mean over the response. In TBPO a response with a negative advantage changes the
+policy only while R_i is inside the trust band, so that a garbled response cannot push it without limit.
 """
 
 from __future__ import annotations
@@ -29,11 +29,14 @@ from ais_megatron.config.algorithm import ObjectiveConfig
 
 
 class Surrogate(NamedTuple):
-    """``[batch, seq]`` each: the objective with grad; the ratio in use, detached; where clipping changed it, bool."""
+    """The result of an objective. Each field is ``[batch, seq]``."""
 
     objective: Tensor
+    """J, with grad."""
     policy_ratio: Tensor
+    """The ratio that the objective uses, detached."""
     clipped: Tensor
+    """bool: where clipping changed J."""
 
 
 Objective = Callable[[Tensor, Tensor, Tensor, Tensor, float, float], Surrogate]
@@ -63,7 +66,7 @@ def surrogate(
         logprobs: float32 ``[batch, seq]`` with grad; old_logprobs: the same shape, no grad.
         advantages: float32 ``[batch]``; loss_mask: bool ``[batch, seq]``, whole responses.
     """
-    if doors.is_own(name):  # so that its author need not think of what padding holds
+    if doors.is_own(name):  # so that its author need not handle padding
         logprobs, old_logprobs = (x.masked_fill(~loss_mask, 0.0) for x in (logprobs, old_logprobs))
     return _function(name)(logprobs, old_logprobs, advantages[:, None], loss_mask, clip_low, clip_high)
 
@@ -96,7 +99,7 @@ OBJECTIVES: dict[str, Objective] = {"grpo": grpo, "dr_grpo": grpo, "dapo": grpo,
 
 
 def _log_ratio(logprobs: Tensor, old_logprobs: Tensor, loss_mask: Tensor) -> Tensor:
-    """0 outside the mask, before the exponential, so that padding can produce neither inf nor a gradient."""
+    """The log ratio, 0 outside the mask. It is set before the exponential, so that padding gives neither inf nor a gradient."""
     return (logprobs - old_logprobs).masked_fill(~loss_mask, 0.0)
 
 
@@ -119,12 +122,12 @@ def _function(name: str) -> Objective:
 
 
 def check_objective(config: ObjectiveConfig) -> None:
-    """Try an objective of the user's own on two short responses, before anything is trained. Built-in ones need no trial.
+    """Try an objective of the user's own on two short responses before training. Built-in objectives need no trial.
 
     Raises:
-        RuntimeError: the function, or the import of its module, raised; the cause is its own exception.
-        ValueError: what it returned is not a `Surrogate` of ``[batch, seq]`` tensors, is not finite, or does not depend on
-            logprobs; or its preset cannot be seen in the module's source.
+        RuntimeError: the function, or the import of its module, raised; this exception is the cause.
+        ValueError: the result is not a `Surrogate` of ``[batch, seq]`` tensors, is not finite, or does not depend on logprobs; or
+            the preset cannot be read in the module's source.
     """
     if not doors.is_own(config.name):
         return
@@ -146,16 +149,16 @@ def check_objective(config: ObjectiveConfig) -> None:
             got = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
             raise ValueError(f"{where}: its {field} must be a tensor of shape [batch, seq], here [2, 4], got {got}")
         if not value.isfinite().all():
-            raise ValueError(f"{where}: its {field} is not finite on a trial batch, whose ratios lie between 0.8 and 1.4: {value.tolist()}")
+            raise ValueError(f"{where}: its {field} is not finite on a trial batch with ratios between 0.8 and 1.4: {value.tolist()}")
     if not found.objective.requires_grad:
-        raise ValueError(f"{where}: its objective does not depend on logprobs, so nothing would be learnt")
+        raise ValueError(f"{where}: its objective does not depend on logprobs, so there would be no gradient; compute it from logprobs")
 
 
 def kl_penalty(estimator: str, logprobs: Tensor, reference_logprobs: Tensor, loss_mask: Tensor) -> Tensor:
     """Per-token estimate of KL(pi_theta || pi_ref), ``[batch, seq]`` with grad, 0 outside the mask.
 
-    d = logprobs - reference_logprobs. k3: exp(-d) - 1 + d, differentiated as it stands (GRPO). k1: d, whose own gradient has
-    expectation 0 and would penalise nothing; it carries that of d^2 / 2 instead, which is unbiased on policy.
+    With d = logprobs - reference_logprobs, k3 is exp(-d) - 1 + d with its own gradient (GRPO). k1 is d. The gradient of d has expectation 0
+    and would penalise nothing, so k1 has the gradient of d^2 / 2, which is unbiased on policy.
     """
     d = (logprobs - reference_logprobs).masked_fill(~loss_mask, 0.0).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
     if estimator == "k3":

@@ -1,14 +1,13 @@
-"""`LossScaler`: every factor that multiplies the policy loss, in one place.
+"""`LossScaler`: all factors that multiply the policy loss.
 
-Megatron runs with ``calculate_per_token_loss=True``: the loss function returns a plain sum and its number of tokens, and
-`finalize_model_grads` divides all gradients by the global number of tokens, once. So token t of response i needs
+Megatron runs with ``calculate_per_token_loss=True``. The loss function returns a sum and its number of tokens, and
+`finalize_model_grads` divides all gradients once by the global number of tokens. So the factor of token t in response i is
 
     token mean:      s_t
     sequence mean:   s_t (T / N) / len_i       T, N: tokens and responses of the whole update
     constant length: s_t (T / N) / L           L: the longest response allowed (Dr.GRPO, arXiv 2503.20783)
 
-and neither the microbatch split, nor padding, nor the number of ranks can enter the result. Rejected responses are in
-none of T, N and len_i.
+and the result does not depend on microbatches, padding or the number of ranks. Rejected responses are not counted in T, N and len_i.
 """
 
 from __future__ import annotations
@@ -23,31 +22,28 @@ from ais_megatron.algorithm.correction import Correction, log_importance_ratio, 
 
 
 class TokenFactors(NamedTuple):
-    """Of one microbatch, ``[batch, seq]``, no grad, 0 (False) outside `kept`.
-
-    policy: float32, the factor of the policy loss, before the division by T.
-    shares: float32, the aggregation alone (s = 1): the factor of what is no estimate over mu, KL penalty and entropy.
-    kept: bool, the loss mask without rejected responses; its sum is the number of tokens that the loss reports.
-    """
+    """The factors of one microbatch, ``[batch, seq]``, without grad, 0 (False) outside `kept`."""
 
     policy: Tensor
+    """float32, the factor of the policy loss, before the division by T."""
     shares: Tensor
+    """float32, the factor from the aggregation only (s = 1), for terms that are no estimates over mu: KL penalty and entropy."""
     kept: Tensor
+    """bool, the loss mask without rejected responses. Its sum is the number of tokens that the loss reports."""
 
 
 @dataclass(frozen=True)
 class LossScaler:
-    """How strongly and over what this batch is corrected."""
+    """How strongly a batch is corrected, and how its loss is averaged."""
 
     alpha: float
     """The strength of the correction, in [0, 1]."""
     aggregation: str = "token"
     """token, sequence or constant."""
     correction: Correction = field(default_factory=Correction)
-    """What is mixed in with strength alpha."""
+    """The correction that alpha scales."""
     mean_weight: float = 1.0
-    """The global mean of s, by which batch normalisation divides: over tokens, or over responses where one weight stands for a
-    response."""
+    """The global mean of s, by which batch normalisation divides: over tokens, or over responses if a response has one weight."""
     response_limit: int | None = None
     """L, needed by the aggregation "constant"."""
     tokens_per_sequence: float | None = None
@@ -62,7 +58,7 @@ class LossScaler:
         return replace(self, tokens_per_sequence=num_tokens / max(num_sequences, 1.0))
 
     def factors(self, old_logprobs: Tensor, rollout_logprobs: Tensor, loss_mask: Tensor) -> TokenFactors:
-        """What multiplies every token of one microbatch; see `TokenFactors`. Inputs float32, bool ``[batch, seq]``."""
+        """The factors of every token of one microbatch, see `TokenFactors`. Inputs are float32, the mask bool, all ``[batch, seq]``."""
         log_ratio = log_importance_ratio(old_logprobs, rollout_logprobs).detach()
         kept = self.correction.kept(log_ratio, loss_mask)
         weights = mixed_weights(self.correction.weights(log_ratio, loss_mask), self.alpha)
@@ -71,11 +67,11 @@ class LossScaler:
         shares = self._shares(kept)
         if self.needs_totals:  # otherwise shares are 1 wherever the mask is
             weights *= shares
-        # A masked product, not a multiplication by 0: what padding holds is anything, infinity included.
+        # A masked product instead of a multiplication by 0, because padding may have any value, even infinity.
         return TokenFactors(weights.masked_fill_(~kept, 0.0), shares, kept)
 
     def kept(self, old_logprobs: Tensor, rollout_logprobs: Tensor, loss_mask: Tensor) -> Tensor:
-        """`TokenFactors.kept` alone, for counting T and N."""
+        """Only `TokenFactors.kept`, for counting T and N."""
         return self.correction.kept(log_importance_ratio(old_logprobs, rollout_logprobs), loss_mask)
 
     def _shares(self, kept: Tensor) -> Tensor:

@@ -1,8 +1,7 @@
-"""What one table says about a model family: every weight of a layer, and the few things in which families differ.
+"""The table of a model family: every weight of a layer, and the few properties in which families differ.
 
-Nothing here imports torch or Megatron. A shape is written in the names of an architecture's sizes ("query_size",
-"hidden_size"), so a table holds for every size of model. Planner, manifest, embedded engine, SGLang plugin, import and export
-all read the same rows.
+A shape consists of names of sizes ("query_size", "hidden_size"), so one table is right for models of every size. Planner, manifest,
+embedded engine, SGLang plugin, import and export all use the same rows. Nothing here imports torch or Megatron.
 """
 
 from __future__ import annotations
@@ -14,25 +13,25 @@ from typing import NamedTuple, Protocol
 
 
 class Weight(NamedTuple):
-    """One Hugging Face tensor, and where its values live in Megatron."""
+    """One row of a table: a Hugging Face tensor, and the Megatron parameter that holds its values."""
 
     name: str
-    """Hugging Face name. In a layer's table it is what follows ``model.layers.N.``; ``{expert}`` stands for an expert's number."""
+    """Hugging Face name. In a layer's table it is the part after ``model.layers.N.``. ``{expert}`` stands for the number of an expert."""
     shape: tuple[str, ...]
     """Names of sizes, such as ``("query_size", "hidden_size")``."""
     tp_dim: int | None
-    """The dimension that tensor parallelism cuts; None: every rank holds all of it."""
+    """The dimension that tensor parallelism splits; None: every rank holds the whole tensor."""
     megatron: str
-    """Megatron's parameter, as its name continues after ``decoder.layers.N.``. Rows of one table that name the same parameter are its
-    parts, in order: three are Q, K and V, interleaved by KV group; two are stacked. ``{slot}`` numbers a rank's own experts."""
+    """The part of Megatron's parameter name after ``decoder.layers.N.``. Rows of one table with the same name are parts of one parameter,
+    in their order. Three parts are Q, K and V, interleaved by KV group. Two are stacked. ``{slot}`` numbers the experts of a rank."""
     transformer_engine: str | None = None
-    """Its name where layers are Transformer Engine's; None: the same."""
+    """The name in Transformer Engine's layers; None: the same."""
     quantized: bool = False
     """Whether FP8 and FP4 rollouts quantise it."""
 
 
 class Sizes(Protocol):
-    """What a table needs to know of an architecture; `config.Architecture` is one."""
+    """What a table needs to know about an architecture. `config.Architecture` satisfies it."""
 
     @property
     def num_hidden_layers(self) -> int: ...
@@ -52,32 +51,33 @@ class Tensor(NamedTuple):
 
 @dataclass(frozen=True)
 class Family:
-    """A model family. The one table that a new family is made of."""
+    """A model family. Adding a family means writing one of these."""
 
     model_type: str
-    """As in config.json."""
+    """The value of ``model_type`` in config.json."""
     hf_class: str
-    """transformers' causal language model, as ``architectures`` in config.json names it. Its configuration's class is the same name
-    with ``Config`` in place of ``ForCausalLM``."""
+    """transformers' causal language model, as in ``architectures`` of config.json. Its configuration class has ``Config`` in place of
+    ``ForCausalLM``."""
     layer: tuple[Weight, ...]
-    """Everything in one layer but its experts, in the order in which it is exported."""
+    """All weights of one layer except its experts, in the order of the export."""
     sglang_attention: str
-    """SGLang's class that owns a layer's attention; the plugin gives it KV scales."""
+    """SGLang's class for the attention of a layer, to which the plugin adds KV scales."""
     experts: tuple[Weight, ...] = ()
-    """Of one expert; empty in a dense family."""
+    """The weights of one expert; empty in a dense family."""
     qk_norm: bool = False
-    """Q and K go through a norm of their own, per head, before they are rotated."""
+    """Q and K have a norm per head before the rotary embedding."""
     qkv_bias: bool = False
+    """The projections to Q, K and V have biases."""
     rope_theta: float = 10_000.0
-    """What transformers assumes where config.json says nothing."""
+    """The value that transformers assumes if config.json has none."""
     rope_types: tuple[str, ...] = ("default",)
-    """Kinds of rotary embedding that the family's checkpoints may ask for: default, llama3."""
+    """The kinds of rotary embedding that checkpoints of this family may have: default, llama3."""
     fixed: Mapping[str, object] = field(default_factory=lambda: {"hidden_act": "silu"})
-    """Keys of config.json that must have this value where they stand in a checkpoint, and that an export writes."""
+    """Keys of config.json that must have this value if a checkpoint contains them. An export writes them."""
     takes_mask_by_kind: bool = False
-    """transformers' model takes attention masks in a mapping by the kind of layer."""
+    """transformers' model takes a mapping from kinds of layers to attention masks."""
     sglang_keeps_tied_head: bool = False
-    """SGLang gives the model a head of its own even where it is tied to the embedding."""
+    """In SGLang the model has its own head even if it is tied to the embedding."""
 
     @property
     def is_moe(self) -> bool:
@@ -96,7 +96,7 @@ def shape_of(weight: Weight, sizes: Sizes) -> tuple[int, ...]:
 
 
 def tensors_of(sizes: Sizes) -> Iterator[Tensor]:
-    """Every tensor of a model under its Hugging Face name, the head also where it is tied to the embedding."""
+    """Every tensor of a model under its Hugging Face name. The head is included even if it is tied to the embedding."""
     family = sizes.family
     yield Tensor(EMBEDDING.name, shape_of(EMBEDDING, sizes), False)
     for number in range(sizes.num_hidden_layers):
@@ -111,5 +111,5 @@ def tensors_of(sizes: Sizes) -> Iterator[Tensor]:
 
 
 def parameters_of(table: tuple[Weight, ...]) -> list[tuple[Weight, ...]]:
-    """The rows of a table, those of one Megatron parameter together."""
+    """The rows of a table, grouped by Megatron parameter."""
     return [tuple(rows) for _, rows in groupby(table, key=lambda weight: weight.megatron)]

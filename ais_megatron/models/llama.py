@@ -1,4 +1,4 @@
-"""Llama 2 and 3, SmolLM2 and what else shares their architecture: no biases, no norms on Q and K, scaled RoPE from Llama 3.1 on."""
+"""Llama 2 and 3, SmolLM2 and other models with this architecture: no biases, no norms on Q and K, scaled RoPE from Llama 3.1 on."""
 
 from __future__ import annotations
 

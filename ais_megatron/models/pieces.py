@@ -1,4 +1,4 @@
-"""Rows that several families share."""
+"""Rows of tables that several families share."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def _of_expert(name: str, shape: tuple[str, str], tp_dim: int, linear: str) -> W
         shape,
         tp_dim,
         f"mlp.experts.local_experts.{{slot}}.{linear}.weight",
-        f"mlp.experts.{linear}.weight{{slot}}",  # its experts are one grouped matrix product
+        f"mlp.experts.{linear}.weight{{slot}}",  # Transformer Engine multiplies all experts of a rank in one grouped product
         quantized=True,
     )
 

@@ -1,4 +1,4 @@
-"""Qwen2 and Qwen2.5, dense: biases on Q, K and V, no norms on them."""
+"""Qwen2 and Qwen2.5, dense: biases on Q, K and V, no norms on Q and K."""
 
 from __future__ import annotations
 

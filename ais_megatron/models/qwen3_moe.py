@@ -13,7 +13,7 @@ QWEN3_MOE = Family(
     sglang_attention="sglang.srt.models.qwen3_moe.Qwen3MoeAttention",
     qk_norm=True,
     rope_theta=1_000_000.0,
-    # A model with dense layers among its sparse ones would need a table for each.
+    # A model with both dense and sparse layers would need a table for each kind.
     fixed={"hidden_act": "silu", "attention_bias": False, "use_sliding_window": False, "decoder_sparse_step": 1, "mlp_only_layers": []},
     sglang_keeps_tied_head=True,
 )

@@ -1,4 +1,4 @@
-"""The model families there are. A new one is a table in a file beside this one, and a line here (docs/extending.md)."""
+"""All supported model families. A new one is a table in a new file of this folder, and a line here (docs/extending.md)."""
 
 from __future__ import annotations
 
@@ -17,10 +17,9 @@ _EXPERT = re.compile(r"(?<=\.experts\.)\d+")
 
 
 def is_quantized_weight(hf_name: str) -> bool:
-    """Whether FP8 and FP4 rollouts quantise the tensor of that Hugging Face name.
+    """Whether FP8 and FP4 rollouts quantise the tensor with this Hugging Face name, in any family.
 
-    The tables of all families are asked. Whole names are compared, so a router (``mlp.gate.weight``), a norm, a bias, an
-    embedding or a head can never slip in.
+    Whole names are compared, so a router (``mlp.gate.weight``), a norm, a bias, an embedding or a head never matches by accident.
     """
     in_layer = _LAYER.match(hf_name)
     if in_layer is None:

@@ -1,4 +1,4 @@
-"""What the trainer asks of any rollout engine, embedded or remote."""
+"""The protocol of rollout engines, embedded or remote."""
 
 from __future__ import annotations
 
@@ -13,70 +13,72 @@ from ais_megatron.batch import Bucket, Prompt, Rollout
 class SamplingParams:
     """How to sample.
 
-    num_samples: responses per prompt (the GRPO group).
-    temperature: 0 is greedy; log-probabilities are those at this temperature (at 1.0 when greedy).
-    top_p, top_k: restrict which tokens can be drawn. As in SGLang, the returned log-probabilities stay those of the
-        full, temperature-scaled distribution: that is what the trainer computes too, so their ratio is exactly 1
-        where engine and trainer agree.
-    seed: with a prompt's index, the sample's number and the position it fixes every random draw.
+    top_p and top_k restrict which tokens can be drawn. As in SGLang, the returned log-probabilities are still those of the full,
+    temperature-scaled distribution. The trainer computes the same, so their ratio is exactly 1 if engine and trainer agree.
     """
 
     num_samples: int
+    """Responses per prompt (the GRPO group)."""
     max_tokens: int
+    """A response is cut at this length."""
     temperature: float = 1.0
+    """0 is greedy. Log-probabilities are computed at this temperature (at 1.0 if greedy)."""
     top_p: float = 1.0
     top_k: int = 0
+    """0: no limit."""
     seed: int = 0
+    """Together with the prompt's index, the sample's number and the position it determines every random draw."""
 
 
 class WeightsLost(RuntimeError):
-    """The engine answers, but no longer with the weights it was given (a server was restarted). `update_weights` brings them
-    back; the same call of `generate` then continues with the responses that are still missing."""
+    """The engine answers, but no longer with the weights that it was given, because a server was restarted.
+
+    `update_weights` restores them. The same call of `generate` then continues with the missing responses."""
 
 
 class RolloutEngine(Protocol):
-    """Generates with the weights it was last given, and says which those are."""
+    """Generates with the latest weights that it was given, and reports their version."""
 
     @property
     def takes_updates_while_generating(self) -> bool:
-        """Whether `update_weights` may be called while `generate` runs in another thread. Responses then carry the versions they
-        were sampled with."""
+        """Whether `update_weights` may be called while `generate` runs in another thread. Responses then record the versions that
+        sampled them."""
         ...
 
     @property
     def version(self) -> int:
-        """Version of the weights in force; -1 before the first update. Generating at -1 is a `RuntimeError`."""
+        """Version of the current weights; -1 before the first update. At -1 `generate` raises `RuntimeError`."""
         ...
 
     def generate(self, prompts: Sequence[Prompt], sampling: SamplingParams) -> list[Rollout]:
-        """`num_samples` responses for each prompt, grouped: those of prompts[0] first.
+        """`num_samples` responses for each prompt, grouped by prompt and in the order of `prompts`.
 
         Raises:
-            ValueError: an empty prompt, or one that with `max_tokens` exceeds the context length (named by its index).
-            RuntimeError: no weights yet, or the engine failed.
-            WeightsLost: see there.
+            ValueError: a prompt is empty, or exceeds the context length together with `max_tokens`. The message has its index.
+            RuntimeError: there are no weights yet, or the engine failed.
+            WeightsLost: see the class.
             Unavailable: a remote engine is gone.
         """
         ...
 
     def update_weights(self, buckets: Iterable[Bucket], version: int) -> None:
-        """Take one full set of weights, streamed in buckets under Hugging Face names, as one transaction.
+        """Load a full set of weights as one transaction. They come in buckets, under Hugging Face names.
 
         A quantised engine gets ``X.weight`` as float8_e4m3fn ``[N, K]`` with ``X.weight_scale_inv`` float32
-        ``[ceil(N/128), ceil(K/128)]`` (other formats than fp8_e4m3: in their `Format`'s dtype and scales_shape). KV scales come
-        as ``model.layers.N.self_attn.attn.k_scale`` (and v_scale), float32 scalars. `version` takes effect only when every
+        ``[ceil(N/128), ceil(K/128)]`` (formats other than fp8_e4m3: with the dtype and scales_shape of their `Format`). KV scales are
+        float32 scalars, named ``model.layers.N.self_attn.attn.k_scale`` (and v_scale). `version` becomes current only when every
         expected tensor has arrived.
 
         Raises:
-            ValueError: unknown, missing, or wrongly shaped or typed tensors, named.
+            ValueError: a tensor is unknown, missing, or has a wrong shape or dtype. The message names it.
         """
         ...
 
     def probe(self, prompts: Sequence[Prompt], sampling: SamplingParams) -> list[list[Rollout]]:
-        """For each server a remote engine consists of, its responses to `prompts`; nothing from an embedded engine, whose
-        memory is known to hold what was pushed, and on ranks that do not update."""
+        """The responses to `prompts` of each server of a remote engine. Empty on ranks that do not push weights, and for an embedded
+        engine, whose memory certainly has what was pushed."""
         ...
 
     def close(self) -> None:
-        """Free everything; idempotent."""
+        """Release everything. Idempotent."""
         ...

@@ -1,4 +1,4 @@
-"""The registry of tasks: `make_task` turns the `task` section of a configuration into prompts and a verifiable reward."""
+"""The tasks. `make_task` turns the section `task` of a configuration into a task with prompts and a verifiable reward."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from ais_megatron.tasks.task import Problem, Reward, Task
 TASKS: dict[str, type[StreamTask]] = {
     name: getattr(import_module(f"{__name__}.{builtin.module}"), builtin.attribute) for name, builtin in BUILTIN_TASKS.items()
 }
-MEMBERS = ("name", "special_pieces", "train_problem", "test_problems", "reward", "tokenizer_corpus")  # of the protocol `Task`
+MEMBERS = ("name", "special_pieces", "train_problem", "test_problems", "reward", "tokenizer_corpus")  # members of the protocol `Task`
 
 __all__ = ["TASKS", "Problem", "Reward", "Task", "make_task"]
 
 
 def make_task(config: TaskConfig, seed: int) -> Task:
-    """The task that `config` names, its files read, with the reward that `config` names.
+    """Create the task of `config`, read its files, and use the reward function of `config` if there is one.
 
     Raises:
-        ValueError: a file that is missing, empty or malformed; or a class of the user's own that is not a `Task`.
-        RuntimeError: code of the user's own raised; the cause is its own exception.
+        ValueError: a file is missing, empty or malformed, or a class of the user's own is not a `Task`.
+        RuntimeError: the user's own code raised; its exception is the cause.
     """
     task = _own_task(config, seed) if doors.is_own(config.name) else TASKS[config.name](config, seed)
     if config.reward is None:
@@ -35,10 +35,10 @@ def _own_task(config: TaskConfig, seed: int) -> Task:
     made = doors.load("task.name", config.name)
     try:
         task = made(config, seed)
-    except ValueError:  # a task's way to say what the user must change
+    except ValueError:  # this is how a task tells the user what to change
         raise
     except Exception as error:
-        raise RuntimeError(f"task.name={config.name}: making the task failed with {type(error).__name__}: {error}") from error
+        raise RuntimeError(f"task.name={config.name}: creating the task failed with {type(error).__name__}: {error}") from error
     if missing := [member for member in MEMBERS if not hasattr(task, member)]:
         raise ValueError(
             f"task.name={config.name}: the class lacks {', '.join(missing)}; see the protocol in ais_megatron/tasks/task.py, "

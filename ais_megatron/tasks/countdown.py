@@ -1,11 +1,11 @@
-"""Countdown: reach a target using three numbers exactly once each, with + - * / and exact rational arithmetic.
+"""Countdown: reach a target with three numbers, each used exactly once, with + - * / and exact rational arithmetic.
 
     prompt    93 30 16=79:
     response  <answer>93-30+16</answer>
 
-At most 32 tokens (one per character, the tags one each, end-of-sequence included) for numbers up to 100. The file format is
-that of dllm-reasoning/d1 (arXiv:2504.12216): ``input`` "30,100,93", ``output`` "23"; as in its grader, a sign in front of a
-number or a parenthesis is allowed.
+A response has at most 32 tokens for numbers up to 100: one per character, one per tag, and the end-of-sequence token. The file format
+is that of dllm-reasoning/d1 (arXiv:2504.12216): ``input`` "30,100,93", ``output`` "23". As in its grader, a number or a parenthesis
+may have a sign.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from ais_megatron.tasks.reading import Row
 from ais_megatron.tasks.streams import StreamTask
 from ais_megatron.tasks.task import Problem, Reward, extract_answer, make_reward, wrap_answer
 
-MAX_ANSWER_CHARS = 64  # bounds the parser's depth and the size of every integer
+MAX_ANSWER_CHARS = 64  # limits the parser's depth and the size of every integer
 _BINARY: dict[type[ast.operator], Callable[[Fraction, Fraction], Fraction]] = {
     ast.Add: operator.add,
     ast.Sub: operator.sub,
@@ -30,7 +30,7 @@ _BINARY: dict[type[ast.operator], Callable[[Fraction, Fraction], Fraction]] = {
     ast.Div: operator.truediv,
 }
 _UNARY: dict[type[ast.unaryop], Callable[[Fraction], Fraction]] = {ast.UAdd: operator.pos, ast.USub: operator.neg}
-_EXPRESSION = re.compile(r"[0-9+\-*/() ]+")  # [0-9] and not \d: that would let other scripts' digits in
+_EXPRESSION = re.compile(r"[0-9+\-*/() ]+")  # not \d, which also matches digits of other scripts
 
 # Signs of a >= b >= c, and the text. The other three sign patterns are never positive.
 _SUMS = (
@@ -57,7 +57,7 @@ class Countdown(StreamTask):
         return problem
 
     def draw(self, rng: random.Random) -> Problem | None:
-        """A random expression of three random numbers, kept if every step is an integer and the result is in range."""
+        """A random expression of three random numbers, or None unless every step is an integer and the result is in range."""
         top = self.config.max_number
         x, y, z = (rng.randint(1, top) for _ in range(3))
         inner = _apply(rng.choice("+-*/"), x, y)
@@ -82,10 +82,10 @@ class Countdown(StreamTask):
 
 
 def make_problem(numbers: Sequence[int], target: int) -> Problem | None:
-    """The puzzle with its canonical solution; None if it has no solution.
+    """The puzzle with its canonical solution, or None if it has no solution.
 
-    The numbers are shown largest first, whatever their order in the file: the order means nothing, and one text per puzzle
-    makes "the same puzzle" a comparison of texts.
+    The prompt shows the largest number first, whatever the order in the file. The order does not matter, and with one text per puzzle
+    two puzzles can be compared by their texts.
     """
     solution = solve(numbers, target)
     if solution is None:
@@ -95,12 +95,12 @@ def make_problem(numbers: Sequence[int], target: int) -> Problem | None:
 
 
 def solve(numbers: Sequence[int], target: int) -> str | None:
-    """The canonical expression of three positive numbers for a positive target; None if there is none.
+    """The canonical expression of three positive numbers for a positive target, or None if there is none.
 
-    Convention, chosen for what a small model learns fast: plain sums first (nine puzzles in ten of d1's file have one),
-    with the numbers in the order of the prompt, so that the model has two signs to choose and nearly nothing to permute;
-    products and quotients only where no sum exists. After 400 steps of 128 puzzles, a 0.7 M parameter transformer solves 66 %
-    of d1's file with it, and 42 % with the same convention on numbers in the file's random order.
+    The convention is one that a small model learns fast. Plain sums come first; nine of ten puzzles in d1's file have one. Their numbers
+    have the order of the prompt, so the model chooses two signs and permutes almost nothing. Products and quotients are used only if no
+    sum exists. After 400 steps of 128 puzzles, a transformer with 0.7 M parameters solves 66 % of d1's file this way, and 42 % with
+    numbers in the file's random order.
     """
     a, b, c = sorted(numbers, reverse=True)
     for i, j, k, text in _SUMS:
@@ -110,7 +110,7 @@ def solve(numbers: Sequence[int], target: int) -> str | None:
 
 
 def _solve_with_products(a: int, b: int, c: int, t: int) -> str | None:
-    """Every expression with a product or a quotient, up to equal values, as integer equations; a >= b >= c >= 1, t >= 1."""
+    """Try every expression with a product or a quotient, except those of equal value, as integer equations. a >= b >= c >= 1, t >= 1."""
     for x, y, z in ((a, b, c), (a, c, b), (b, c, a)):
         p = x * y
         candidates = (
@@ -143,7 +143,7 @@ def _apply(op: str, x: int, y: int) -> int | None:
 
 
 def _parse(answer: str) -> ast.expr | None:
-    """The syntax tree of an arithmetic expression; None for anything else. Nothing is ever executed."""
+    """The syntax tree of an arithmetic expression, or None for anything else. Nothing is executed."""
     if not _EXPRESSION.fullmatch(answer):
         return None
     try:
@@ -154,15 +154,15 @@ def _parse(answer: str) -> ast.expr | None:
 
 
 def _is_arithmetic(node: ast.expr) -> bool:
-    if isinstance(node, ast.BinOp):  # "**" and "//" parse too, and are not in the table
+    if isinstance(node, ast.BinOp):  # "**" and "//" are parsed too, but are not in the table
         return type(node.op) in _BINARY and _is_arithmetic(node.left) and _is_arithmetic(node.right)
     if isinstance(node, ast.UnaryOp):
         return type(node.op) in _UNARY and _is_arithmetic(node.operand)
-    return isinstance(node, ast.Constant)  # the characters allow no constant but an integer
+    return isinstance(node, ast.Constant)  # with the allowed characters every constant is an integer
 
 
 def _evaluate(node: ast.expr, numbers: list[int]) -> Fraction:
-    """The exact value; appends the numbers used. Raises ZeroDivisionError."""
+    """The exact value of an expression. Appends the numbers that it uses. Raises ZeroDivisionError."""
     if isinstance(node, ast.BinOp):
         return _BINARY[type(node.op)](_evaluate(node.left, numbers), _evaluate(node.right, numbers))
     if isinstance(node, ast.UnaryOp):

@@ -1,10 +1,10 @@
-"""math-verify in a process of its own, with a limit on CPU time and memory that the kernel enforces.
+"""Runs math-verify in a child process, with limits on CPU time and memory that the kernel enforces.
 
-math-verify's own timeouts raise an exception from a SIGALRM handler. That works in the main thread only, and Python runs a
-handler between bytecodes: one big-integer power, such as 9^{9^{9}}, never returns to let it run. So the comparison happens
-in a child that computes under the default action of a CPU timer (SIGPROF) and with an address-space limit: whatever it gets
-stuck in, the kernel ends it, the answer counts as different, and the next comparison starts a new child. CPU time
-and not wall time, so that a busy machine does not change rewards. The child also spares this process math-verify's imports.
+math-verify's own timeouts raise an exception from a SIGALRM handler. That works only in the main thread, and Python runs a handler only
+between bytecodes. A single power of big integers, such as 9^{9^{9}}, never returns, so the handler never runs. Here the child has a CPU
+timer with the default action (SIGPROF) and a limit on its address space. If it gets stuck, the kernel ends it, the answer counts as
+different, and the next comparison starts a new child. The limit is CPU time and not wall time, so a busy machine does not change
+rewards. The child also keeps math-verify's imports out of this process.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ import sys
 import threading
 from pathlib import Path
 
-CPU_SECONDS = 2.0  # for one comparison; a usual one takes 10 ms
-WALL_SECONDS = 60  # only against a child that waits for something instead of computing
+CPU_SECONDS = 2.0  # for one comparison, which usually takes 10 ms
+WALL_SECONDS = 60  # only for a child that waits for something instead of computing
 MEMORY_BYTES = 4 << 30
 
 
 class _Worker:
-    """The child and the two pipes to it: one JSON list [gold, answer, CPU seconds] a line in, one JSON boolean a line out."""
+    """The child and two pipes. A request is a line with the JSON list [gold, answer, CPU seconds], a reply a line with a JSON boolean."""
 
     def __init__(self) -> None:
-        # -P: this folder must not be on the child's path, where our modules could shadow others of the same name.
+        # -P keeps this folder out of the child's path, where our modules could shadow others with the same name.
         command = [sys.executable, "-P", str(Path(__file__).resolve())]
         self.pid = os.getpid()
         self.process = subprocess.Popen(
@@ -38,10 +38,10 @@ class _Worker:
         ready = self.replies.readline()
         if ready != "ready\n":
             self.close()
-            raise RuntimeError(f"math-verify could not be started in a process of its own: {ready.strip() or 'it ended at once'}")
+            raise RuntimeError(f"math-verify could not be started in a child process: {ready.strip() or 'it ended immediately'}")
 
     def ask(self, gold: str, answer: str, cpu_seconds: float) -> bool | None:
-        """The verdict; None if the child ended before it gave one."""
+        """The reply, or None if the child ended without one."""
         try:
             self.requests.write(json.dumps([gold, answer, cpu_seconds]) + "\n")
             self.requests.flush()
@@ -57,7 +57,7 @@ class _Worker:
         try:
             self.requests.close()
         except BrokenPipeError:
-            pass  # a request that the child did not live to read
+            pass  # the child ended before it read the request
 
 
 _lock = threading.Lock()
@@ -65,9 +65,9 @@ _worker: _Worker | None = None
 
 
 def are_equivalent(gold: str, answer: str, cpu_seconds: float = CPU_SECONDS) -> bool:
-    """Whether math-verify takes two LaTeX expressions (without ``$``) for the same; False if it cannot tell in `cpu_seconds`.
+    """Whether math-verify considers two LaTeX expressions (without ``$``) equal. False if it does not finish within `cpu_seconds`.
 
-    Safe to call from any thread and after a fork; calls take turns.
+    May be called from any thread and after a fork. Calls run one after the other.
 
     Raises:
         RuntimeError: math-verify is not installed, or its process does not start.
@@ -77,7 +77,7 @@ def are_equivalent(gold: str, answer: str, cpu_seconds: float = CPU_SECONDS) -> 
         raise RuntimeError("task.name=math500 needs math-verify; run pip install math-verify")
     with _lock:
         if _worker is not None and _worker.pid != os.getpid():
-            _worker = None  # inherited through a fork: the parent goes on using it
+            _worker = None  # inherited by a fork, and still used by the parent
         if _worker is None:
             _worker = _Worker()
         verdict = _worker.ask(gold, answer, cpu_seconds)
@@ -87,7 +87,7 @@ def are_equivalent(gold: str, answer: str, cpu_seconds: float = CPU_SECONDS) -> 
 
 
 def close_worker() -> None:
-    """End the child process, if there is one; the next comparison starts another."""
+    """End the child process, if there is one. The next comparison starts a new one."""
     global _worker
     if _worker is not None and _worker.pid == os.getpid():
         _worker.close()
@@ -98,13 +98,13 @@ atexit.register(close_worker)
 
 
 def _serve() -> None:
-    """The child's loop. It ends when its input does, so it does not outlive the process that started it."""
+    """The child's loop. It ends with its input, so the child does not outlive its parent."""
     import logging
     import resource
     import signal
 
     replies = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)  # whatever a library prints must not look like a reply
+    os.dup2(2, 1)  # so that the output of a library does not look like a reply
     try:
         from math_verify import LatexExtractionConfig, parse, verify
     except ImportError as error:
@@ -113,7 +113,7 @@ def _serve() -> None:
     logging.disable()
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C
     latex = [LatexExtractionConfig()]
     replies.write("ready\n")
     replies.flush()
@@ -124,7 +124,7 @@ def _serve() -> None:
         try:
             left, right = (parse(f"${text}$", extraction_config=latex, parsing_timeout=None) for text in (gold, answer))
             verdict = bool(left and right) and verify(left, right, timeout_seconds=None)
-        except Exception:  # whatever a parser makes of hostile text: the answer is not shown to be equal
+        except Exception:  # a parser may raise anything on hostile text; then the answer counts as different
             verdict = False
         signal.setitimer(signal.ITIMER_PROF, 0)
         signal.alarm(0)

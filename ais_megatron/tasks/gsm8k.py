@@ -1,7 +1,7 @@
-"""GSM8K (arXiv:2110.14168): grade-school word problems; the gold number follows ``#### `` in the ``answer`` column.
+"""GSM8K (arXiv:2110.14168): grade-school word problems. The gold number follows ``#### `` in the column ``answer``.
 
-The response reasons freely and ends with ``<answer>18</answer>``. Numbers compare by value, so "$1,080.00", "1080 eggs" and
-"1080." are all 1080.
+The response reasons freely and ends with ``<answer>18</answer>``. Numbers are compared by value, so "$1,080.00", "1080 eggs" and
+"1080." all equal 1080.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from ais_megatron.tasks.task import Problem, Reward, extract_answer, make_reward
 
 MAX_ANSWER_CHARS = 64
 INSTRUCTION = "\nReason step by step, then write the final number within <answer> and </answer>."
-_CALCULATION = re.compile("<<[^<>]*>>")  # the data set's calculator annotations, e.g. <<48/2=24>>
-# Digits, thousands separators only between groups of three, a decimal part; a sign may stand before a currency sign.
+_CALCULATION = re.compile("<<[^<>]*>>")  # calculator annotations of the data set, for example <<48/2=24>>
+# Digits with thousands separators only between groups of three, and a decimal part. A sign may come before a currency sign.
 _NUMBER = re.compile(r"(?P<sign>[-+\u2212]?)\s*[$£€]?\s*(?P<number>(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-9]+)?|\.[0-9]+)")
 
 
@@ -41,8 +41,9 @@ class GSM8K(StreamTask):
 
 
 def read_number(text: str) -> Decimal | None:
-    """The one number in `text`, around which there may be currency signs, units and a full stop; None if there is not exactly
-    one, so that listing several guesses earns nothing."""
+    """The number in `text`, which may also have currency signs, units and a full stop.
+
+    None unless there is exactly one number, so that a list of guesses earns nothing."""
     match = _NUMBER.search(text)
     if match is None:
         return None

@@ -1,8 +1,8 @@
 r"""MATH-500 (arXiv:2103.03874, the split of arXiv:2305.20050): competition problems with LaTeX answers.
 
-Two answers are equal if their normalised LaTeX is the same text, or if math-verify finds the same mathematical object in
-both (in a process of its own, see `equivalence`). Rows without an ``answer`` column, as in MATH's training files, take it
-from the last ``\boxed{…}`` of their ``solution``.
+Two answers are equal if their normalised LaTeX is the same text, or if math-verify considers them the same mathematical object (in a
+child process, see `equivalence`). If a row has no column ``answer``, as in MATH's training files, the answer is in
+the last ``\boxed{…}`` of their ``solution``.
 """
 
 from __future__ import annotations
@@ -29,7 +29,9 @@ class Math500(StreamTask):
         solution = row.text("solution").strip()
         answer = row.text("answer").strip() if "answer" in row.values else last_boxed(solution)
         if not answer or len(answer) > MAX_ANSWER_CHARS:
-            raise ValueError(f"{row.where}: no answer of at most {MAX_ANSWER_CHARS} characters in 'answer' or in \\boxed{{}} of 'solution'")
+            raise ValueError(
+                f"{row.where}: found no answer of at most {MAX_ANSWER_CHARS} characters in 'answer' or in \\boxed{{}} of 'solution'"
+            )
         return Problem(row.text("problem").strip() + INSTRUCTION, {"answer": answer}, f"{solution}\n{wrap_answer(answer)}")
 
     def reward(self, problem_truth: Mapping[str, Any], response: str) -> Reward:
@@ -40,18 +42,18 @@ class Math500(StreamTask):
 
 
 def is_equal(gold: str, answer: str) -> bool:
-    """Whether two LaTeX answers mean the same; the cheap comparison of texts goes first."""
+    """Whether two LaTeX answers have the same meaning. The cheap comparison of texts comes first."""
     gold, answer = strip_wrapping(gold), strip_wrapping(answer)
     if normalize(gold) == normalize(answer):
         return True
-    # What still holds a formula's borders holds several formulas; math-verify would pick the one that suits.
+    # A text that still has delimiters has several formulas, and math-verify would choose the one that fits.
     if not answer.isascii() or re.search(r"(?<!\\)\$|\\boxed|\\\(|\\\[", answer):
         return False
     return are_equivalent(gold, answer)
 
 
 def strip_wrapping(answer: str) -> str:
-    r"""Without one outer ``\boxed{}``, ``$``, ``\( \)`` or ``\[ \]``, in any nesting, and without a final full stop."""
+    r"""Remove an outer ``\boxed{}``, ``$``, ``\( \)`` or ``\[ \]``, in any nesting, and a final full stop."""
     answer, before = answer.strip(), None
     while answer != before:
         before = answer
@@ -66,12 +68,12 @@ def strip_wrapping(answer: str) -> str:
 
 
 def normalize(answer: str) -> str:
-    """LaTeX without what changes only its look: spacing, the size of brackets and fractions, currency signs."""
+    """Remove what only changes the look of LaTeX: spacing, sizes of brackets and fractions, currency signs."""
     return re.sub(r"\s+", "", _REPLACED.sub(lambda match: _SAME_LOOK[match[0]], answer))
 
 
 def last_boxed(text: str) -> str | None:
-    r"""The contents of the last ``\boxed{…}``, braces balanced; None without one."""
+    r"""The contents of the last ``\boxed{…}`` with balanced braces, or None."""
     start = text.rfind(r"\boxed{")
     depth = 0
     for position in range(start + 6, len(text)) if start >= 0 else ():

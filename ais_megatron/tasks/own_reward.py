@@ -1,10 +1,10 @@
-"""`task.reward=module:function`: the user's own judgement of the responses to the problems of any task.
+"""`task.reward=module:function`: a function of the user's own that judges the responses to the problems of any task.
 
-The function's signature, with plain values in and out:
+Its signature has plain values:
 
     def my_reward(truth: Mapping[str, Any], response: str, options: Mapping[str, Any]) -> float | Reward
 
-`truth` is what the task's problem carries, `options` is `task.options`. A number means Reward(value, well_formed=value > 0,
+`truth` is the `truth` of the problem, and `options` is `task.options`. A number means Reward(value, well_formed=value > 0,
 correct=value >= 1).
 """
 
@@ -20,12 +20,12 @@ from ais_megatron.tasks.task import Problem, Reward, Task
 
 @dataclass(frozen=True)
 class RewardedTask:
-    """A `Task` with the problems of `task` and the judgement of `function`."""
+    """A `Task` with the problems of `task`, whose responses `function` judges."""
 
     task: Task
     function: Callable[[Mapping[str, Any], str, Mapping[str, Any]], float | Reward]
     key: str
-    """How messages name the function: ``task.reward=module:function``."""
+    """The name of the function in messages: ``task.reward=module:function``."""
     options: Mapping[str, Any]
 
     @property
@@ -46,18 +46,18 @@ class RewardedTask:
         return self.task.tokenizer_corpus(num_lines)
 
     def reward(self, problem_truth: Mapping[str, Any], response: str) -> Reward:
-        """The function's verdict.
+        """Call the function.
 
         Raises:
-            RuntimeError: the function raised; the cause is its own exception.
-            ValueError: it returned neither a finite number nor a `Reward` with one.
+            RuntimeError: the function raised; its exception is the cause.
+            ValueError: it returned neither a finite number nor a `Reward` with a finite value.
         """
         try:
             verdict = self.function(problem_truth, response, self.options)
         except Exception as error:
             raise RuntimeError(
                 f"{self.key}: raised {type(error).__name__}: {error} for the response {_shortened(response)}; "
-                "it must judge any text, so return 0.0 for one that it cannot read"
+                "it must accept any text, so return 0.0 for a text that it cannot read"
             ) from error
         reward = Reward(float(verdict), verdict > 0, verdict >= 1) if isinstance(verdict, int | float) else verdict
         if not isinstance(reward, Reward) or not math.isfinite(reward.value):

@@ -1,6 +1,6 @@
-"""Rows from disk: JSONL and CSV files, and folders of such files or of Hugging Face ``datasets`` (parquet, arrow).
+"""Reads rows from JSONL, CSV, parquet and arrow files, and from folders of such files or of Hugging Face ``datasets``.
 
-Every row knows where it came from, so that a complaint about it can name the file and the line.
+Every row knows its file and line, for error messages.
 """
 
 from __future__ import annotations
@@ -17,13 +17,15 @@ SPLITS = ("train", "test")
 
 @dataclass(frozen=True)
 class Row:
-    """where: "file:line" ("file:row" counted from 1 in parquet and arrow files). values: column name -> value."""
+    """One row of a data set."""
 
     where: str
+    """"file:line", or "file:row" counted from 1 in parquet and arrow files."""
     values: Mapping[str, object]
+    """The values by column name."""
 
     def text(self, column: str) -> str:
-        """The column as non-empty text; ValueError naming file, line, column and what was found."""
+        """The column as non-empty text. Otherwise a ValueError names file, line, column and what was found."""
         if column not in self.values:
             found = ", ".join(str(name) for name in self.values) or "none"
             raise ValueError(f"{self.where}: column {column!r} is missing; columns found: {found}")
@@ -37,8 +39,8 @@ def read_rows(path: str | Path, split: str) -> list[Row]:
     """All rows of a file, or of the files in a folder that belong to `split` ("train" or "test").
 
     Raises:
-        ValueError: no such file, unknown kind of file, no rows at all, a line that is not a JSON object, or a parquet/arrow
-            file without the `datasets` extra.
+        ValueError: the file is missing, of an unknown kind, or has no rows; a line is not a JSON object; or a parquet or arrow file
+            is read without the `datasets` extra.
     """
     path = Path(path)
     if not path.exists():
@@ -51,7 +53,8 @@ def read_rows(path: str | Path, split: str) -> list[Row]:
 
 
 def _files_of_folder(folder: Path, split: str) -> list[Path]:
-    """A folder of `save_to_disk` (one split, or a sub-folder per split), or plain files whose names may tell the split."""
+    """The files of a split in a folder of `save_to_disk` (one split, or a folder per split), or in a folder of plain files, whose names
+    may contain the split."""
     if (folder / "dataset_dict.json").is_file():
         if not (folder / split / "state.json").is_file():
             raise ValueError(f"task.{split}_path={folder}: this data set has no {split!r} split; give the folder of one split")
@@ -62,8 +65,8 @@ def _files_of_folder(folder: Path, split: str) -> list[Path]:
     by_suffix = {suffix: sorted(folder.rglob(f"*{suffix}")) for suffix in SUFFIXES}
     files = next((found for found in by_suffix.values() if found), [])
     if not files:
-        raise ValueError(f"task.{split}_path={folder}: the folder holds none of {', '.join('*' + s for s in SUFFIXES)}")
-    # "train.jsonl", "train-00000-of-00002.parquet", "main/test.jsonl": a folder with named splits must not be read as one.
+        raise ValueError(f"task.{split}_path={folder}: the folder has no file that matches {', '.join('*' + s for s in SUFFIXES)}")
+    # For example "train.jsonl", "train-00000-of-00002.parquet", "main/test.jsonl". Named splits must not be read together.
     named = {name: [file for file in files if _names_split(file.relative_to(folder), name)] for name in SPLITS}
     if named[split] or not any(named.values()):
         return named[split] or files
@@ -82,7 +85,7 @@ def _read_file(path: Path, split: str) -> Iterator[Row]:
 
 
 def _read_jsonl(path: Path) -> Iterator[Row]:
-    # Lines are split at b"\n" alone: str.splitlines would also cut at U+2028, which occurs inside GSM8K's texts.
+    # Lines are split only at b"\n". str.splitlines would also split at U+2028, which occurs in GSM8K's texts.
     for number, line in enumerate(path.read_bytes().split(b"\n"), start=1):
         if not line.strip():
             continue

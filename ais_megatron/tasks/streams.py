@@ -1,8 +1,7 @@
-"""Where problems come from, the same for all tasks: rows of files, or puzzles drawn from a seed.
+"""The base class of all tasks. Problems are rows of files, or puzzles drawn from a seed.
 
-Training and held-out problems are disjoint by construction, judged by the prompt's text: generated ones by a hash of it
-(`is_held_out`), and every problem of the test file is taken out of the generator's reach. A training row that is also a
-test row is an error, not a warning.
+Training and held-out problems never overlap, judged by the prompt's text. A hash of the text decides the side of a generated puzzle
+(`is_held_out`), and problems of the test file are never generated. A training row that is also a test row is an error.
 """
 
 from __future__ import annotations
@@ -17,19 +16,19 @@ from ais_megatron.config import TaskConfig
 from ais_megatron.tasks.reading import Row, read_rows
 from ais_megatron.tasks.task import CLOSE, OPEN, Problem, Reward, is_held_out
 
-MAX_DRAWS = 20_000  # then the space of puzzles is too small, and the user hears of it
+MAX_DRAWS = 20_000  # after this many draws the space of puzzles is too small, which is an error
 
 
 class StreamTask(ABC):
-    """A `Task` whose subclass says what a row means (`parse`), how an answer is judged (`reward`), and, for puzzles, how one
-    is drawn (`draw`)."""
+    """A `Task`. Its subclass says what a row means (`parse`), how an answer is judged (`reward`) and, for puzzles, how one is drawn
+    (`draw`)."""
 
     name: str
     special_pieces: tuple[str, ...] = (OPEN, CLOSE)
-    alphabet = ""  # characters that the tokenizer must know even if a small corpus happens not to show them
+    alphabet = ""  # characters that the tokenizer must know even if a small corpus does not contain them
 
     def __init__(self, config: TaskConfig, seed: int) -> None:
-        """Reads the files that `config` names. Raises ValueError on unreadable, malformed or overlapping ones."""
+        """Read the files of `config`. Raises ValueError if they cannot be read, are malformed or overlap."""
         self.config, self.seed = config, seed
         self._test = [self.parse(row) for row in read_rows(config.test_path, "test")] if config.test_path else None
         self._test_texts = frozenset(problem.text for problem in self._test or ())
@@ -38,14 +37,14 @@ class StreamTask(ABC):
 
     @abstractmethod
     def parse(self, row: Row) -> Problem:
-        """A row of the task's file as a problem; ValueError naming the row's file and line if it is malformed."""
+        """The problem in a row of the task's file. If the row is malformed, a ValueError names its file and line."""
 
     @abstractmethod
     def reward(self, problem_truth: Mapping[str, Any], response: str) -> Reward: ...
 
     def draw(self, rng: random.Random) -> Problem | None:
-        """One random puzzle, or None where this draw gave none. Tasks with written questions cannot draw."""
-        raise ValueError(f"task.train_path: task.name={self.name} cannot generate its questions; set task.train_path to a file of them")
+        """One random puzzle, or None if this draw gave none. Tasks with problems from files cannot draw."""
+        raise ValueError(f"task.train_path: task.name={self.name} cannot generate problems; set task.train_path to a file of them")
 
     def train_problem(self, index: int) -> Problem:
         if self._train is not None:
@@ -61,7 +60,7 @@ class StreamTask(ABC):
     def test_problems(self, num: int) -> list[Problem]:
         if self._test is not None:
             return self._test[:num]
-        # No seed in this stream: runs with different seeds are then measured on the same puzzles.
+        # This stream has no seed, so runs with different seeds are evaluated on the same puzzles.
         rng = random.Random(f"{self.name}:test")
         found: dict[str, Problem] = {}
         for _ in range(MAX_DRAWS + 100 * num):
@@ -83,17 +82,21 @@ class StreamTask(ABC):
         for row in read_rows(path, "train"):
             problems.append(self.parse(row))
             if problems[-1].text in self._test_texts:
-                raise ValueError(f"{row.where}: this problem is also in task.test_path={self.config.test_path}; remove it from one of them")
+                raise ValueError(
+                    f"{row.where}: this problem is also in task.test_path={self.config.test_path}; remove it from one of the two files"
+                )
         return problems
 
     def _too_few_puzzles(self, side: str) -> ValueError:
         settings = f"task.max_number={self.config.max_number}, task.empty_cells={self.config.empty_cells}"
-        return ValueError(f"task.name={self.name}: no {side} puzzle in {MAX_DRAWS} draws with {settings}; allow more of them")
+        return ValueError(
+            f"task.name={self.name}: found no {side} puzzle in {MAX_DRAWS} draws with {settings}; choose settings that allow more puzzles"
+        )
 
 
 @lru_cache(maxsize=4)
 def _permutation(key: str, length: int) -> tuple[int, ...]:
-    """A shuffle of range(length) that depends on nothing but `key`."""
+    """A shuffle of range(length) that depends only on `key`."""
     order = list(range(length))
     random.Random(key).shuffle(order)
     return tuple(order)

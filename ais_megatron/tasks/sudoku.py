@@ -1,10 +1,10 @@
-"""4x4 Sudoku: fill the zeros so that every row, column and 2x2 box holds 1, 2, 3 and 4.
+"""4x4 Sudoku: fill the zeros so that every row, column and 2x2 box contains 1, 2, 3 and 4.
 
     prompt    3102200002100320:
     response  <answer>3142243142131324</answer>
 
-36 tokens with the final end-of-sequence. The file format is that of dllm-reasoning/d1 (arXiv:2504.12216): a CSV with the
-columns ``Puzzle`` and ``Solution``, 16 digits each, row-major, 0 = empty.
+Together they have 36 tokens, including the final end-of-sequence. The file format is that of dllm-reasoning/d1 (arXiv:2504.12216): a CSV
+file with the columns ``Puzzle`` and ``Solution``, each with 16 digits, row by row, where 0 is an empty cell.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from ais_megatron.tasks.streams import StreamTask
 from ais_megatron.tasks.task import Problem, Reward, extract_answer, make_reward, wrap_answer
 
 CELLS = 16
-MAX_EMPTY_CELLS = 12  # four givens are the fewest that determine a 4x4 grid
+MAX_EMPTY_CELLS = 12  # a 4x4 grid needs at least four givens for a unique solution
 
 
 def _all_grids() -> tuple[str, ...]:
-    """The 288 complete grids, sorted: rows are permutations; columns and boxes are checked."""
+    """The 288 complete grids, sorted. Rows are permutations, and columns and boxes are checked."""
     rows = [("".join(p)) for p in itertools.permutations("1234")]
     bands = [r + s for r in rows for s in rows if _differ(r, s) and len({*r[:2], *s[:2]}) == 4]
     return tuple(u + d for u in bands for d in bands if all(_differ(r, s) for r in (u[:4], u[4:]) for s in (d[:4], d[4:])))
@@ -36,7 +36,7 @@ def _differ(row: str, other: str) -> bool:
 
 
 _GRIDS = _all_grids()
-# Bit g of _HOLDS[cell][digit] says that grid g has that digit there; digit "0" excludes nothing. Solving is then 16 ANDs.
+# Bit g of _HOLDS[cell][digit] means that grid g has this digit in this cell. Digit "0" excludes nothing. Solving takes 16 ANDs.
 _HOLDS = [{d: sum(1 << g for g, grid in enumerate(_GRIDS) if d in ("0", grid[cell])) for d in "01234"} for cell in range(CELLS)]
 
 
@@ -60,7 +60,7 @@ class Sudoku(StreamTask):
         return _make_problem(puzzle, solution)
 
     def draw(self, rng: random.Random) -> Problem | None:
-        """A random grid with `task.empty_cells` random cells emptied, kept if its solution is unique."""
+        """A random grid with `task.empty_cells` random cells emptied, or None unless its solution is unique."""
         grid = rng.choice(_GRIDS)
         empty = frozenset(rng.sample(range(CELLS), self.config.empty_cells))
         puzzle = "".join("0" if cell in empty else digit for cell, digit in enumerate(grid))
@@ -74,7 +74,7 @@ class Sudoku(StreamTask):
 
 
 def is_solution(puzzle: str, answer: str) -> bool:
-    """Whether `answer` is a complete valid grid that keeps the puzzle's givens; any such completion counts."""
+    """Whether `answer` is a complete valid grid with the givens of the puzzle. Any such grid counts."""
     return answer in solutions(puzzle)
 
 

@@ -1,7 +1,7 @@
-"""What every task offers: problems to answer and a reward that a program, not a model, decides.
+"""The protocol of tasks: problems, and a verifiable reward, which a program decides and not a model.
 
-A response is free text that must hold exactly one ``<answer>…</answer>`` with nothing but white space after it. The reward
-is the usual verifiable one, split so that a model that cannot solve anything yet still has a slope to climb:
+A response is free text with exactly one ``<answer>…</answer>``, followed only by white space. The reward has a part for a well-formed
+answer, so that a model that cannot solve anything yet still gets a signal:
 
     value = format_weight * well_formed + (1 - format_weight) * correct        (correct implies well_formed)
 """
@@ -19,21 +19,19 @@ HELD_OUT_BUCKETS = 8  # one puzzle in this many is never generated for training
 
 @dataclass(frozen=True)
 class Problem:
-    """One question.
-
-    text: the prompt as the model sees it.
-    truth: what the reward needs; plain JSON values, so that it survives a trip through a rollout log.
-    solution: a gold response text that scores 1.0, also the SFT target; None only if the file has none.
-    """
+    """One problem."""
 
     text: str
+    """The prompt as the model sees it."""
     truth: Mapping[str, Any]
+    """What the reward needs, as plain JSON values, so that it can be logged and read again."""
     solution: str | None
+    """A response that scores 1.0, for the warm start; None if the file has none."""
 
 
 @dataclass(frozen=True)
 class Reward:
-    """`value` in [0, 1]; see the module's equation."""
+    """The judgement of a response. `value` is in [0, 1], see the module's equation."""
 
     value: float
     well_formed: bool
@@ -50,16 +48,16 @@ class Task(Protocol):
         """Texts that the tokenizer keeps as one token each."""
 
     def train_problem(self, index: int) -> Problem:
-        """The problem at `index` (from 0, endless) of the training stream: a pure function of (seed, index)."""
+        """The problem at position `index` (from 0) of the endless training stream. It depends only on (seed, index)."""
 
     def test_problems(self, num: int) -> list[Problem]:
-        """At most `num` held-out problems, the same ones on every call and for every seed."""
+        """At most `num` held-out problems, the same in every call and for every seed."""
 
     def reward(self, problem_truth: Mapping[str, Any], response: str) -> Reward:
-        """Judge any string at all: garbage scores 0.0, it never raises and never hangs."""
+        """Judge any text. Garbage scores 0.0. This never raises and never hangs."""
 
     def tokenizer_corpus(self, num_lines: int) -> list[str]:
-        """Texts from which a tokenizer learns its pieces; every character of the task's own texts occurs in them."""
+        """Texts for training a tokenizer. They contain every character of the task's own texts."""
 
 
 def make_reward(format_weight: float, well_formed: bool, correct: bool) -> Reward:
@@ -69,10 +67,10 @@ def make_reward(format_weight: float, well_formed: bool, correct: bool) -> Rewar
 
 
 def extract_answer(response: str, max_chars: int) -> str | None:
-    """The stripped text between the tags; None unless there is exactly one pair, in order, followed by white space only.
+    """The stripped text between the tags, or None unless there is exactly one pair of tags, followed only by white space.
 
-    An answer that is empty or longer than `max_chars` characters is None too. The bound keeps a hostile megabyte away from
-    the parsers behind this function.
+    An answer that is empty or longer than `max_chars` characters is None too. The limit keeps a hostile text of a megabyte away from
+    the parsers that get the answer.
     """
     if response.count(OPEN) != 1 or response.count(CLOSE) != 1:
         return None
@@ -89,6 +87,6 @@ def wrap_answer(answer: str) -> str:
 
 
 def is_held_out(key: str) -> bool:
-    """Whether a generated puzzle belongs to the test side. A stable hash of the puzzle itself decides, not a seed or a
-    counter: two streams that ask this question can never share a puzzle, whatever they draw."""
+    """Whether a generated puzzle is held out. A stable hash of the puzzle decides, so training and held-out puzzles never overlap, whatever
+    is drawn."""
     return hashlib.sha256(key.encode()).digest()[0] % HELD_OUT_BUCKETS == 0

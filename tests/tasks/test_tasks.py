@@ -439,7 +439,7 @@ def test_paths_that_lead_nowhere(tmp_path: Path):
     with pytest.raises(ValueError, match=r"unknown kind of file '\.txt'.*\.jsonl"):
         read_rows(write(tmp_path / "a.txt", "x"), "train")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match=r"holds none of \*\.jsonl"):
+    with pytest.raises(ValueError, match=r"has no file that matches \*\.jsonl"):
         read_rows(tmp_path / "empty", "train")
 
 

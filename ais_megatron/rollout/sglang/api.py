@@ -1,4 +1,4 @@
-"""One SGLang server's HTTP endpoints, as coroutines. Nothing here decides anything; see client.py and transport.py.
+"""The HTTP endpoints of one SGLang server, as coroutines. The decisions are in client.py and transport.py.
 
 Source of names and fields: SGLang 0.5.23, `entrypoints/http_server.py` and `managers/io_struct.py`.
 """
@@ -12,15 +12,15 @@ import aiohttp
 import orjson
 
 JSON_HEADERS = {"Content-Type": "application/json"}
-PROBE_SECONDS = 30.0  # for a request that does no work; /health itself gives up after 20 s
+PROBE_SECONDS = 30.0  # for requests that do no work; /health itself gives up after 20 s
 
 
 class Unreachable(RuntimeError):
-    """No answer: refused, reset or timed out."""
+    """The server did not answer: the connection was refused or reset, or timed out."""
 
 
 class Refused(RuntimeError):
-    """An answer that says no. `status` is HTTP's; 4xx is the request's fault, 5xx the server's."""
+    """The server answered with an error. `status` is the HTTP status: 4xx if the request is wrong, 5xx if the server failed."""
 
     def __init__(self, status: int, message: str) -> None:
         super().__init__(message)
@@ -28,7 +28,7 @@ class Refused(RuntimeError):
 
 
 class ServerAPI:
-    """The server at `url`; `session` carries the key, if there is one."""
+    """The server at `url`. `session` sends the access key, if there is one."""
 
     def __init__(self, url: str, session: aiohttp.ClientSession, timeout_s: float) -> None:
         self.url = url
@@ -36,7 +36,7 @@ class ServerAPI:
         self._timeout_s = timeout_s
 
     async def is_healthy(self, timeout_s: float = PROBE_SECONDS) -> bool:
-        """Whether the model produces tokens: the endpoint waits for progress, or makes a token itself."""
+        """Whether the model generates tokens. The endpoint waits for progress, or generates a token itself."""
         try:
             async with self._session.get(f"{self.url}/health", timeout=aiohttp.ClientTimeout(timeout_s)) as response:
                 return response.status == 200
@@ -44,11 +44,11 @@ class ServerAPI:
             return False
 
     async def weight_version(self) -> str:
-        """What the last update called its weights; "default" until there is one, also after a restart."""
+        """The name that the last update gave its weights; "default" before the first update and after a restart."""
         return (await self._call("GET", "/model_info", PROBE_SECONDS))["weight_version"]
 
     async def generate(self, **body: Any) -> dict[str, Any]:
-        """One response: `output_ids` and `meta_info`."""
+        """Generate one response: `output_ids` and `meta_info`."""
         return await self._call("POST", "/generate", self._timeout_s, body)
 
     async def abort(self, prefix: str) -> None:
@@ -62,7 +62,7 @@ class ServerAPI:
         await self._call("POST", "/continue_generation", PROBE_SECONDS, {})
 
     async def begin_update(self) -> None:
-        """Open a weight-update session, closing one that an interrupted update left open."""
+        """Open a weight-update session. If an interrupted update left one open, it is closed first."""
         try:
             await self._call("POST", "/begin_weight_update", self._timeout_s, {})
         except Refused as error:
@@ -72,7 +72,7 @@ class ServerAPI:
             await self._call("POST", "/begin_weight_update", self._timeout_s, {})
 
     async def update(self, kind: str, **body: Any) -> None:
-        """One bucket; `kind` is "tensor" or "distributed"."""
+        """Load one bucket; `kind` is "tensor" or "distributed"."""
         await self._call("POST", f"/update_weights_from_{kind}", self._timeout_s, body)
 
     async def end_update(self) -> None:
@@ -92,7 +92,7 @@ class ServerAPI:
         await self._call("POST", "/weights_checker", self._timeout_s, {"action": "reset_tensors"})
 
     async def checksums(self) -> list[dict[str, str]]:
-        """Of each rank of the server: a checksum of every tensor of the model, by the server's own names."""
+        """For each rank of the server, the checksum of every tensor of the model under the server's own names."""
         answer = await self._call("POST", "/weights_checker", self._timeout_s, {"action": "checksum"})
         return [part["checksums"] for part in answer["ranks"]]
 
@@ -102,19 +102,19 @@ class ServerAPI:
         try:
             async with self._session.request(method, self.url + path, data=data, headers=headers, timeout=timeout) as response:
                 if response.status != 200:
-                    raise Refused(response.status, f"{self.url}{path} answered {response.status}: {_message(await response.text())}")
+                    raise Refused(response.status, f"{self.url}{path} answered HTTP {response.status}: {_message(await response.text())}")
                 return _parse(await response.read())
         except TimeoutError as error:
             raise Unreachable(f"{self.url}{path} did not answer within {timeout_s:g} s") from error
         except (aiohttp.ClientError, OSError) as error:
             raise Unreachable(f"{self.url}{path}: {error or type(error).__name__}") from error
         except ValueError as error:
-            raise Unreachable(f"{self.url}{path} answered with what is not JSON: {error}") from error
+            raise Unreachable(f"{self.url}{path} answered with something that is not JSON: {error}") from error
 
 
 def _parse(text: bytes) -> Any:
-    """An answer of 512 tokens with log-probabilities is parsed three times as fast as by the standard library, which alone, however,
-    knows NaN and Infinity."""
+    """Parse JSON. For 512 tokens with log-probabilities, this parser is three times as fast as the standard library. Only the standard
+    library accepts NaN and Infinity."""
     try:
         return orjson.loads(text)
     except orjson.JSONDecodeError:

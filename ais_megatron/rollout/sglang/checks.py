@@ -1,13 +1,15 @@
-"""Does a server take what it is sent? Asked once of every server, and again after a restart, because it would not say.
+"""Checks that a server really uses the weights and KV scales that it is sent, because it reports no error if it does not.
 
-Coverage: overwrite all its tensors with noise, push, and every single checksum must have changed. A name that the server
-does not know, or a tensor that we never send, shows here and nowhere else. With an FP8 KV cache the scales of every layer
-must be among those tensors: SGLang has them only if our plugin runs in it.
+Every server is checked once, and again after a restart.
 
-Scales: K and V divided by s, rounded to FP8 and multiplied by s again hardly depend on s, until s is so large that they all
-round to zero. So with scales 2^14 times too large something must change; and where much changes, so that the model leans on
-its attention, little may change between scales 8 and 64 times too large, and prefill and decoding (which replays captured
-CUDA graphs) must agree. A server that reads with other scales than it writes with is off by a factor of 8 there.
+Coverage: all tensors of the server are overwritten with noise. After the push every checksum must have changed. Only this finds a name
+that the server does not know, or a tensor that we never send. With an FP8 KV cache the scales of every layer must be among the tensors.
+SGLang has them only if our plugin runs in it.
+
+Scales: K and V divided by s, rounded to FP8 and multiplied by s hardly depend on s, until s is so large that they all round to zero.
+So scales that are 2^14 times too large must change something. If they change a lot, the model depends on its attention. Then scales 8
+and 64 times too large must give almost the same result, and prefill must agree with decoding, which replays captured CUDA graphs. A
+server that reads with other scales than it writes with is wrong by a factor of 8 there.
 """
 
 from __future__ import annotations
@@ -21,42 +23,42 @@ from ais_megatron.rollout.sglang.api import ServerAPI
 from ais_megatron.rollout.sglang.transport import Transport, WeightUpdate
 
 PROMPT_TOKENS, DECODED_TOKENS = 24, 8
-LOW, HIGH, FLUSHES = 8.0, 64.0, 2.0**14  # powers of two: E4M3's grid stays the same; well above 1: nothing saturates
-IDENTICAL, TELLING = 1e-6, 0.2  # nats per token: below, no effect; above, the effect is far from the noise of FP8 and of routing
-NOISE = 0.5  # share of the flush's effect that a harmless factor may have
+LOW, HIGH, FLUSHES = 8.0, 64.0, 2.0**14  # powers of two keep E4M3's grid; far above 1, so that nothing saturates
+IDENTICAL, TELLING = 1e-6, 0.2  # nats per token: below IDENTICAL no effect; above TELLING far more than the noise of FP8 and routing
+NOISE = 0.5  # the largest effect of a harmless factor, as a share of the effect of FLUSHES
 
 Checksums = list[dict[str, str]]
 
 
 async def randomize(servers: Sequence[ServerAPI]) -> list[Checksums]:
-    """Overwrite the servers' weights with noise; returns its checksums, for `check_coverage` after the push."""
+    """Overwrite the servers' weights with noise. Returns their checksums, for `check_coverage` after the push."""
     await asyncio.gather(*(server.randomize_weights() for server in servers))
     return list(await asyncio.gather(*(server.checksums() for server in servers)))
 
 
 async def check_coverage(servers: Sequence[ServerAPI], noise: list[Checksums], scales: Bucket) -> None:
-    """RuntimeError if a tensor of a server still is what `randomize` left, or one of `scales` is not among its tensors."""
+    """Raise RuntimeError if a server still has a tensor from `randomize`, or does not have one of `scales`."""
     pushed = await asyncio.gather(*(server.checksums() for server in servers))
     for server, old, new in zip(servers, noise, pushed, strict=True):
         without = [name for name, _ in scales if not any(name in part for part in new)]
         if without:
             raise RuntimeError(
-                f"{server.url}: has no {without[0]}; its FP8 cache would run with scale 1.0, whatever is pushed. Install ais_megatron into "
-                "SGLang's environment (its plugin makes the scales loadable; `ais-megatron doctor CONFIG` looks for it), or set "
+                f"{server.url}: has no {without[0]}, so its FP8 cache would use scale 1.0 whatever is pushed. Install ais_megatron in "
+                "SGLang's environment (our plugin makes the scales loadable, and `ais-megatron doctor CONFIG` checks it), or set "
                 "rollout.kv_cache=bf16"
             )
         untouched = sorted({name for a, b in zip(old, new, strict=True) for name in a if a[name] == b.get(name)})
         if untouched:
             raise RuntimeError(
                 f"{server.url}: the weight sync did not reach {untouched[0]} and {len(untouched) - 1} other tensors; the server runs "
-                "another model than model.architecture describes, or an SGLang whose names differ (0.5.23 is known to work)"
+                "a model that differs from model.architecture, or an SGLang version with other names (0.5.23 is known to work)"
             )
 
 
 async def check_scales(servers: Sequence[ServerAPI], transport: Transport, scales: Bucket, version: str, vocab_size: int) -> None:
-    """RuntimeError if the KV cache of a server does not obey `scales`; they are in force again afterwards.
+    """Raise RuntimeError if the KV cache of a server does not use `scales`. Afterwards the servers have `scales` again.
 
-    All servers get each factor in one update, so that a transport with a group needs no other group than that of all of them.
+    All servers get each factor in the same update, so a transport needs only the one process group with all servers.
     """
     prompt = [1 + (7 * i) % (vocab_size - 1) for i in range(PROMPT_TOKENS)]
 
@@ -71,17 +73,19 @@ async def check_scales(servers: Sequence[ServerAPI], transport: Transport, scale
 
 
 def _judge(server: ServerAPI, effect: float, noise: float, decoding: float) -> None:
-    """effect: of scales that flush K and V to zero; noise: of harmless ones; decoding: its distance from prefill. Nats per token."""
+    """Judge a server from differences in nats per token.
+
+    effect: of scales that round K and V to zero. noise: of harmless scales. decoding: between decoding and prefill."""
     if effect <= IDENTICAL:
         raise RuntimeError(
-            f"{server.url}: pushed KV scales have no effect, even when they are {FLUSHES:g} times too large: its attention backend does "
+            f"{server.url}: pushed KV scales have no effect, even if they are {FLUSHES:g} times too large, so its attention backend does "
             "not read them. Use rollout.sglang.attention_backend=fa3, or rollout.kv_cache=bf16"
         )
     if effect > TELLING and max(noise, decoding) > NOISE * effect:
         raise RuntimeError(
-            f"{server.url}: KV is written with other scales than it is read with (scales {HIGH:g} instead of {LOW:g} times too large moved "
-            f"log-probabilities by {noise:.2g} nats, and decoding is {decoding:.2g} nats away from prefill; no KV at all moves them by "
-            f"{effect:.2g}). An attention backend that bakes scales into captured graphs does that: use "
+            f"{server.url}: the KV cache is read with other scales than it is written with (scales {HIGH:g} instead of {LOW:g} times too "
+            f"large moved log-probabilities by {noise:.2g} nats, and decoding differs from prefill by {decoding:.2g} nats; a KV cache of "
+            f"zeros moves them by {effect:.2g}). This happens if an attention backend keeps scales in captured CUDA graphs. Use "
             "rollout.sglang.attention_backend=fa3, or rollout.kv_cache=bf16"
         )
 
@@ -97,7 +101,7 @@ async def _push_scaled(servers: Sequence[ServerAPI], transport: Transport, scale
 
 
 async def _logprobs(server: ServerAPI, prompt: list[int]) -> tuple[list[float], float]:
-    """Of the prompt's tokens, and by how much those of a greedy continuation differ between decoding and prefill."""
+    """The log-probabilities of the prompt's tokens, and how much those of a greedy continuation differ between decoding and prefill."""
     decoded = await _ask(server, prompt, DECODED_TOKENS)
     tokens = prompt + decoded["output_ids"]
     prefilled = [entry[0] for entry in (await _ask(server, tokens, 1))["meta_info"]["input_token_logprobs"][1:]]

@@ -1,12 +1,12 @@
-"""The rollout engine that consists of SGLang servers: every rank is a client, the first one also brings the weights.
+"""The rollout engine on SGLang servers. Every rank is a client, and rank 0 also pushes the weights.
 
     generate         one request per response (responses.py), spread over the servers (dispatch.py)
-    update_weights   rank 0: validate, then push as one session (transport.py); at a server's first update check that it takes
-                     every tensor and obeys its KV scales (checks.py)
+    update_weights   rank 0 checks the tensors and pushes them in one session (transport.py); at a server's first update it also
+                     checks that the server uses every tensor and its KV scales (checks.py)
 
-Versions are "RUN-N", RUN being random: a server that was restarted, or that another run fitted, says something else and gets
-no traffic until it has been refitted. HTTP runs on one event loop in one thread of its own, so `generate` may be called from
-a thread while an update passes.
+Versions are called "RUN-N", where RUN is random. A server that was restarted, or that has another run's weights, reports another name
+and gets no requests until the next sync. HTTP runs on one event loop in its own thread, so a thread may call `generate` during an
+update.
 """
 
 from __future__ import annotations
@@ -35,21 +35,21 @@ from ais_megatron.rollout.sglang.patience import Patience
 from ais_megatron.rollout.sglang.responses import ResponseFormat
 from ais_megatron.rollout.sglang.transport import Transport, WeightUpdate
 
-KEEP_ALIVE_S = 2.0  # of an idle connection: well below the 5 s after which SGLang closes it, perhaps under a request just being sent
+KEEP_ALIVE_S = 2.0  # for an idle connection. SGLang closes it after 5 s, possibly while we are sending a request
 SCALES = (".attn.k_scale", ".attn.v_scale")
 EMBEDDING = "model.embed_tokens.weight"
 
 
 class SGLangEngine:
-    """A `RolloutEngine` over running SGLang servers; see there for what its methods promise.
+    """A `RolloutEngine`, which documents the methods, on running SGLang servers.
 
     Args:
-        eos_id: ends a response.
+        eos_id: the token that ends a response.
         dtype: of weights that are not quantised.
-        run_id: makes this run's versions its own; the same on every rank.
-        key: that the servers ask for, if they do.
-        transport: how weights travel; only the first rank has one, and only it updates.
-        number: this rank, so that ranks do not all begin with the first server.
+        run_id: the random part of this run's version names; the same on every rank.
+        key: the servers' access key, or None.
+        transport: how weights travel. Only rank 0 has one, and only rank 0 updates.
+        number: this rank's number. Ranks begin with different servers.
         on_close: called at the end of `close`, to stop servers that were started for this engine.
     """
 
@@ -75,16 +75,16 @@ class SGLangEngine:
         self._transport = transport
         self._manifest = Manifest.of(architecture, rollout, dtype)
         self._version = -1
-        self._acceptable: set[int] = set()  # versions that a server may have; from an update to the next `generate` old and new
+        self._acceptable: set[int] = set()  # versions that a server may have: old and new between an update and the next `generate`
         self._closed = False
-        self._known: set[str] = set()  # servers that passed the checks of a first update
-        self._unfinished: dict[Any, Generation] = {}  # of calls that ended in WeightsLost
+        self._known: set[str] = set()  # servers that have passed the checks of their first update
+        self._unfinished: dict[Any, Generation] = {}  # calls that ended in WeightsLost
         self._request_prefix, self._request_numbers = f"{run_id}-{number}-", count()
         self._loop = asyncio.new_event_loop()
         threading.Thread(target=self._loop.run_forever, name="sglang-client", daemon=True).start()
         self._session = self._run(_open_session(key))
         self._servers = [self._server(url) for url in urls]
-        self._updated: list[Server] = []  # those that took part in the last update
+        self._updated: list[Server] = []  # servers in the last update
         doors = [self._server(self._config.router)] if self._config.router else self._servers
         self._dispatcher = Dispatcher(doors, self._config, self._ask, self._is_current, lambda: len(self._acceptable) > 1, number)
 
@@ -93,7 +93,7 @@ class SGLangEngine:
 
     @property
     def version(self) -> int:
-        """See `RolloutEngine.version`; -1 also after an update that failed."""
+        """See `RolloutEngine.version`. It is also -1 after an update that failed."""
         return self._version
 
     def close(self) -> None:
@@ -107,7 +107,7 @@ class SGLangEngine:
             self._on_close()
 
     async def _shut_down(self) -> None:
-        """End whatever is under way, so that no thread is left waiting for a loop that has stopped."""
+        """Cancel all tasks, so that no thread waits for a loop that has stopped."""
         busy = [server.api for server in self._dispatcher.servers if server.requests]
         tasks = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
         for task in tasks:
@@ -119,7 +119,7 @@ class SGLangEngine:
         await self._session.close()
 
     def _run(self, coroutine: Coroutine[Any, Any, Any]) -> Any:
-        """Run on the client's loop; an interrupt here ends the work there."""
+        """Run a coroutine on the client's loop. An interrupt here also cancels it there."""
         future = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
         try:
             return future.result()
@@ -133,13 +133,13 @@ class SGLangEngine:
         A response whose log-probabilities are missing or not finite comes back with finish_reason `DROPPED`.
 
         Raises:
-            WeightsLost: no server is left that has this run's weights, though one answers. Push, then call again with the
-                same arguments: finished responses are kept.
+            WeightsLost: a server answers, but none has this run's weights any more. Push them, then call again with the same
+                arguments. Finished responses are kept.
             Unavailable: no server answered for `rollout.sglang.recovery_timeout_s`.
         """
         if self._closed or self._version < 0:
             state = "is closed" if self._closed else "has no complete weights: none were pushed, or the last update failed"
-            raise RuntimeError(f"the SGLang rollout engine {state}; generate after a successful update_weights")
+            raise RuntimeError(f"the SGLang rollout engine {state}; call update_weights before generate")
         check_sampling(sampling)
         for prompt in prompts:
             check_prompt(prompt, sampling, self._architecture)
@@ -164,10 +164,10 @@ class SGLangEngine:
         """See `RolloutEngine.update_weights`. Ranks without a transport only take part in producing `buckets`.
 
         Raises:
-            ValueError: a tensor that does not belong; nothing of its bucket has been sent.
-            Unavailable: no server answered for `rollout.sglang.recovery_timeout_s` (at first: startup_timeout_s).
-            RuntimeError: a server refused or was lost in the middle, or does not obey its weights or scales. Servers keep
-                out of use until an update succeeds.
+            ValueError: a tensor is wrong; nothing of its bucket has been sent.
+            Unavailable: no server answered for `rollout.sglang.recovery_timeout_s` (at the first update: startup_timeout_s).
+            RuntimeError: a server refused the update or was lost, or does not use its weights or scales. No server is used
+                until an update succeeds.
         """
         if self._closed:
             raise RuntimeError("the SGLang rollout engine is closed")
@@ -194,7 +194,7 @@ class SGLangEngine:
         self._version = version
 
     def _push(self, transport: Transport, buckets: Iterable[Bucket], servers: Sequence[ServerAPI], version: int) -> Bucket:
-        """The session itself; returns the KV scales that were in it."""
+        """Push all buckets in one session. Returns its KV scales."""
         update = WeightUpdate(transport, servers, self._config.pause, self._format.name(version))
         self._manifest.begin()
         scales: Bucket = []
@@ -219,7 +219,7 @@ class SGLangEngine:
         return scales
 
     def _checked(self, buckets: Iterable[Bucket], scales: Bucket) -> Iterator[Bucket]:
-        """Each bucket once all its tensors have been found in order; scales are noted on the way."""
+        """Yield each bucket after checking all its tensors, and collect its KV scales in `scales`."""
         for bucket in buckets:
             for name, tensor in bucket:
                 self._manifest.take(name, tensor)
@@ -230,16 +230,17 @@ class SGLangEngine:
                 yield bucket
 
     def _with_tied_head(self, bucket: Bucket) -> Bucket:
-        """Most of SGLang's models share the embedding's memory with a tied head; those that do not are sent the head too."""
+        """Add the head to the bucket for models with a tied head whose SGLang class does not share it with the embedding."""
         copies = self._architecture.family.sglang_keeps_tied_head
         tied = [(TIED_HEAD, tensor) for name, tensor in bucket if name == EMBEDDING and copies]
         return [(name, tensor) for name, tensor in bucket if name != TIED_HEAD] + tied
 
     async def _servers_to_update(self, is_first: bool, after_failure: bool) -> tuple[list[Server], list[ServerAPI]]:
-        """Those that answer, and which of them have never had, or no longer have, weights of this run. At the start of a run
-        all servers are waited for.
+        """The servers that answer, and those of them that do not have this run's weights, because they never got them or lost them.
 
-        after_failure: a server may still hang in the broadcast that failed, and then answers everything but requests for tokens.
+        At the start of a run all servers are waited for.
+
+        after_failure: a server may still hang in the failed broadcast. It then answers every request except those for tokens.
         """
         limit, key = (self._config.startup_timeout_s, "startup") if is_first else (self._config.recovery_timeout_s, "recovery")
         key = f"rollout.sglang.{key}_timeout_s"
@@ -258,12 +259,12 @@ class SGLangEngine:
                 return ready, [server.api for server in ready if server in fresh]
             silent = "; ".join(sorted(absent.values()))
             if patience.is_over:
-                raise Unavailable(f"{silent}: waited {limit:g} s; see the servers' logs, or raise {key}")
+                raise Unavailable(f"{silent}: gave up after {limit:g} s; read the servers' logs, or raise {key}")
             patience.tell(", ".join(server.api.url for server in absent), silent)
             await asyncio.sleep(1.0)
 
     def probe(self, prompts: Sequence[Prompt], sampling: SamplingParams) -> list[list[Rollout]]:
-        """The responses of each server that was just updated, asked directly; of all ranks only the updating one asks."""
+        """The responses of each server that was just updated. Only the rank that pushes weights asks."""
         if self._transport is None:
             return []
 
@@ -271,7 +272,7 @@ class SGLangEngine:
             answers = await asyncio.gather(*(self._ask(server, p, sampling, i) for p in prompts for i in range(sampling.num_samples)))
             rollouts = [answer for answer in answers if answer is not None]
             if len(rollouts) < len(answers):
-                raise RuntimeError(f"{server.api.url}: answers with other weights than version {self._version}, right after a sync")
+                raise RuntimeError(f"{server.api.url}: answered right after a sync with weights that are not version {self._version}")
             return rollouts
 
         async def ask_all() -> list[list[Rollout]]:

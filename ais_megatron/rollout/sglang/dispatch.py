@@ -1,14 +1,14 @@
-"""Which server answers which request, and what happens when one does not.
+"""Distributes requests over the servers, and handles requests and servers that fail.
 
-Every request is for one response. It goes to the least loaded server, where possible to the one that has the prompt's other
-samples and hence its prefix. A response counts once: it is stored under (prompt, sample), and a request is repeated only
-after its connection is closed, whereupon the server drops it.
+Every request is for one response. It goes to the least loaded server, but preferably to the one that has the prompt's other samples
+and so its prefix. A response counts once. It is stored under (prompt, sample). A request is repeated only after its connection is
+closed, and the server drops a request whose connection is closed.
 
-    refused, 5xx               again, after a pause that doubles; MAX_ATTEMPTS times
-    refused, 4xx               the request is wrong: an error
-    lost connection, time-out  the server is not used until it answers again; its requests are done elsewhere
-    hung                       two health checks in a row fail: the same
-    other weights than ours    (a restart) the server is not used until it has been refitted
+    refused with 5xx           repeated after a pause that doubles, up to MAX_ATTEMPTS times
+    refused with 4xx           an error, because the request is wrong
+    lost connection, time-out  the server is not used until it answers again; other servers do its requests
+    hung                       the same, after two failed health checks in a row
+    other weights than ours    (after a restart) the server is not used until the next sync
 """
 
 from __future__ import annotations
@@ -29,23 +29,26 @@ from ais_megatron.rollout.sglang.api import Refused, ServerAPI, Unreachable
 
 logger = logging.getLogger(__name__)
 
-MAX_ATTEMPTS = 5  # of one response: beyond this the request itself is what breaks servers
+MAX_ATTEMPTS = 5  # of one response; after this many the request itself probably breaks servers
 BACKOFF = 0.1  # seconds, doubled with every attempt
-HEALTH_SECONDS, HEALTH_TIMEOUT = 10.0, 30.0  # between looks at servers that are working, and for each
-OTHER_WEIGHTS = 200  # the "status" of a refusal of ours: the answer was fine, but not from this run's weights
+HEALTH_SECONDS, HEALTH_TIMEOUT = 10.0, 30.0  # between health checks of working servers, and for one check
+OTHER_WEIGHTS = 200  # our own "status": the answer is valid, but not from this run's weights
 Key = tuple[int, int]  # (position in the prompts, sample number)
 
 
 @dataclass(eq=False)
 class Server:
-    """api: its endpoints. usable: reachable, and its weights are ours. requests: in flight here, from this rank."""
+    """One server, as this rank sees it."""
 
     api: ServerAPI
+    """Its endpoints."""
     usable: bool = False
+    """It can be reached and has this run's weights."""
     requests: set[asyncio.Task[Any]] = field(default_factory=set)
+    """This rank's requests in flight."""
 
     def lose(self, why: str) -> None:
-        """Stop using it; what it was working on is done elsewhere."""
+        """Stop using this server. Its requests go back to the queue."""
         if self.usable:
             logger.warning("rollout server %s is not used for now: %s", self.api.url, why)
         self.usable = False
@@ -55,7 +58,7 @@ class Server:
 
 @dataclass(eq=False)
 class Generation:
-    """The responses of one call of `generate`, and which of them are still missing."""
+    """The responses of one call of `generate`, finished and missing."""
 
     prompts: Sequence[Prompt]
     sampling: SamplingParams
@@ -75,10 +78,10 @@ class Dispatcher:
     """Sends requests to `servers`. All coroutines run on one event loop.
 
     Args:
-        request: asks one server for one response; None if it was sampled with other weights than this run's.
-        is_current: whether a server with weights of that name may be used now.
-        is_updating: whether an update is under way, during which servers are paused and do not answer health checks.
-        number: of this rank, so that ranks do not all begin with the first server.
+        request: asks one server for one response. It gives None if the response was sampled with other weights than this run's.
+        is_current: whether a server whose weights have this name may be used now.
+        is_updating: whether an update is in progress. Servers are then paused and do not answer health checks.
+        number: this rank's number. Ranks begin with different servers.
     """
 
     def __init__(
@@ -94,10 +97,11 @@ class Dispatcher:
         self._is_current, self._is_updating = is_current, is_updating
 
     async def complete(self, generation: Generation) -> None:
-        """Fetch all responses that are missing.
+        """Fetch all missing responses.
 
         Raises:
-            WeightsLost, Unavailable: see `SGLangEngine.generate`. RuntimeError: a request that no server accepts.
+            WeightsLost, Unavailable: see `SGLangEngine.generate`.
+            RuntimeError: no server accepts a request.
         """
         await self.look()
         while missing := generation.missing():
@@ -115,7 +119,7 @@ class Dispatcher:
                 await asyncio.gather(watch, *work, return_exceptions=True)
 
     async def _work(self, generation: Generation, queue: deque[Key]) -> None:
-        """Take one missing response after the other, until none is left or no server is."""
+        """Fetch one missing response after the other, until none is missing or no server is left."""
         while queue:
             server = self._choose(generation, queue[0])
             if server is None:
@@ -127,7 +131,7 @@ class Dispatcher:
                 rollout = await request
             except (Unreachable, Refused, asyncio.CancelledError) as error:
                 this = asyncio.current_task()
-                if this is not None and this.cancelling():  # the work as a whole ends, not only this request
+                if this is not None and this.cancelling():  # everything is cancelled, not only this request
                     raise
                 queue.appendleft(key)
                 await self._failed(server, generation, key, error)
@@ -141,7 +145,7 @@ class Dispatcher:
                 server.requests.discard(request)
 
     def _choose(self, generation: Generation, key: Key) -> Server | None:
-        """The server of the prompt's other samples if it has room, since it has the prefix; else the least loaded one."""
+        """The server that has the prompt's other samples, and so its prefix, if it has room. Otherwise the least loaded server."""
         home = generation.home.get(key[0])
         if home is not None and home.usable and len(home.requests) < self._config.max_concurrency:
             return home
@@ -152,16 +156,16 @@ class Dispatcher:
         return chosen
 
     async def _failed(self, server: Server, generation: Generation, key: Key, error: BaseException) -> None:
-        """Decide what a failed request says about the server; it is back in the queue already."""
+        """Decide what a failed request means for its server. The request is already back in the queue."""
         if isinstance(error, asyncio.CancelledError):
-            return  # the server was lost while it worked on this: no fault of the request
+            return  # the server was lost meanwhile, so the request is not at fault
         status = error.status if isinstance(error, Refused) else None
         if status in (401, 403):
             raise RuntimeError(f"{error}; rollout.sglang.key_file must name the file that the servers were started with") from error
         if status is not None and 400 <= status < 500 and status not in (408, 429):
             raise RuntimeError(f"prompt {generation.prompts[key[0]].index}: {error}") from error
         if status == OTHER_WEIGHTS and server.api.url == self._config.router:
-            raise WeightsLost(f"a server behind {server.api.url} {error}")
+            raise WeightsLost(f"a server behind {server.api.url}: {error}")
         attempt = generation.attempts[key] = generation.attempts.get(key, 0) + 1
         if attempt >= MAX_ATTEMPTS:
             raise RuntimeError(f"prompt {generation.prompts[key[0]].index}: {attempt} attempts failed, the last one: {error}") from error
@@ -170,17 +174,17 @@ class Dispatcher:
         await asyncio.sleep(min(BACKOFF * 2**attempt, 5.0))
 
     async def look(self) -> None:
-        """Find out of every server whether it answers, and with weights that this run may use now."""
+        """Ask every server whether it answers, and whether it has weights that this run may use now."""
         for server, answer in zip(self.servers, await versions_of(self.servers), strict=True):
             if isinstance(answer, Exception):
                 server.lose(str(answer))
             elif self._is_current(answer) or server.api.url == self._config.router:
                 server.usable = True
             else:
-                server.lose("its weights are not this run's present ones; it is refitted at the next sync")
+                server.lose("it does not have the current weights of this run; it gets them at the next sync")
 
     async def _watch(self) -> None:
-        """While requests are out: notice servers that hang, and take back those that were only out of reach for a while."""
+        """While requests are in flight, detect servers that hang, and use servers again that can be reached again."""
         strikes: dict[Server, int] = {}
         while True:
             await asyncio.sleep(HEALTH_SECONDS)
@@ -194,7 +198,7 @@ class Dispatcher:
                     server.lose("it hangs: two health checks in a row failed")
 
     async def _wait_for_a_server(self) -> None:
-        """Return once a server can be used; see `generate` for what is raised otherwise."""
+        """Wait until a server can be used. Raises as `generate` does."""
         deadline = time.monotonic() + self._config.recovery_timeout_s
         while True:
             await self.look()
@@ -202,18 +206,18 @@ class Dispatcher:
                 return
             for server in self.servers:
                 if await server.api.is_healthy():
-                    raise WeightsLost(f"{server.api.url} answers, but no longer has this run's weights")
+                    raise WeightsLost(f"{server.api.url} answers, but no longer has this run's weights; push them again")
             if time.monotonic() > deadline:
                 raise Unavailable(
                     f"no rollout server has answered for {self._config.recovery_timeout_s:g} s "
-                    f"({', '.join(server.api.url for server in self.servers)}); see the servers' logs, or raise "
+                    f"({', '.join(server.api.url for server in self.servers)}); read the servers' logs, or raise "
                     "rollout.sglang.recovery_timeout_s"
                 )
             await asyncio.sleep(1.0)
 
 
 async def versions_of(servers: Sequence[Server]) -> list[str | Exception]:
-    """What each server calls its weights, or why it does not answer."""
+    """The name of each server's weights, or the error if it does not answer."""
 
     async def ask(server: Server) -> str | Exception:
         try:

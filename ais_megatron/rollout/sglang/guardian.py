@@ -1,10 +1,10 @@
-"""Runs a server and makes sure that it ends: ``python guardian.py PARENT_PID COMMAND ...``; standard library only.
+"""Runs a server and makes sure that it ends: ``python guardian.py PARENT_PID COMMAND ...``. Uses only the standard library.
 
-A server that outlives the process that wanted it keeps its port and its GPU memory. So that process starts this small one, which
-starts the server in a process group of its own and then only watches. The whole group is ended when the server's first process
-ends, when this process is told to (SIGTERM, SIGINT: the server has `GRACE_S` seconds to end by itself), or when the parent is gone, even
-by kill -9. Should this process itself be killed, the kernel kills the server's first process (PR_SET_PDEATHSIG), and SGLang's
-children ask for the same. The exit status is the server's, or 128 + n if signal n ended it.
+A server that outlives its parent keeps its port and its GPU memory. The parent therefore starts this small process, which starts the
+server in a process group of its own and watches it. It ends the whole group in three cases: the server's first process has ended; this
+process got SIGTERM or SIGINT, and then the server has `GRACE_S` seconds to end by itself; or the parent is gone, even by kill -9. If
+this process itself is killed, the kernel kills the server's first process (PR_SET_PDEATHSIG), and SGLang's children request the same.
+The exit status is that of the server, or 128 + n if signal n ended it.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def _prctl(option: int, value: int) -> None:
 
 
 def _end_orphans() -> None:
-    """Kill and collect whatever is left below this process; as subreaper it inherits what left the group too."""
+    """Kill and reap all remaining processes below this one. As a subreaper it also gets those that left the group."""
     while True:
         try:
             if os.waitpid(-1, os.WNOHANG)[0]:
@@ -44,7 +44,7 @@ def main(parent: int, command: list[str]) -> int:
     asked: list[int] = []
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda received, frame: asked.append(received))
-    _prctl(PR_SET_CHILD_SUBREAPER, 1)  # orphans come to this process, not to init
+    _prctl(PR_SET_CHILD_SUBREAPER, 1)  # orphans become children of this process, not of init
     try:
         server = subprocess.Popen(command, process_group=0, preexec_fn=lambda: _prctl(PR_SET_PDEATHSIG, signal.SIGKILL))
     except OSError as error:
@@ -56,14 +56,14 @@ def main(parent: int, command: list[str]) -> int:
             break
         if asked and deadline is None:
             deadline = time.monotonic() + GRACE_S
-            server.terminate()  # only the first process: SGLang takes the end of another one for a crash to be looked into
+            server.terminate()  # only the first process, because SGLang treats the end of another one as a crash
         if deadline is not None and time.monotonic() > deadline:
             break
         time.sleep(POLL_S)
     try:
         os.killpg(server.pid, signal.SIGKILL)
     except ProcessLookupError:
-        pass  # nobody is left in it
+        pass  # the group is empty
     status = server.wait()
     _end_orphans()
     return status if status >= 0 else 128 - status

@@ -1,4 +1,4 @@
-"""Waiting for servers, with a word once a minute: a start may take as long as compiling its kernels, and silence looks like a hang."""
+"""Waits for servers and prints a line once a minute. A start may take as long as compiling kernels, and silence looks like a hang."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ import time
 
 EVERY_S = 60.0
 DEEP_GEMM = (
-    "On GPUs SGLang may be compiling its DeepGEMM kernels: typically 10-20 minutes with a cold cache, and the servers of a host take "
-    "turns; `ais-megatron serve CONFIG --compile` does that once beforehand"
+    "On GPUs SGLang may be compiling its DeepGEMM kernels. This typically takes 10-20 minutes with a cold cache, and the servers of a "
+    "host take turns. `ais-megatron serve CONFIG --compile` compiles them beforehand"
 )
 
 
 class Patience:
-    """One wait of at most `limit_s` seconds.
+    """A wait of at most `limit_s` seconds.
 
-    key: the configuration's name of the limit.
-    on_gpus: whether kernels may be compiled.
+    key: the configuration key of the limit.
+    on_gpus: whether kernels may be compiled during the wait.
     """
 
     def __init__(self, limit_s: float, key: str, on_gpus: bool) -> None:
@@ -28,7 +28,7 @@ class Patience:
         return time.monotonic() - self._began > self._limit_s
 
     def tell(self, whom: str, detail: str) -> None:
-        """Print, if it is time again, who is waited for and what is known of it."""
+        """If a minute has passed, print what is waited for and what is known about it."""
         now = time.monotonic()
         if now - self._spoke < EVERY_S:
             return

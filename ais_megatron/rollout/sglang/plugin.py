@@ -1,25 +1,24 @@
-"""What SGLang lacks for us, as a plugin that it finds by itself: loadable KV scales, and an access key that comes from a file.
+"""Our SGLang plugin. It makes KV scales loadable and reads the access key from a file.
 
-Installing this package beside SGLang is all it takes: SGLang calls `install`, the entry point of the group
-``sglang.srt.plugins``, early in each of its processes. Of this package only the tables of model families are imported there,
-and nothing that it depends on. Written for SGLang 0.5.23; where a name that is hooked has moved, SGLang logs it and goes on, which `server`
-notices: it refuses a server that answers without the key.
+To use it, install this package beside SGLang. SGLang calls `install`, an entry point in the group ``sglang.srt.plugins``, early in each
+of its processes. The plugin imports only the tables of model families from this package, and none of its dependencies. It is written
+for SGLang 0.5.23. If a hooked name has moved, SGLang logs this and continues. `server` notices it, because it refuses a server that
+answers without the key.
 
-KV scales. Qwen3 and Qwen3-MoE build their attention without a quantization config, and every family does with BF16 weights. Such
-an attention has no `k_scale` and `v_scale` parameters, and scales that are pushed are dropped with a warning: the cache then works
-at scale 1.0. Here `BaseKVCacheMethod`, SGLang's own, is attached after each attention is built, and the parameters' own names are
-let through: the dense models take ``model.layers.N.self_attn.attn.k_scale`` for a checkpoint's name, make ``….attn.attn.k_scale``
-of it, and drop it as unknown.
-From there everything is stock: the loaders of all update endpoints find the parameters, and `process_weights_after_loading`
-runs after the initial load and at every /end_weight_update. Both write in place (`copy_`), so the tensors keep their addresses:
-FlashAttention-3 reads them from inside captured CUDA graphs and sees new values. Triton and FlashInfer pass the float
-`k_scale_float` instead, which a captured graph keeps for ever: with them graphs must be off.
+KV scales. Qwen3 and Qwen3-MoE build their attention without a quantization config, and so does every family with BF16 weights. Such an
+attention has no `k_scale` and `v_scale` parameters. Pushed scales are then dropped with a warning, and the cache has scale 1.0. The
+plugin attaches SGLang's own `BaseKVCacheMethod` after each attention is built. It also keeps the loaders from renaming the parameters.
+The dense models would treat ``model.layers.N.self_attn.attn.k_scale`` as a checkpoint's name, turn it into ``….attn.attn.k_scale``,
+and drop that as unknown. Everything else is SGLang's own code: the loaders of all update endpoints find the parameters, and
+`process_weights_after_loading` runs after the initial load and at every /end_weight_update. Both write in place (`copy_`), so the
+tensors keep their addresses. FlashAttention-3 reads them from inside captured CUDA graphs and sees new values. Triton and FlashInfer
+pass the float `k_scale_float`, which a captured graph keeps forever, so with them CUDA graphs must be off.
 
-Block scales. Llama's loader renames ``X.weight_scale_inv`` to a parameter that block-FP8 layers do not have; see `load_block_scales`.
+Block scales. Llama's loader renames ``X.weight_scale_inv`` to a parameter that block-FP8 layers do not have, see `load_block_scales`.
 
-Access key. ``--api-key`` would show in `ps`, in the log (SGLang logs its arguments) and in /server_info. So the key comes from
-the file that AIS_MEGATRON_KEY_FILE names, is read at the moment the HTTP app is set up, and goes straight into SGLang's own
-middleware as user key and admin key: every endpoint but /health*, /ready* and /metrics* wants ``Authorization: Bearer KEY``.
+Access key. ``--api-key`` would be visible in `ps`, in the log (SGLang logs its arguments) and in /server_info. So the key is read from
+the file in AIS_MEGATRON_KEY_FILE when the HTTP app is set up. SGLang's own middleware gets it as user key and admin key. Every endpoint
+except /health*, /ready* and /metrics* then needs ``Authorization: Bearer KEY``.
 """
 
 from __future__ import annotations
@@ -43,7 +42,7 @@ HTTP_SERVER = "sglang.srt.entrypoints.http_server._setup_and_run_http_server"
 
 
 def install() -> None:
-    """Register the hooks of this process: the server's first process speaks HTTP, the ones it spawns hold the model."""
+    """Register the hooks in this process. The server's first process handles HTTP, and the processes that it spawns hold the model."""
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
     if multiprocessing.parent_process() is not None:
@@ -56,10 +55,10 @@ def install() -> None:
 
 
 def add_kv_scales(result: None, attention: Any, *args: Any, **kwargs: Any) -> None:
-    """After an attention's `__init__`: give it `k_scale` and `v_scale` if the cache is FP8 and it has none.
+    """Hook after an attention's `__init__`: add `k_scale` and `v_scale` if the cache is FP8 and they are missing.
 
-    They are left out of a BF16 cache, where some backends would divide by whatever is in them. Families that pass their
-    quantization config on have them already.
+    A BF16 cache does not get them, because some backends would divide by them. Families that pass on their quantization config
+    already have them.
     """
     from sglang.srt.layers.quantization.kv_cache import BaseKVCacheMethod
     from sglang.srt.runtime_context import get_model
@@ -71,19 +70,19 @@ def add_kv_scales(result: None, attention: Any, *args: Any, **kwargs: Any) -> No
         layer.quant_method = BaseKVCacheMethod(None)
         layer.quant_method.create_weights(layer)
     for name in ("k_scale", "v_scale"):
-        getattr(layer, name)._skip_weight_check = False  # so that /weights_checker tells whether a sync has brought them
+        getattr(layer, name)._skip_weight_check = False  # so that /weights_checker shows whether a sync has set them
 
 
 def keep_parameter_names(rename: Callable[..., str | None], name: str, params_dict: dict[str, Any]) -> str | None:
-    """Around the loaders' renaming of checkpoint scales: what already is a parameter's name stays as it is."""
+    """Hook around the loaders' renaming of checkpoint scales: a name that is already that of a parameter stays unchanged."""
     return name if name in params_dict else rename(name, params_dict)
 
 
 def load_block_scales(load: Callable[..., object], model: Any, weights: Iterable[tuple[str, Tensor]]) -> None:
-    """Around Llama's `load_weights`: scales of block-FP8 weights go by the loader that walks the modules, as Qwen2's layers have it.
+    """Hook around Llama's `load_weights`: the scales of block-FP8 weights are loaded by the loader that walks the modules, as for Qwen2.
 
-    Llama's own takes ``X.weight_scale_inv`` for a per-tensor scale, renames it to ``X.weight_scale``, finds no such parameter and
-    drops it with a warning.
+    Llama's own loader treats ``X.weight_scale_inv`` as a per-tensor scale and renames it to ``X.weight_scale``. It finds no such
+    parameter and drops the scale with a warning.
     """
     from sglang.srt.model_loader.auto_loader import AutoWeightsLoader
 
@@ -101,7 +100,7 @@ def load_block_scales(load: Callable[..., object], model: Any, weights: Iterable
 
 
 def require_key(*args: Any, **kwargs: Any) -> None:
-    """Before the HTTP app runs: refuse requests without the key. An unreadable file ends the server rather than opening it."""
+    """Hook before the HTTP app runs: refuse requests without the key. If the file cannot be read, the server ends."""
     from sglang.srt.entrypoints.http_server import app
     from sglang.srt.utils.auth import add_api_key_middleware
 

@@ -1,4 +1,4 @@
-"""What is asked of a server for one response, and what its answer becomes.
+"""Builds the request for one response, and reads the server's answer.
 
 Source: SGLang 0.5.23's GenerateReqInput, and `meta_info` as `tokenizer_manager` fills it.
 """
@@ -23,9 +23,9 @@ class ResponseFormat:
     """Requests and answers of one run.
 
     Args:
-        eos_id: ends a response.
-        with_routing: ask for the experts that every token was given to (MoE).
-        run_id: whose weights count.
+        eos_id: the token that ends a response.
+        with_routing: whether to ask for the experts of every token (MoE).
+        run_id: the run whose weights are accepted.
     """
 
     def __init__(self, architecture: Architecture, eos_id: int, with_routing: bool, run_id: str) -> None:
@@ -41,7 +41,7 @@ class ResponseFormat:
                 "top_p": sampling.top_p,
                 "top_k": sampling.top_k or -1,
                 "stop_token_ids": [self._eos_id],
-                "sampling_seed": response_seed(sampling, prompt.index, sample),  # heeded under --enable-deterministic-inference
+                "sampling_seed": response_seed(sampling, prompt.index, sample),  # used only with --enable-deterministic-inference
             },
             "return_logprob": True,
             "logprob_start_len": -1,
@@ -49,21 +49,21 @@ class ResponseFormat:
         }
 
     def name(self, version: int) -> str:
-        """What a server calls the weights of `version`."""
+        """The name of the weights with this version."""
         return f"{self._run_id}-{version}"
 
     def version(self, name: str) -> int | None:
-        """The version, if the weights of that name are this run's."""
+        """The version of the weights with this name, or None if they are not this run's."""
         run, _, number = name.rpartition("-")
         return int(number) if run == self._run_id else None
 
     def rollout(self, prompt: Prompt, answer: dict[str, Any]) -> Rollout | None:
-        """The response; None if it was sampled, in part, with other weights than this run's.
+        """The response, or None if any part was sampled with other weights than this run's.
 
-        Without a finite log-probability for every token it is `DROPPED`.
+        If a token has no finite log-probability, the response is `DROPPED`.
 
         Raises:
-            Refused: the server gave it up in the middle.
+            Refused: the server aborted the response.
         """
         meta = answer["meta_info"]
         reason = (meta.get("finish_reason") or {}).get("type")
@@ -77,17 +77,18 @@ class ResponseFormat:
         tokens = tuple(answer["output_ids"])
         logprobs = tuple(entry[0] for entry in meta.get("output_token_logprobs") or ())
         versions = tuple(span for span in known if span[1])
-        # (One value that is not finite makes the sum so; no finite log-probabilities add up to infinity.)
+        # (If one value is not finite, the sum is not finite. Finite log-probabilities never add up to infinity.)
         if not tokens or len(logprobs) != len(tokens) or None in logprobs or not math.isfinite(sum(logprobs)):
             stand_in, version = prompt.token_ids[-1:], min(version for version, _ in known)
             return Rollout(prompt, stand_in, (0.0,), DROPPED, version, self._routing(None, len(prompt.token_ids)))
         routed = self._routing(meta.get("routed_experts"), len(prompt.token_ids) + len(tokens) - 1)
-        # The engine reports the end-of-sequence token as a stop, whether or not it was also the last one allowed.
+        # The engine reports the end-of-sequence token as a stop, even if it was also the last token allowed.
         finish = "stop" if tokens[-1] == self._eos_id else "length"
         return Rollout(prompt, tokens, logprobs, finish, min(version for version, _ in versions), routed, versions)
 
     def _routing(self, text: str | None, rows: int) -> Tensor | None:
-        """SGLang's base64 int32 ``[rows, num_layers, experts_per_token]``, narrowed; -1 throughout where there is none to tell."""
+        """Decode SGLang's base64 int32 ``[rows, num_layers, experts_per_token]`` to a smaller dtype. -1 everywhere if there is no
+        routing."""
         if not self._with_routing:
             return None
         shape = (rows, self._architecture.num_hidden_layers, self._architecture.num_experts_per_tok)

@@ -1,8 +1,8 @@
-"""One SGLang server on this host: the folder it starts from, its command line, and its life as a process.
+"""One SGLang server on this host: its model folder, its command line and its process.
 
-A server needs no checkpoint: it starts from a folder that holds only config.json, with dummy weights (--load-format dummy) and
-the weight version "default", and is useless until a weight sync has given it weights. That makes a restarted server the same
-as a new one, and spares reading a checkpoint that the first sync would replace.
+A server needs no checkpoint. It starts from a folder that holds only config.json, with dummy weights (--load-format dummy) and the
+weight version "default". It cannot be used until a weight sync. So a restarted server is the same as a new one, and no checkpoint is
+read that the first sync would replace.
 """
 
 from __future__ import annotations
@@ -31,19 +31,19 @@ CPU_RUNNING = 64
 POLL_S, HTTP_TIMEOUT_S, STOP_S = 0.5, 30.0, 10.0
 LOG_TAIL = 30
 
-# Of the process that starts a server, not of the server: torchrun's rendezvous, and paths into another environment.
+# Variables of the process that starts a server, which the server must not get: torchrun's rendezvous and another environment's paths.
 _LAUNCHERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "PYTHONPATH", "PYTHONHOME")
-FOREIGN_VARIABLES = (*_LAUNCHERS, MAX_CONNECTIONS, *ALLOCATOR_VARIABLES)  # the last are the trainer's; SGLang settles its own
+FOREIGN_VARIABLES = (*_LAUNCHERS, MAX_CONNECTIONS, *ALLOCATOR_VARIABLES)  # the last are the trainer's; SGLang sets its own
 FOREIGN_PREFIXES = ("TORCHELASTIC_", "GROUP_", "ROLE_")
 
-_DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # servers are in the cluster: no proxy stands between
+_DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # servers are in the cluster, so no proxy is used
 
 
 def write_model_folder(architecture: Architecture, rollout: RolloutConfig, folder: Path) -> Path:
-    """Make `folder` with a config.json that SGLang can build the model from, and return it.
+    """Create `folder` with a config.json from which SGLang can build the model, and return it.
 
-    With FP8 weights SGLang builds every linear layer and every expert as E4M3 with one scale for each 128x128 block; router,
-    norms, embedding and lm_head stay BF16 of its own accord. Activations are quantised as they come ("dynamic").
+    With FP8 weights SGLang builds every linear layer and every expert as E4M3 with one scale per 128x128 block. Router, norms,
+    embedding and lm_head stay BF16. Activation scales are computed at run time ("dynamic").
     """
     content = {**hf_config(architecture, "bf16"), "torch_dtype": "bfloat16"}
     if rollout.quantization == "fp8_e4m3":
@@ -59,17 +59,20 @@ def write_model_folder(architecture: Architecture, rollout: RolloutConfig, folde
 
 
 def server_command(config: Config, model_folder: Path, port: int, index: int = 0) -> list[str]:
-    """The command line of a server; `extra_args` come last, where they override what stands before.
+    """The command line of a server. `extra_args` come last, so they override earlier arguments.
 
-    No tokenizer is loaded: requests carry token ids, and say themselves which ids end a response.
+    No tokenizer is loaded, because requests contain token ids and name the ids that end a response.
 
     Args:
-        index: of the server on its host. On GPUs, server i takes GPUs i * tp to (i + 1) * tp - 1 of those that
-            CUDA_VISIBLE_DEVICES shows (not yet run on a GPU).
+        index: number of the server on its host. On GPUs, server i uses GPUs i * tp to (i + 1) * tp - 1 of those in
+            CUDA_VISIBLE_DEVICES (not yet run on a GPU).
     """
     rollout, sglang, context = config.rollout, config.rollout.sglang, config.architecture.max_position_embeddings
     command = [sglang.python, "-m", "sglang.launch_server", "--model-path", str(model_folder), "--load-format", "dummy"]
-    command += ["--skip-tokenizer-init", "--skip-server-warmup"]  # /health runs a prefill; the warm-up would come without the key
+    command += [
+        "--skip-tokenizer-init",
+        "--skip-server-warmup",
+    ]  # /health runs a prefill; the warm-up would send its request without the key
     command += ["--host", sglang.host, "--port", str(port), "--tp-size", str(sglang.tp), "--ep-size", str(sglang.ep)]
     command += ["--context-length", str(context), "--random-seed", str(config.run.seed)]
     command += ["--kv-cache-dtype", "fp8_e4m3" if rollout.kv_cache_is_fp8 else "auto"]
@@ -80,11 +83,11 @@ def server_command(config: Config, model_folder: Path, port: int, index: int = 0
     ):
         command += [flag, str(value)] if value is not None else []
     if sglang.pause == "in_place":
-        command += ["--disable-radix-cache"]  # the cache cannot be flushed under running requests: prefixes would keep old weights
+        command += ["--disable-radix-cache"]  # the cache cannot be flushed while requests run, so prefixes would keep the KV of old weights
     if rollout.return_routed_experts:
         command += ["--enable-return-routed-experts"]
     if sglang.device == "cpu":
-        tokens = (sglang.max_running or CPU_RUNNING) * context  # by itself it would take most of the host's memory
+        tokens = (sglang.max_running or CPU_RUNNING) * context  # by default SGLang would take most of the host's memory
         command += ["--device", "cpu", "--disable-overlap-schedule", "--sleep-on-idle", "--max-total-tokens", str(tokens)]
     else:
         command += ["--base-gpu-id", str(index * sglang.tp)]
@@ -94,8 +97,8 @@ def server_command(config: Config, model_folder: Path, port: int, index: int = 0
 def compile_command(config: Config, model_folder: Path) -> list[str]:
     """The command that compiles the DeepGEMM kernels of a server into SGLang's cache, and then ends (not yet run on a GPU).
 
-    It is a server itself, whose arguments decide which kernels: SGLang asks for the same ones as of `server_command`. Loopback,
-    because it runs without a key.
+    The command is itself a server, and its arguments decide which kernels are compiled. They must be those of `server_command`. It
+    binds to loopback, because it runs without a key.
 
     Source: SGLang 0.5.23, compile_deep_gemm.py.
     """
@@ -105,7 +108,7 @@ def compile_command(config: Config, model_folder: Path) -> list[str]:
 
 
 def server_environment(sglang: SGLangConfig, inherited: dict[str, str]) -> dict[str, str]:
-    """Environment variables of a server: what is inherited without what belongs to the starting process, then ours, then `env`."""
+    """Environment variables of a server: the inherited ones without `FOREIGN_VARIABLES`, then ours, then `rollout.sglang.env`."""
     kept = {k: v for k, v in inherited.items() if k not in FOREIGN_VARIABLES and not k.startswith(FOREIGN_PREFIXES)}
     kept.pop(KEY_FILE_VARIABLE, None)
     ours = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
@@ -117,40 +120,42 @@ def server_environment(sglang: SGLangConfig, inherited: dict[str, str]) -> dict[
 
 
 def server_url(host: str, port: int) -> str:
-    """The address for clients: a server that binds every interface is reached under its host's name."""
+    """The address for clients. A server that binds every interface is reached by its host's name."""
     if host in ("0.0.0.0", "::"):
         host = socket.gethostname()
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
 def check_port(host: str, port: int) -> None:
-    """Raises `ValueError` if a server could not bind (host, port)."""
+    """Raise `ValueError` if a server cannot bind to (host, port)."""
     try:
         try_bind(host, port)
     except OSError as error:
-        raise ValueError(f"rollout.sglang.port: {host}:{port} cannot be bound ({error}); stop what holds it or choose another") from error
+        raise ValueError(
+            f"rollout.sglang.port: {host}:{port} cannot be bound ({error}); stop the process that uses it, or choose another port"
+        ) from error
 
 
 def http_status(url: str, key: str | None = None, timeout: float = HTTP_TIMEOUT_S) -> int | None:
-    """Status of GET `url`; None if nothing answers."""
+    """HTTP status of GET `url`, or None if nothing answers."""
     try:
         with _DIRECT.open(urllib.request.Request(url, headers=authorization(key)), timeout=timeout) as response:
             return response.status
     except urllib.error.HTTPError as error:
         return error.code
-    except OSError:  # refused, reset, timed out: urllib's own errors are among them
+    except OSError:  # refused, reset or timed out; urllib's own errors are subclasses
         return None
 
 
 class SGLangServer:
-    """A server process below this one; it dies with this process, whatever ends it (see `guardian`).
+    """A server as a child process. It ends when this process ends, even by kill -9 (see `guardian`).
 
-    config: `rollout.sglang` and what the model is.
-    folder: of this server; gets ``model/config.json`` and ``server.log``, to which restarts append.
+    config: its `rollout.sglang` and its model are used.
+    folder: this server's folder. It gets ``model/config.json`` and ``server.log``, to which restarts append.
     port, index: see `server_command`.
 
     Raises:
-        ValueError: the key file is unusable.
+        ValueError: the key file cannot be used.
     """
 
     def __init__(self, config: Config, folder: Path, port: int, index: int = 0) -> None:
@@ -163,14 +168,14 @@ class SGLangServer:
         self._log_start = 0
 
     def start(self) -> None:
-        """Start the process and return at once.
+        """Start the process and return immediately.
 
         Raises:
             ValueError: the port is taken.
-            RuntimeError: it runs already.
+            RuntimeError: the server is already running.
         """
         if self.alive:
-            raise RuntimeError(f"{self.url}: started twice; stop it first")
+            raise RuntimeError(f"{self.url}: is already running; stop it before starting it again")
         sglang = self.config.rollout.sglang
         check_port(sglang.host, self.port)
         write_model_folder(self.config.architecture, self.config.rollout, self.folder / "model")
@@ -186,13 +191,13 @@ class SGLangServer:
             )
 
     def wait_until_healthy(self, timeout: float) -> None:
-        """Return once /health answers, which includes a prefill of one token.
+        """Wait until /health answers, which includes a prefill of one token.
 
         Args:
-            timeout: seconds.
+            timeout: in seconds.
         Raises:
             RuntimeError: the process ended, `timeout` passed (the server is then stopped), or the server answers requests
-                without the key; with the command and the end of the log.
+                without the key. The message has the command and the end of the log.
         """
         sglang = self.config.rollout.sglang
         patience = Patience(timeout, "rollout.sglang.startup_timeout_s", on_gpus=sglang.device == "cuda")
@@ -208,11 +213,11 @@ class SGLangServer:
             self.stop()
             raise RuntimeError(
                 self._obituary(
-                    "answers requests without the key, so it was stopped: our plugin is not active in it. Install ais_megatron beside "
-                    f"SGLang ({sglang.python} -m pip install --no-deps ais_megatron) and leave the plugin in SGLANG_PLUGINS if that is set"
+                    "answered a request without the key, so it was stopped: our plugin is not active in it. Install ais_megatron beside "
+                    f"SGLang ({sglang.python} -m pip install --no-deps ais_megatron), and name the plugin in SGLANG_PLUGINS if that is set"
                 )
             )
-        # SGLang asks itself for this at start, without the key and before it listens; a log message there says that it failed.
+        # At its start SGLang sends itself this request, without the key and before it listens. Its log then has a message that it failed.
         http_status(self.url + "/freeze_gc", self.key)
 
     @property
@@ -221,11 +226,11 @@ class SGLangServer:
 
     @property
     def exit_status(self) -> int | None:
-        """Of the last process that ended: 128 + n if signal n ended it; None while it runs or before the first start."""
+        """The status of the last process; 128 + n if signal n ended it; None while it runs or before the first start."""
         return None if self._process is None else self._process.poll()
 
     def log_tail(self, lines: int = LOG_TAIL) -> str:
-        """The last lines that the server wrote since its last start."""
+        """The last lines of the log since the server's last start."""
         if not self.log_path.exists():
             return ""
         with self.log_path.open("rb") as log:
@@ -233,7 +238,7 @@ class SGLangServer:
             return "\n".join(log.read().decode("utf-8", "replace").splitlines()[-lines:])
 
     def stop(self) -> None:
-        """End the server and all its processes; returns when they are gone. Idempotent."""
+        """End the server and all its processes, and return when they are gone. Idempotent."""
         if self._process is None:
             return
         if self._process.poll() is None:

@@ -1,14 +1,13 @@
-"""Weights on their way to SGLang servers: one update session, bucket by bucket, by one of three transports.
+"""Sends weights to SGLang servers, bucket by bucket in one update session, by one of three transports.
 
     pause -> begin -> bucket, bucket, … -> end -> continue          the last bucket flushes the KV cache and names the version
 
-distributed   a broadcast from the trainer to every rank of every server (NCCL, gloo on CPUs): any number of hosts
-tensor        shared memory: one host; no pickled data, only a description of where the bytes lie
-disk          a Hugging Face folder that every server reads: any shared file system, the slowest
+distributed   a broadcast from the trainer to every rank of every server (NCCL, gloo on CPUs); any number of hosts
+tensor        shared memory on one host; the request contains no data, only where the bytes are
+disk          a Hugging Face folder that every server reads; any shared file system, but the slowest
 
-A bucket travels as one flat byte tensor. Its tensors lie in order of falling item size, because SGLang views the bytes in
-place and a float32 must not begin at an odd multiple of a float8. At most two buckets exist at a time: one on its way,
-one being exported.
+A bucket is sent as one flat byte tensor. Its tensors are ordered by decreasing item size, because SGLang views the bytes in place, and a
+float32 must be aligned. At most two buckets exist at the same time: one is being sent, the other exported.
 """
 
 from __future__ import annotations
@@ -43,10 +42,12 @@ from ais_megatron.rollout.sglang.weight_group import WeightGroup, in_thread
 
 @dataclass(frozen=True)
 class FlatBucket:
-    """parts: (name, tensor), falling item size. nbytes: of all of them."""
+    """The tensors of a bucket, in the order in which their bytes are sent."""
 
     parts: list[tuple[str, Tensor]]
+    """(name, tensor), by decreasing item size."""
     nbytes: int
+    """Bytes of all tensors together."""
 
     @classmethod
     def of(cls, bucket: Bucket) -> FlatBucket:
@@ -54,14 +55,14 @@ class FlatBucket:
         return cls(parts, sum(tensor.nbytes for _, tensor in parts))
 
     def copy_into(self, flat: Tensor) -> None:
-        """Lay the bytes end to end; `flat` is uint8 ``[nbytes]`` on any device."""
+        """Copy all bytes into `flat`, one tensor after the other. `flat` is uint8 ``[nbytes]`` on any device."""
         start = 0
         for _, tensor in self.parts:
             flat[start : start + tensor.nbytes].copy_(tensor.view(-1).view(torch.uint8))
             start += tensor.nbytes
 
     def layout(self) -> list[SimpleNamespace]:
-        """What SGLang's FlattenedTensorMetadata holds, as the only plain type that its unpickler admits."""
+        """The fields of SGLang's FlattenedTensorMetadata, in the only plain type that its unpickler accepts."""
         metadata, start = [], 0
         for name, tensor in self.parts:
             end = start + tensor.nbytes
@@ -73,34 +74,34 @@ class FlatBucket:
 
 
 class Transport(Protocol):
-    """How buckets reach servers between `open` and `close` of one update."""
+    """How buckets reach the servers between `open` and `close` of one update."""
 
-    in_session: bool  # whether buckets are loaded one by one, inside SGLang's update session
+    in_session: bool  # whether buckets are loaded one by one, within SGLang's update session
 
     async def lost(self, servers: Sequence[ServerAPI]) -> None:
-        """Before `open`: these are silent, or new processes at an old address. They belong to nothing that an update left behind."""
+        """Called before `open`. These servers do not answer, or are new processes at old addresses. They are in no existing group."""
         ...
 
     async def open(self, servers: Sequence[ServerAPI]) -> None: ...
 
     async def send(self, servers: Sequence[ServerAPI], bucket: FlatBucket, ending: dict[str, Any]) -> None:
-        """ending: of the request that carries the last bucket (version, flush); of the others it is `NOT_LAST`."""
+        """ending: fields of the request with the last bucket (version, flush); `NOT_LAST` for the other buckets."""
         ...
 
     async def close(self, servers: Sequence[ServerAPI], ending: dict[str, Any]) -> None: ...
 
     async def shut_down(self) -> None:
-        """Give back what outlives an update."""
+        """Release what is kept between updates."""
         ...
 
 
 NOT_LAST: dict[str, Any] = {"flush_cache": False}
-LET_GO_S, LEAVE_S = 30.0, 60.0  # how long others are waited for after a failure; how long leaving a group may take
+LET_GO_S, LEAVE_S = 30.0, 60.0  # how long to wait for the others after a failure; how long leaving a group may take
 ABANDON_S = 60.0
 
 
 class SharedMemory:
-    """The bucket in a file of /dev/shm that the server maps. Two buffers: one may be read while the next is filled."""
+    """The bucket is in a file of /dev/shm, which the server maps. There are two buffers, so one can be filled while the other is read."""
 
     in_session = True
 
@@ -132,11 +133,11 @@ class SharedMemory:
 
 
 class Broadcast:
-    """One process group of the trainer (rank 0) and every rank of every server; made anew when the servers change.
+    """One process group of the trainer's rank 0 and every rank of every server. A new one is made when the servers change.
 
-    A member that dies in the middle leaves the others waiting. The first failure on either side therefore ends our side of the
-    group, which lets go of those that still wait for us, and nobody is waited for longer than `LET_GO_S` after it. The group then
-    stays behind at the surviving servers: asking them to leave it could make them wait for the member that is gone.
+    If a member dies in the middle, the others wait for it. So at the first failure on either side, our side aborts the group, which
+    frees the servers that still wait for us. After that we wait for the others for at most `LET_GO_S`. The surviving servers keep
+    the broken group, because leaving it could make them wait for the member that is gone.
     """
 
     in_session = True
@@ -189,14 +190,16 @@ class Broadcast:
     async def _both(
         self, doing: str, mine: asyncio.Future[Any], servers: Sequence[ServerAPI], theirs: Callable[[ServerAPI], Awaitable[None]]
     ) -> Any:
-        """The result of `mine`, once all servers have done `theirs` at the same time. RuntimeError if anybody fails."""
+        """Run `mine` here and `theirs` on all servers at the same time, and return the result of `mine`.
+
+        Raises RuntimeError if any of them fails."""
         tasks = [asyncio.ensure_future(theirs(server)) for server in servers]
         try:
             await asyncio.wait([mine, *tasks], return_when=asyncio.FIRST_EXCEPTION)
             if any(part.done() and part.exception() for part in (mine, *tasks)):
                 await self._abort()
                 await asyncio.wait([mine, *tasks], timeout=LET_GO_S)
-        except BaseException:  # an interrupt: nothing can be waited for
+        except BaseException:  # an interrupt, after which nothing is waited for
             if self._group is not None:
                 in_thread(self._group.abort)
             self._group, self._members = None, []
@@ -204,7 +207,7 @@ class Broadcast:
         finally:
             for task in tasks:
                 task.cancel()
-        for task in tasks:  # what a server says names it, and is the cause more often than what torch says
+        for task in tasks:  # a server's error names the server, and is the cause more often than torch's error
             if task.done() and not task.cancelled() and (error := task.exception()):
                 raise error
         if mine.exception():
@@ -212,7 +215,7 @@ class Broadcast:
         return mine.result()
 
     async def _abort(self) -> None:
-        """Bounded: NCCL's own abort may hang too, and its thread is then left behind."""
+        """Abort the group within a time limit. NCCL's abort may hang too; then its thread is abandoned."""
         group, self._group, self._members = self._group, None, []
         if group is not None:
             await asyncio.wait([in_thread(group.abort)], timeout=LET_GO_S)
@@ -221,8 +224,8 @@ class Broadcast:
         pass
 
     async def _leave(self, is_whole: bool = True) -> None:
-        """PyTorch treats the end of an NCCL group as collective, so both sides leave at the same time. Where a member is gone
-        (not `is_whole`) there is nothing to wait for: our side aborts."""
+        """Leave the group. In PyTorch the end of an NCCL group is collective, so both sides leave at the same time. If a member is gone
+        (not `is_whole`), our side aborts instead."""
         if self._group is None:
             return
         group, members, name = self._group, self._members, self._group_name
@@ -239,7 +242,7 @@ class Broadcast:
 
 
 class SharedFolder:
-    """A folder per update, written bucket by bucket and read by the servers at the end. The previous one is then deleted."""
+    """Each update writes a folder, bucket by bucket. The servers read it at the end, and then the previous folder is deleted."""
 
     in_session = False
 
@@ -270,7 +273,7 @@ class SharedFolder:
 
     async def close(self, servers: Sequence[ServerAPI], ending: dict[str, Any]) -> None:
         (self._folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": self._index}))
-        # (Servers start with load format "dummy", which an update from disk would otherwise inherit.)
+        # (Servers start with load format "dummy", which an update from disk would inherit.)
         body = {"model_path": str(self._folder.resolve()), "load_format": "safetensors", **ending}
         await each(servers, lambda server: server.update_from_disk(**body))
         await self.shut_down(keep=self._folder)
@@ -282,9 +285,9 @@ class SharedFolder:
 
 
 def make_transport(config: Config, device: torch.device, run_id: str) -> Transport:
-    """The transport that the configuration asks for; "auto" is shared memory where all servers are on this host.
+    """The transport of the configuration. "auto" is shared memory if all servers are on this host.
 
-    device: of the tensors to send.
+    device: device of the tensors to send.
     """
     sglang, kind = config.rollout.sglang, config.rollout.sglang.resolved_transport
     if kind == "tensor":
@@ -296,12 +299,12 @@ def make_transport(config: Config, device: torch.device, run_id: str) -> Transpo
 
 
 class WeightUpdate:
-    """One update of all `servers`: call `begin`, `send` for every bucket but the last, and `end` with that one."""
+    """One update of all `servers`. Call `begin`, then `send` for every bucket except the last, and `end` with the last one."""
 
     def __init__(self, transport: Transport, servers: Sequence[ServerAPI], pause: str, version: str) -> None:
         self._transport, self._servers, self._pause = transport, servers, pause
-        # Old weights' KV must not outlive them, except under requests that `in_place` lets continue: then a flush is refused, and
-        # servers run without a prefix cache (see server.py).
+        # The KV of old weights must not stay in the cache, except for requests that continue with `in_place`. SGLang then refuses
+        # a flush, and servers run without a prefix cache (see server.py).
         self._ending = {"flush_cache": pause == "retract", "weight_version": version}
 
     async def begin(self) -> None:
@@ -321,9 +324,9 @@ class WeightUpdate:
         await each(self._servers, lambda server: server.resume())
 
     async def abandon(self) -> None:
-        """Let requests continue after a failure; what they then produce carries the old version or fails.
+        """Let requests continue after a failure. Their tokens have the old version, or they fail.
 
-        Bounded: a server that still waits for weights answers nothing.
+        This has a time limit, because a server that still waits for weights does not answer.
         """
         for leave in (ServerAPI.end_update, ServerAPI.resume):
             await each(self._servers, partial(_in_time, leave), tolerate=(Unreachable, Refused, TimeoutError))
@@ -338,7 +341,7 @@ async def each(
     action: Callable[[ServerAPI], Awaitable[None]],
     tolerate: tuple[type[Exception], ...] = (),
 ) -> None:
-    """Do `action` at all servers side by side; the first error is raised once all have answered."""
+    """Do `action` on all servers at the same time. After all have answered, the first error is raised."""
     results = await asyncio.gather(*(action(server) for server in servers), return_exceptions=True)
     for result in results:
         if isinstance(result, BaseException) and not isinstance(result, tolerate):
@@ -346,7 +349,7 @@ async def each(
 
 
 def _share(tensor: Tensor) -> None:
-    """Move a CPU tensor's memory into a named file of /dev/shm, which a process that is no relative of ours can open."""
+    """Move the memory of a CPU tensor into a named file in /dev/shm, which an unrelated process can open."""
     try:
         tensor.untyped_storage()._share_filename_cpu_()
     except RuntimeError as error:
@@ -357,9 +360,9 @@ def _share(tensor: Tensor) -> None:
 
 
 def _describe(payload: dict[str, Any]) -> str:
-    """torch's multiprocessing form of a payload, in base64; a shared tensor in it is a file name and a size."""
+    """A payload as torch's multiprocessing pickles it, in base64. A shared tensor becomes a file name and a size."""
     strategy = torch.multiprocessing.get_sharing_strategy()
-    torch.multiprocessing.set_sharing_strategy("file_system")  # file descriptors would need a common parent process
+    torch.multiprocessing.set_sharing_strategy("file_system")  # because sharing file descriptors needs a common parent process
     try:
         buffer = io.BytesIO()
         ForkingPickler(buffer).dump(payload)
@@ -369,8 +372,8 @@ def _describe(payload: dict[str, Any]) -> str:
 
 
 def _own_address_towards(url: str) -> str:
-    """This host's address on the way to `url`."""
+    """The address of this host in the network that leads to `url`."""
     parts = urlsplit(url)
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        probe.connect((parts.hostname, parts.port or 80))  # sends nothing: it only asks for the route
+        probe.connect((parts.hostname, parts.port or 80))  # sends nothing, only looks up the route
         return probe.getsockname()[0]

@@ -1,16 +1,16 @@
-"""The process group over which weights travel from the trainer's rank 0 to every rank of the servers.
+"""The process group in which weights travel from the trainer's rank 0 to every rank of the servers.
 
-A server may die at any moment, and rank 0 must outlive that. So nothing here is left to torch's own ways of failing:
+A server may die at any moment, and rank 0 must survive this. So the group differs from torch's usual groups in three ways:
 
-watchdog      For NCCL groups torch starts threads that end the whole process after an error or a timeout. Not for this group: it is
-              built with TORCH_NCCL_BLOCKING_WAIT=1, which ProcessGroupNCCL's constructor reads. Errors and timeouts then come out of
-              `broadcast`, and no such thread is started.
-world         torch's destroy_process_group() shuts down every group that it knows. This one it does not know, because a shutdown
-              may wait for a server that is gone.
-threads       Whatever may block runs in a daemon thread (`in_thread`), which is left behind if it never returns.
+watchdog      For NCCL groups torch starts threads that end the whole process after an error or a timeout. This group has none. It is
+              built with TORCH_NCCL_BLOCKING_WAIT=1, which ProcessGroupNCCL's constructor reads. Then `broadcast` raises errors and
+              timeouts, and torch does not start these threads.
+world         torch's destroy_process_group() shuts down every group that is registered. This group is not, because its shutdown may
+              wait for a server that is gone.
+threads       Calls that may block run in a daemon thread (`in_thread`), which is abandoned if it never returns.
 
-Source: torch 2.13 and 2.14, ProcessGroupNCCL.cpp (constructor, WorkNCCL::wait) and distributed_c10d.py. With gloo the tests show
-it; the NCCL side is written from those sources and not yet run on a GPU.
+Source: torch 2.13 and 2.14, ProcessGroupNCCL.cpp (constructor, WorkNCCL::wait) and distributed_c10d.py. The tests show it with gloo.
+The NCCL side is written from those sources and has not yet run on a GPU.
 """
 
 from __future__ import annotations
@@ -32,25 +32,25 @@ from ais_megatron.distributed import use_device
 
 T = TypeVar("T")
 
-JOIN_S = 120.0  # for all members to come: a server takes the request between two forward passes
+JOIN_S = 120.0  # for all members to join; a server handles the request between two forward passes
 NO_WATCHDOG = {"TORCH_NCCL_BLOCKING_WAIT": "1", "TORCH_NCCL_ASYNC_ERROR_HANDLING": "0"}
 
 
 class WeightGroup:
-    """Rank 0 of a group of `world` members; made, used and left by blocking calls, for `in_thread`.
+    """Rank 0 of a group with `world` members. All its calls block, so use `in_thread`.
 
     Args:
-        address, port: where rank 0 listens while the members find each other.
+        address, port: where rank 0 listens while the members join.
         backend: "nccl" or "gloo".
         timeout_s: for one broadcast.
     Raises:
-        RuntimeError: not everyone came within `JOIN_S`.
+        RuntimeError: a member did not join within `JOIN_S`.
     """
 
     def __init__(self, address: str, port: int, world: int, name: str, backend: str, timeout_s: float) -> None:
         self._timeout = timedelta(seconds=timeout_s)
         joining = timedelta(seconds=min(JOIN_S, timeout_s))
-        # As SGLang's init_custom_process_group does on its side: torch offers no public way to a group that spans jobs.
+        # The same as SGLang's init_custom_process_group on its side, because torch has no public function for a group across jobs.
         store, _, _ = next(c10d.rendezvous(f"tcp://{address}:{port}", 0, world, timeout=joining))
         store.set_timeout(joining)
         store = c10d.PrefixStore(name, store)
@@ -60,37 +60,39 @@ class WeightGroup:
         _take_off_the_books(self._group)
 
     def broadcast(self, flat: Tensor) -> None:
-        """Send `flat` to all members; returns when it has arrived.
+        """Send `flat` to all members, and return when it has arrived.
 
         Raises:
-            RuntimeError: a member is gone, or did not take it in time. The group is of no use after that: `abort` it.
+            RuntimeError: a member is gone or did not receive in time. The group is then broken, so call `abort`.
         """
         options = dist.BroadcastOptions()
         options.rootRank, options.rootTensor, options.timeout = 0, 0, self._timeout
         with _side_stream(flat):
-            self._group.broadcast([flat], options).wait(self._timeout)  # with a timeout the CPU waits too, and sees errors
+            self._group.broadcast([flat], options).wait(self._timeout)  # with a timeout the CPU also waits, and gets errors
 
     def shut_down(self) -> None:
-        """Leave in order. The other members have to do so at the same time: with NCCL this may wait for them."""
+        """Leave the group normally. The other members must leave at the same time, because NCCL may wait for them."""
         self._group.shutdown()
         self._group = None
 
     def abort(self) -> None:
-        """Leave at once, whatever is under way. With NCCL that ends our side of a broadcast that hangs. Members that wait for us get
-        an error: gloo closes its connections only when nobody refers to the group any more."""
+        """Leave the group immediately, even during a broadcast. With NCCL this ends our side of a broadcast that hangs. Members that wait
+        for us get an error. (gloo closes its connections only when there are no more references to the group.)"""
         if self._group is not None:
             self._group.abort()
             self._group = None
 
 
 def in_thread(work: Callable[[], T]) -> asyncio.Future[T]:
-    """The result of `work`, which runs in a daemon thread of its own.
+    """Run `work` in its own daemon thread and return its result as a future.
 
-    An executor's threads are waited for when the process ends; one that hangs in NCCL would keep it for ever.
+    When a process ends, it waits for the threads of an executor. A thread that hangs in NCCL would keep it alive forever.
     """
     loop = asyncio.get_running_loop()
     future: asyncio.Future[T] = loop.create_future()
-    future.add_done_callback(lambda done: done.cancelled() or done.exception())  # (asyncio complains of errors that nobody looks at)
+    future.add_done_callback(
+        lambda done: done.cancelled() or done.exception()
+    )  # (otherwise asyncio warns about errors that are never retrieved)
 
     def settle(put: Callable[[Any], None], outcome: Any) -> None:
         if not future.done():
@@ -103,7 +105,7 @@ def in_thread(work: Callable[[], T]) -> asyncio.Future[T]:
             put, outcome = future.set_result, work()
         except BaseException as error:
             put, outcome = future.set_exception, error
-        with suppress(RuntimeError):  # the loop is closed: nobody waits any more
+        with suppress(RuntimeError):  # the loop is closed, so nothing waits for the result
             loop.call_soon_threadsafe(settle, put, outcome)
 
     threading.Thread(target=run, name="weight-group", daemon=True).start()
@@ -112,7 +114,7 @@ def in_thread(work: Callable[[], T]) -> asyncio.Future[T]:
 
 @contextmanager
 def _environment(variables: dict[str, str]) -> Iterator[None]:
-    """`variables` set inside, and as they were afterwards: the trainer's other groups keep their watchdogs."""
+    """Set `variables` within the context and restore them afterwards, so that the trainer's other groups keep their watchdogs."""
     before = {name: os.environ.get(name) for name in variables}
     os.environ.update(variables)
     try:
@@ -127,7 +129,7 @@ def _environment(variables: dict[str, str]) -> Iterator[None]:
 
 @contextmanager
 def _side_stream(flat: Tensor) -> Iterator[None]:
-    """A CUDA stream of our own, which begins when `flat` is written: a broadcast that hangs must not hold up the default stream."""
+    """A separate CUDA stream that starts after `flat` is written, so that a broadcast that hangs does not block the default stream."""
     if not flat.is_cuda:
         yield
         return

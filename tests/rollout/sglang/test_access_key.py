@@ -34,7 +34,7 @@ def test_refused(tmp_path, content, mode, match):
 
 def test_a_folder_is_no_key(tmp_path):
     tmp_path.chmod(0o700)
-    with pytest.raises(ValueError, match="cannot be read or made"):
+    with pytest.raises(ValueError, match="cannot be read or created"):
         read_or_create_key(tmp_path)
 
 

@@ -137,7 +137,7 @@ def test_each_server_is_judged_by_itself(servers) -> None:
     async def check(transport: Broadcast, apis: list[ServerAPI]) -> None:
         await check_scales(apis, transport, SCALES, "run-0", 512)
 
-    with pytest.raises(RuntimeError, match=rf"^{fakes[1].url}: pushed KV scales have no effect, even when they are {FLUSHES:g} times"):
+    with pytest.raises(RuntimeError, match=rf"^{fakes[1].url}: pushed KV scales have no effect, even if they are {FLUSHES:g} times"):
         run(fakes, check)
     assert len(Group.made) == 1
 
@@ -230,7 +230,7 @@ def test_joining_fails_with_the_server_that_does_not_come(servers) -> None:
     fakes[1].refused = {JOIN}
 
     async def work(transport: Broadcast, apis: list[ServerAPI]) -> None:
-        with pytest.raises(Refused, match=f"{fakes[1].url}/{JOIN} answered 400"):
+        with pytest.raises(Refused, match=f"{fakes[1].url}/{JOIN} answered HTTP 400"):
             await transport.open(apis)
         fakes[1].refused.clear()
         await transport.open(apis)

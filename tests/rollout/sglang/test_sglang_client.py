@@ -170,7 +170,7 @@ def test_all_servers_gone(servers, engine_of) -> None:
 
 @pytest.mark.parametrize(
     ("status", "message"),
-    [(400, "prompt 0: .*answered 400"), (500, "prompt .: 5 attempts failed, the last one: .*answered 500"), (401, "key_file")],
+    [(400, "prompt 0: .*answered HTTP 400"), (500, "prompt .: 5 attempts failed, the last one: .*answered HTTP 500"), (401, "key_file")],
 )
 def test_refusals(servers, engine_of, status: int, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dispatch, "BACKOFF", 0.001)
@@ -221,7 +221,7 @@ def test_the_start_waits_for_all_servers_and_says_so(servers, monkeypatch: pytes
     options = dict(eos_id=2, dtype=torch.bfloat16, run_id=RUN, transport=Nothing())
     engine = SGLangEngine(config.architecture, config.rollout, urls, **options)
     try:
-        with pytest.raises(Unavailable, match=rf"{two.url}.*waited 0.5 s; .* raise rollout.sglang.startup_timeout_s"):
+        with pytest.raises(Unavailable, match=rf"{two.url}.*gave up after 0.5 s; .* raise rollout.sglang.startup_timeout_s"):
             engine.update_weights([], 0)
     finally:
         engine.close()

@@ -77,7 +77,7 @@ def test_kernels_are_compiled_with_the_servers_own_arguments(tmp_path):
     expected = ["sglang.compile_deep_gemm" if word == "sglang.launch_server" else word for word in server_command(config, folder, 30000)]
     assert (tmp_path / "said").read_text().split() == [*expected[1:], "--host", "127.0.0.1", "key="]
     assert json.loads((folder / "config.json").read_text())["quantization_config"]["weight_block_size"] == [128, 128]
-    with pytest.raises(RuntimeError, match="status 3; run it again"):
+    with pytest.raises(RuntimeError, match="status 3; run the command again"):
         compile_kernels(sglang_config(**settings | {"env": {"FAKE": "3"}}), tmp_path / "servers")
     with pytest.raises(ValueError, match="device=cpu: there are no DeepGEMM kernels"):
         compile_kernels(sglang_config(), tmp_path / "servers")

@@ -84,7 +84,7 @@ def test_healthy_then_stopped_with_its_children(fake_sglang):
         assert server.alive and http_status(server.url + "/model_info") == 200
         with pytest.raises(ValueError, match="rollout.sglang.port: 127.0.0.1:"):
             check_port("127.0.0.1", server.port)
-        with pytest.raises(RuntimeError, match="started twice"):
+        with pytest.raises(RuntimeError, match="is already running"):
             server.start()
     assert not server.alive and not any(is_running(pid) for pid in fake.pids())
     server.stop()
@@ -104,7 +104,7 @@ def test_a_server_without_our_plugin_is_refused(fake_sglang, tmp_path):
     fake = fake_sglang("open", key_file=str(tmp_path / "key"))
     server = SGLangServer(fake.config, tmp_path / "s", fake.config.rollout.sglang.port)
     server.start()
-    with pytest.raises(RuntimeError, match="answers requests without the key"):
+    with pytest.raises(RuntimeError, match="answered a request without the key"):
         server.wait_until_healthy(20)
     assert not server.alive
 
