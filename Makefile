@@ -17,7 +17,7 @@ SGLANG_READY := $(SGLANG)/.installed
 
 # JOBS processes share the tests (0: only one, and none beside it). A file stays with one process, and so do all tests that need a
 # real server or Slurm. Tensors are so small that threads only get into one another's way.
-PYTEST := OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -rs -n $(JOBS) --dist loadgroup --no-loadscope-reorder
+PYTEST := OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -rs -n $(JOBS)
 
 .PHONY: train check test bench lint install sglang-cpu
 

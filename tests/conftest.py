@@ -19,24 +19,32 @@ def pytest_configure() -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-# What `make check` and `make test` give to one process together: whatever shares servers, a cluster or a pool. Long ones come first,
-# because two processes that share the work then end at about the same time.
-FIRST = ("sglang", "slurm", "tests/algorithm", "tests/benchmarks", "tests/virtual_cuda")
+# Where several processes share the tests (pytest -n), long groups come first, so that all processes end at about the same time. A
+# process takes two groups to begin with: hence the two short ones behind the longest two.
+FIRST = ("tests/sglang", "tests/slurm", "tests/algorithm", "tests/benchmarks", "tests/virtual_cuda")
 
 
-@pytest.hookimpl(trylast=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    if not any(item.config.pluginmanager.hasplugin("xdist") for item in items[:1]):
-        return
-    order = {item: _group(item) for item in items}
-    for item, group in order.items():
-        item.add_marker(pytest.mark.xdist_group(group))
-    items.sort(key=lambda item: next((i for i, start in enumerate(FIRST) if order[item].startswith(start)), len(FIRST)))
+def group_of(nodeid: str) -> str:
+    """What one process runs: a file, or all tests with real servers, which they share, or all with the one Slurm of a machine."""
+    return next((folder for folder in ("tests/sglang", "tests/slurm") if nodeid.startswith(f"{folder}/")), nodeid.partition("::")[0])
 
 
-def _group(item: pytest.Item) -> str:
-    """One real server and one cluster serve all their tests; everything else keeps to its file."""
-    return next((name for name in ("sglang", "slurm") if item.get_closest_marker(name)), item.nodeid.partition("::")[0])
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.pluginmanager.hasplugin("xdist"):
+        items.sort(key=lambda item: next((i for i, folder in enumerate(FIRST) if item.nodeid.startswith(folder)), len(FIRST)))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> object:
+    """pytest-xdist's own marks for groups have no effect under pytest 9.2."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class InGroups(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return group_of(nodeid)
+
+    config.option.loadscopereorder = False
+    return InGroups(config, log)
 
 
 @pytest.fixture(scope="session")
