@@ -230,7 +230,7 @@ def refused_engine(rank: int, folder: str) -> str:
 def test_an_engine_that_lacks_a_method_is_refused_on_all_ranks(ranks: RankPool, tmp_path: Path) -> None:
     (tmp_path / "half.py").write_text("class Half:\n    version = -1\n    def generate(self, prompts, sampling): pass\n")
     for answer in ranks.run(2, refused_engine, folder=str(tmp_path)):
-        assert "rollout.engine='half:Half': lacks close, probe, takes_updates_while_generating, update_weights; see" in answer
+        assert "rollout.engine='half:Half': the class lacks close, probe, takes_updates_while_generating, update_weights; see" in answer
 
 
 def test_a_cached_starting_policy_belongs_to_the_source_of_its_task(code: Path) -> None:

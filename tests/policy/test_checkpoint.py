@@ -48,7 +48,7 @@ def test_damage_is_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="a.bin: damaged, its contents differ"):
         files.verify(folder, checksums=True, part=0, parts=2)
     (folder / "a.bin").write_bytes(b"weigh")
-    with pytest.raises(ValueError, match="a.bin: damaged, 5 bytes where 7 were written"):
+    with pytest.raises(ValueError, match="a.bin: damaged, has 5 bytes, but 7 were written"):
         files.verify(folder, checksums=False)
     (folder / "a.bin").unlink()
     with pytest.raises(ValueError, match="a.bin: missing"):
