@@ -1,7 +1,7 @@
-"""The trainer's side of the house: everything that knows Megatron-Core.
+"""The policy on Megatron-Core. Only this package imports Megatron.
 
-Importing any part of it first makes Megatron importable: for a job on CPUs the CPU answers its questions about CUDA
-(`cpu_backend`), and what it says about missing accelerator packages is left to ``ais-megatron doctor``.
+Importing any module here first makes Megatron importable. In jobs on CPUs `cpu_backend` replaces what Megatron expects of CUDA.
+Megatron's warnings about missing accelerator packages are hidden, because ``ais-megatron doctor`` reports these packages.
 """
 
 import logging
@@ -11,9 +11,9 @@ from collections.abc import Callable
 from ais_megatron.policy import cpu_backend
 
 warnings.filterwarnings("ignore", category=UserWarning, module="megatron")
-# Names of collectives that torch 2.13 renames and that Megatron, and torch 2.11, still use.
+# Collectives that torch 2.13 has renamed. Megatron and torch 2.11 still use the old names.
 warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
-# Megatron 0.19's advice to change over to newer classes, which it repeats for every policy and every save.
+# Deprecation warnings of Megatron 0.19, which it repeats for every policy and every save.
 _ADVICE = {
     "megatron.core.models.gpt.gpt_model": "GPTModel IS DEPRECATED",
     "megatron.core.distributed.distributed_data_parallel": "full_param_layout not provided",

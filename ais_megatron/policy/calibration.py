@@ -1,8 +1,8 @@
-"""Ranges of Q, K and V, measured where the rollout engine will quantise them: at the core attention's input.
+"""Measures the ranges of Q, K and V at the input of the core attention, where the rollout engine quantises K and V.
 
-There the query and key have been normalised and rotated. Hooks record the largest magnitude per layer over real tokens
-(padding is masked out: its values depend on nothing that is sampled) during forward passes that run anyway (`lagged`) or
-for this purpose (`fresh`). The maximum over all ranks covers TP's heads, DP's rows and PP's layers, numbered globally.
+At this point Q and K are normalised and rotated. Hooks record the largest magnitude per layer over real tokens. Padding is left out,
+because its values do not matter. The forward passes either run anyway (`lagged`) or only for this (`fresh`). The maximum over all ranks
+covers the heads of TP, the rows of DP and the layers of PP. Layers are numbered over the whole model.
 """
 
 from __future__ import annotations
@@ -24,17 +24,18 @@ E4M3_MAX = 448.0
 
 @dataclass(frozen=True)
 class Calibration:
-    """scales: for the engine's KV cache. saturated_fraction: share of this batch's K and V elements that the scales in
-    force until now would have clipped."""
+    """The result of a calibration."""
 
     scales: KVScales
+    """For the engine's KV cache."""
     saturated_fraction: float
+    """Share of this batch's K and V elements that the previous scales would clip."""
 
 
 class Calibrator:
-    """Records while `recording` is entered; `lengths` must be set to each microbatch's ``[batch]`` before its forward.
+    """Records forward passes within the context `recording`. Set `lengths` to the ``[batch]`` of each microbatch before its forward pass.
 
-    recomputes: layers run a second time in the backward pass, when `lengths` may already be another microbatch's.
+    recomputes: layers run a second time in the backward pass, when `lengths` may already belong to another microbatch.
     """
 
     def __init__(self, model: GPTModel, num_layers: int, margin: float, recomputes: bool = False) -> None:
@@ -42,7 +43,7 @@ class Calibrator:
         self.lengths: Tensor | None = None
         self.latest: Calibration | None = None
         self._recording = False
-        # Of the microbatch with the lengths `_seen`: columns that are real in every row, real tokens after them, real tokens.
+        # For the microbatch with lengths `_seen`: number of columns without padding, real tokens after them, all real tokens.
         self._full, self._rest, self._num_real = 0, torch.zeros(0, dtype=torch.int64), 0
         self._seen: Tensor | None = None
         self._limits = torch.full((2, num_layers), E4M3_MAX)  # K and V magnitudes at which scale 1.0 saturates
@@ -65,7 +66,7 @@ class Calibrator:
 
     def _hook(self, layer: int) -> Callable[[nn.Module, tuple[Tensor, ...], dict[str, object]], None]:
         def record(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, object]) -> None:
-            # A checkpointed layer's first run is without gradient, its second with.
+            # With recomputation a layer first runs without gradient, then with it.
             if self._recording and not (self._recomputes and torch.is_grad_enabled()):
                 self._record(layer, args[:3])
 
@@ -81,22 +82,22 @@ class Calibrator:
             self._rest = (columns[self._full :, None] < self.lengths).flatten().nonzero()[:, 0]
             self._num_real, self._seen = int(self.lengths.sum()), self.lengths
         for row, x in enumerate(qkv):
-            # Columns without padding are looked at where they lie, of the others the real tokens are gathered: masking
-            # the magnitudes of all would take longer.
+            # Columns without padding are read in place. From the other columns the real tokens are gathered, which is faster
+            # than masking the magnitudes of all tokens.
             rest = x[self._full :].reshape(-1, x.shape[-2] * x.shape[-1]).index_select(0, self._rest)
             parts = [part for part in (x[: self._full], rest) if part.numel()]
             for part in parts:
                 low, high = part.aminmax()
                 amax = torch.maximum(-low, high).float()
                 self._amax[row, layer] = torch.maximum(self._amax[row, layer], amax)
-                # Rare, and nothing to count otherwise; but asking would make a GPU's queue run dry.
+                # Saturation is rare, but on a GPU asking whether there is any would wait for the queue.
                 if row and (part.is_cuda or amax > self._limits[row - 1, layer]):
                     self._counts[0] += (part.abs() > self._limits[row - 1, layer]).sum()
             if row:
                 self._counts[1] += self._num_real * x.shape[-1] * x.shape[-2]
 
     def result(self) -> Calibration:
-        """Join all ranks' records: one maximum and one sum over the whole job."""
+        """Combine the records of all ranks, with one maximum and one sum over the whole job."""
         if dist.get_world_size() > 1:
             dist.all_reduce(self._amax, op=dist.ReduceOp.MAX)
             dist.all_reduce(self._counts)
@@ -108,6 +109,6 @@ class Calibrator:
         return calibration
 
     def restore(self, calibration: Calibration) -> None:
-        """Take `calibration` as the latest: saturation is counted against its scales from now on."""
+        """Use `calibration` as the latest one. From now on saturation is counted with its scales."""
         self.latest = calibration
         self._limits = torch.stack([calibration.scales.k_scale, calibration.scales.v_scale]) * E4M3_MAX

@@ -1,11 +1,11 @@
-"""A policy's weights, optimizer and schedule through Megatron's distributed checkpointing, independent of the layout.
+"""Saves and loads a policy's weights, optimizer and schedule with Megatron's distributed checkpointing, independent of the layout.
 
-Optimizer state is stored "fully reshardable": it loads under another TP, PP or DP. A save is three acts, so that the middle one
-can run beside the training:
+Optimizer state is stored "fully reshardable", so it can be loaded with another TP, PP or DP. A save has three parts, so that the second
+one can run during training:
 
-    begin    collective: who writes which tensor; copies of them, if the training will go on
-    write    this rank's files; no collective
-    finish   collective: any rank's failure is everybody's, and the metadata that makes the files a checkpoint
+    begin    collective: decides which rank writes which tensor, and copies the tensors if training goes on
+    write    writes this rank's files, without collectives
+    finish   collective: a failure of one rank becomes a failure of all, and the metadata completes the checkpoint
 
 `saver` decides when each happens and puts the finished folder in place.
 """
@@ -38,24 +38,24 @@ from ais_megatron.runs.checkpoint_files import Entries, entries
 
 _OPTIMIZER_FORMAT = {"distrib_optim_sharding_type": "fully_reshardable"}
 
-# Megatron returns a writer's results through the server process of a multiprocessing Manager, in case the writer is another
-# process. Ours runs in this one, and a server would cost seconds to start, die of a SIGTERM sent to the whole job and outlive
-# a killed rank. (The function lost its underscore on the way from 0.16 to 0.19.)
+# Megatron returns a writer's results through the server process of a multiprocessing Manager, because the writer may be another
+# process. Our writer runs in this process. A server would take seconds to start, die of a SIGTERM to the whole job, and outlive
+# a killed rank. (In 0.16 the function's name begins with an underscore, in 0.19 it does not.)
 for _name in ("_get_write_results_queue", "get_write_results_queue"):
     if hasattr(filesystem_async, _name):
         setattr(filesystem_async, _name, queue.Queue)
 
-# Megatron 0.19 can also save through nvidia-resiliency-ext, and would by default; this is the way that 0.16 knows.
+# By default Megatron 0.19 saves through nvidia-resiliency-ext. This chooses the method that 0.16 has too.
 _SAVE_OPTIONS = {"async_strategy": "mcore"} if "async_strategy" in inspect.signature(dist_checkpointing.save).parameters else {}
 
 
 class PendingSave:
-    """One save of `policy` into the existing, empty `folder`. Constructing it is `begin`, and collective.
+    """A save of `policy` into the existing, empty `folder`. The constructor is `begin`, and collective.
 
     Args:
-        copies: leave the training free to change weights before `write` has run.
+        copies: copy the tensors, so that training may change weights before `write` has run.
     Raises:
-        RuntimeError: the disk has no room; on all ranks together.
+        RuntimeError: the disk has no room. All ranks raise it together.
     """
 
     def __init__(self, policy: Policy, folder: Path, copies: bool) -> None:
@@ -68,30 +68,30 @@ class PendingSave:
             )
             self._arguments = list(self._request.async_fn_args)
             if self._request.preload_fn is not None:
-                buckets = self._request.preload_fn()  # on CUDA this copies to the CPU; on a CPU it returns the live tensors
+                buckets = self._request.preload_fn()  # on CUDA this copies to the CPU; on a CPU it returns the model's own tensors
                 must_copy = copies and device().type == "cpu"
                 self._arguments[1] = [_copied(bucket) for bucket in buckets] if must_copy else buckets
         self._written: Entries = {}
 
     def write(self) -> None:
-        """Write this rank's files and read them back for the manifest; may run in a thread."""
+        """Write this rank's files, and read them again for the manifest. May run in a thread."""
         if self._request.async_fn is not None:
             self._request.async_fn(*self._arguments, **self._request.async_fn_kwargs)
-        self._arguments = []  # the copies are not needed any more
+        self._arguments = []  # releases the copies
         self._written = entries(self._folder, sorted(path.name for path in self._folder.glob(f"__{dist.get_rank()}_*")))
 
     def finish(self) -> Entries:
-        """Collective; `write` has returned on this rank. Returns the manifest's entries of all ranks' files.
+        """Complete the save after `write`. Collective. Returns the manifest's entries for the files of all ranks.
 
         Raises:
-            RuntimeError: a rank could not write its part; on all ranks together.
+            RuntimeError: a rank could not write its files. All ranks raise it together.
         """
         failure = None
         try:
             with cpu_backend.active():
                 for finalize in self._request.finalize_fns:
                     finalize()
-        except CheckpointException as error:  # a BaseException, raised on every rank; only the first one knows the reasons
+        except CheckpointException as error:  # a BaseException that every rank raises, but only the first rank's has the reasons
             failure = error
         with rank_consistent():
             if failure is not None:
@@ -103,29 +103,29 @@ class PendingSave:
 
 
 def _copied(bucket: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Megatron's (path, key, (bytes, tensors)) with tensors of its own."""
+    """Megatron's (path, key, (bytes, tensors)) with copies of the tensors."""
     path, key, (in_bytes, tensors) = bucket
     return path, key, (in_bytes, [(item, tensor.clone()) for item, tensor in tensors])
 
 
 def _check_room(state: dict[str, object], folder: Path) -> None:
-    """Refuse on all ranks before the first byte: a disk that fills up under one rank alone leaves the others waiting."""
+    """Raise on all ranks before anything is written. If the disk became full for only one rank, the others would wait for it."""
     mine = [t for t in nested_values(state) if isinstance(t, ShardedTensor) and t.data is not None and is_main_replica(t.replica_id)]
     need = int(all_reduce_sum(torch.tensor(sum(t.data.numel() * t.data.element_size() for t in mine), dtype=torch.float64)))
     with rank_consistent():
         free = shutil.disk_usage(folder).free
         if need > free:
             raise RuntimeError(
-                f"{folder}: the checkpoint needs about {need / 2**20:,.1f} MiB and the disk has {free / 2**20:,.1f} MiB left; "
+                f"{folder}: the checkpoint needs about {need / 2**20:,.1f} MiB, but the disk has only {free / 2**20:,.1f} MiB left; "
                 "make room, lower checkpoint.keep, or choose another run.dir"
             )
 
 
 def load(policy: Policy, folder: Path, with_optimizer: bool) -> TrainingState:
-    """Bring the policy to what `folder` holds, under the present layout; returns its `state`. Collective.
+    """Load the checkpoint in `folder` into the policy, whatever its layout, and return its `state`. Collective.
 
     Raises:
-        ValueError: the folder is no checkpoint.
+        ValueError: the folder is not a checkpoint.
     """
     with rank_consistent():
         if not (folder / STATE_FILE).is_file():
@@ -145,8 +145,8 @@ def load(policy: Policy, folder: Path, with_optimizer: bool) -> TrainingState:
 
 
 def _load_optimizer(optimizer: ChainedOptimizer, state: dict[str, object]) -> None:
-    """`load_state_dict`, mended for torch's Adam, which Megatron 0.16 uses without Transformer Engine: its step count is
-    asked of tensors that never hold it, and then one tensor is shared by all parameters, so that each would advance it."""
+    """`load_state_dict` with two corrections for torch's Adam, which Megatron 0.16 uses without Transformer Engine. Megatron reads the step
+    count from tensors that do not have it, and all parameters would share one step tensor, so that each would advance it."""
     for part in optimizer.chained_optimizers:
         original = part._set_main_param_and_optimizer_states
 
@@ -174,8 +174,8 @@ def _sharded_state(policy: Policy, is_loading: bool) -> dict[str, object]:
 
 
 def _make_state(optimizer: DistributedOptimizer) -> None:
-    """Step 0 and zero moments. Megatron asks torch's optimizer for them before it fills them in, and before the first update
-    that was not skipped; it makes them with an update by zero gradients, whose weight decay must change nothing."""
+    """Create the optimizer state: step 0 and zero moments. Megatron reads it from torch's optimizer before it loads values, and it may not
+    exist before the first update. It is created by an update with zero gradients, whose weight decay must change nothing."""
     rates = [group["lr"] for group in optimizer.optimizer.param_groups]
     for group in optimizer.optimizer.param_groups:
         group["lr"] = 0.0

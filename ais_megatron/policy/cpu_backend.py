@@ -1,13 +1,12 @@
-"""Megatron-Core without a GPU: the few things it takes for granted about CUDA, answered by the CPU.
+"""Lets Megatron-Core run without a GPU, by replacing the few things that it expects of CUDA.
 
-Megatron-Core 0.16 names ``device="cuda"`` in its optimizers and schedules, asks for the current CUDA device, keeps
-random states per CUDA device, and compares ``tensor.type()`` with ``torch.cuda.*Tensor``. `install` answers the
-process-wide questions once; `active` is entered around every call into Megatron and turns CUDA factory calls into CPU
-ones. Only the policy uses this module, and only in jobs on CPUs; nothing here changes any arithmetic.
+Megatron-Core 0.16 uses ``device="cuda"`` in its optimizers and schedules, asks for the current CUDA device, keeps random states per CUDA
+device, and compares ``tensor.type()`` with ``torch.cuda.*Tensor``. `install` replaces the process-wide functions once. The context
+`active` is entered around every call into Megatron, and lets factory calls for CUDA create CPU tensors. Only the policy uses this
+module, and only in jobs on CPUs. Nothing here changes any arithmetic.
 
-A job on CPUs may run on a machine that has GPUs (`run.backend=cpu`). There Megatron must find neither the GPUs nor the
-packages that need them: with Transformer Engine or Apex installed it would take their fused Adam and norms, which work on
-CUDA tensors only.
+A job on CPUs may run on a machine with GPUs (`run.backend=cpu`). There Megatron must not find the GPUs or the packages for them. With
+Transformer Engine or Apex installed it would use their fused Adam and norms, which work only on CUDA tensors.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ Sizes = Tensor | list[int] | None
 
 
 class NoStream:
-    """Stands for a CUDA stream or event: everything on a CPU is already in order."""
+    """Replaces CUDA streams and events. On a CPU all operations are already in order."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None: ...
 
@@ -52,7 +51,7 @@ class NoStream:
 
 
 class _CudaMeansCpu(TorchFunctionMode):
-    """Factory calls for "cuda" land on the CPU; `Tensor.type()` answers in the spelling that the optimizers compare."""
+    """Factory calls for "cuda" create CPU tensors. `Tensor.type()` returns the names that Megatron's optimizers compare."""
 
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
         kwargs = kwargs or {}
@@ -72,25 +71,25 @@ def _is_cuda(value: object) -> bool:
 
 
 def active() -> AbstractContextManager[object]:
-    """The context in which Megatron may be called; it does nothing in a job on GPUs."""
+    """The context in which Megatron may be called. It does nothing in a job on GPUs."""
     return _CudaMeansCpu() if device().type == "cpu" else nullcontext()
 
 
 def is_wanted() -> bool:
-    """Whether this process belongs to a job on CPUs: as its process group says, or before there is one, for want of a GPU."""
+    """Whether this process belongs to a job on CPUs. Its process group decides, or the absence of GPUs if there is no group yet."""
     return device().type == "cpu" if dist.is_initialized() else not torch.cuda.is_available()
 
 
 @functools.cache
 def install() -> None:
-    """Answer Megatron's process-wide questions about CUDA; idempotent. Called only in jobs on CPUs.
+    """Replace the process-wide functions that Megatron uses. Idempotent. Called only in jobs on CPUs.
 
-    It has most effect before Megatron is imported, which decides then whether to use Transformer Engine and Apex.
+    Call it before Megatron is imported, because Megatron decides at its import whether to use Transformer Engine and Apex.
     """
-    modules: dict[str, Any] = sys.modules  # None in it makes an import fail as if the package were not installed
+    modules: dict[str, Any] = sys.modules  # the value None makes an import fail as if the package were not installed
     for name in NEED_CUDA:
         modules.setdefault(name, None)
-    # Megatron's optimizer asks for .grad of the views it keeps; torch remarks on it once, to no one's use.
+    # Megatron's optimizer reads .grad of views, about which torch warns once. The warning helps nobody.
     warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf")
     import_without_compiler()
     _replace_device_functions()
@@ -98,19 +97,19 @@ def install() -> None:
     mend_gloo()
     from megatron.core.transformer.moe import moe_utils
 
-    if not hasattr(moe_utils, "te_general_gemm"):  # named without a guard where Transformer Engine is missing (0.16)
+    if not hasattr(moe_utils, "te_general_gemm"):  # 0.16 uses this name even if Transformer Engine is missing
         moe_utils.te_general_gemm = None
 
 
 def _replace(module: ModuleType, **stand_ins: Any) -> None:
-    """Put others in the place of functions and classes of `module`."""
+    """Replace functions and classes of `module`."""
     for name, stand_in in stand_ins.items():
         setattr(module, name, stand_in)
 
 
 def import_without_compiler() -> None:
-    """Megatron decorates small functions with torch.compile as it is imported; on a CPU each would cost seconds of C++
-    compilation for nothing, so the decorator it picks up is the one that does nothing."""
+    """Import Megatron without torch.compile. At its import it decorates small functions with torch.compile, and on a CPU each would take
+    seconds of useless C++ compilation. So it gets a decorator that does nothing."""
     compiler = torch.compile
     _replace(torch, compile=lambda function: function)
     try:
@@ -149,7 +148,7 @@ def replace_random_states() -> None:
 
 
 def mend_gloo() -> None:
-    """Teach gloo what NCCL can and Megatron's token dispatcher asks for: split sizes as tensors, parts of unequal size."""
+    """Add to gloo what NCCL has and Megatron's token dispatcher needs: split sizes as tensors, and parts of unequal size."""
     all_to_all_single, all_gather, reduce_scatter = dist.all_to_all_single, dist.all_gather, dist.reduce_scatter
 
     def tensor_splits(

@@ -1,4 +1,4 @@
-"""A Hugging Face checkpoint folder from the export stream: safetensors shards, index, config.json. transformers loads it."""
+"""Writes exported weights as a Hugging Face folder that transformers can load: safetensors shards, index and config.json."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ from ais_megatron.distributed import LOCAL_ERRORS, rank_consistent
 def save_hf(
     buckets: Iterable[Bucket], architecture: Architecture, dtype: str, folder: Path, *, eos_id: int | None = None, pad_id: int | None = None
 ) -> None:
-    """Write `buckets` (all ranks iterate, the job's first rank writes) as one safetensors file per bucket.
+    """Write each bucket as a safetensors file. All ranks iterate over `buckets`, and the first rank writes.
 
     Args:
         dtype: "bf16" or "fp32", recorded in config.json.
     Raises:
-        RuntimeError: the folder cannot be written; on all ranks.
+        RuntimeError: the folder cannot be written. All ranks raise it together.
     """
     is_main = dist.get_rank() == 0
     files: dict[str, str] = {}
     total = 0
     error: Exception | None = None
-    for number, bucket in enumerate(buckets):  # to the end, whatever fails here: the other ranks wait in the same gathers
+    for number, bucket in enumerate(buckets):  # continues after a failure, because the other ranks wait in the same gathers
         name = f"model-{number + 1:05d}.safetensors"
         total += sum(tensor.nbytes for _, tensor in bucket)
         files |= {key: name for key, _ in bucket}

@@ -1,9 +1,9 @@
-"""Megatron's shards <-> Hugging Face tensors, as a stream of buckets of bounded size.
+"""Converts between Megatron's shards and Hugging Face tensors, bucket by bucket.
 
-The tables in models/ say which Megatron parameter is made of which Hugging Face tensors, and along which dimension TP shards each;
-`plan` adds the pipeline stage and the experts' places. Import reads exactly this rank's rows or columns from the
-safetensors files; export gathers a bucket over TP on the stage that owns it and broadcasts it over PP, so that every rank
-of a model-parallel group sees the whole stream but never holds more than a bucket of it.
+The tables in models/ say which Hugging Face tensors make up each Megatron parameter, and along which dimension TP shards them. `plan`
+adds the pipeline stages and the places of experts. The import reads only this rank's rows or columns from the safetensors files. The
+export gathers a bucket over TP on the stage that owns it and broadcasts it over PP. So every rank of a model-parallel group sees all
+weights, but never holds more than one bucket.
 """
 
 from __future__ import annotations
@@ -28,14 +28,16 @@ from ais_megatron.models.family import EMBEDDING, FINAL_NORM, HEAD, Weight, para
 
 @dataclass(frozen=True)
 class Part:
-    """One Hugging Face tensor: name, full shape, and the dimension that TP shards (None: a copy on every rank)."""
+    """One Hugging Face tensor."""
 
     name: str
     shape: tuple[int, ...]
+    """The full shape."""
     dim: int | None
+    """The dimension that TP shards; None: every rank has a copy."""
 
     def of_expert(self, number: int) -> Part:
-        """The same tensor of expert `number`: names of experts' parts hold a place for it."""
+        """The same tensor of expert `number`. The names of experts' parts have a placeholder for the number."""
         return Part(self.name.format(expert=number), self.shape, self.dim)
 
     def local_shape(self, tp: int) -> tuple[int, ...]:
@@ -44,34 +46,36 @@ class Part:
 
 @dataclass(frozen=True)
 class Entry:
-    """One Megatron parameter: pipeline stage, name on that stage, and its parts.
-
-    slot: which of its experts an expert-parallel rank calls by this name; None outside experts. Rank r of ep holds the
-    experts from r * num_experts / ep on, sharded over expert tensor parallelism (etp) instead of tp.
-    """
+    """One Megatron parameter."""
 
     stage: int
+    """Its pipeline stage."""
     parameter: str
+    """Its name on that stage."""
     parts: tuple[Part, ...]
     slot: int | None = None
+    """The number of the expert among those of an expert-parallel rank; None outside experts. Rank r of ep has the experts from
+    r * num_experts / ep on. They are sharded over expert tensor parallelism (etp) instead of tp."""
 
 
 @dataclass(frozen=True)
 class Shards:
-    """How a kind of parameter is spread over one pipeline stage: `tp` shards of each tensor on each of `ep` sets of experts.
-
-    tp_rank, ep_rank: this rank's place. group: the tp * ep ranks that hold all of it, tp fastest; None for one rank.
-    """
+    """How parameters of one kind (dense or experts) are spread over the ranks of a pipeline stage."""
 
     tp: int
+    """Number of shards of each tensor."""
     tp_rank: int
+    """This rank's shard."""
     ep: int = 1
+    """Number of sets of experts."""
     ep_rank: int = 0
+    """This rank's set."""
     group: dist.ProcessGroup | None = None
+    """The tp * ep ranks that together have everything, ordered by ep and then tp; None for a single rank."""
 
 
 def shards_of(entry: Entry) -> Shards:
-    """The present layout of a dense or an expert parameter."""
+    """The current layout of a dense or an expert parameter."""
     ps = parallel_state
     if entry.slot is None:
         return Shards(
@@ -89,8 +93,8 @@ def shards_of(entry: Entry) -> Shards:
 def plan(architecture: Architecture, pp: int, ep: int = 1, transformer_engine: bool = False) -> list[Entry]:
     """Every parameter of the model, stage by stage.
 
-    transformer_engine: its layers keep a norm's weight inside the linear layer that follows, and number grouped experts.
-    Tied embeddings with pp > 1: the last stage's copy is listed too (its parts repeat the embedding's name).
+    transformer_engine: in its layers a norm's weight belongs to the next linear layer, and grouped experts are numbered.
+    With tied embeddings and pp > 1, the last stage's copy is listed too. Its parts have the embedding's name.
     """
     a, family = architecture, architecture.family
     last = pp - 1
@@ -118,14 +122,14 @@ def _entry(
     transformer_engine: bool = False,
     slot: int | None = None,
 ) -> Entry:
-    """The Megatron parameter that `rows` of a family's table describe."""
+    """The Megatron parameter for `rows` of a family's table."""
     name = rows[0].transformer_engine if transformer_engine and rows[0].transformer_engine else rows[0].megatron
     parts = tuple(Part(prefix + row.name, shape_of(row, a), row.tp_dim) for row in rows)
     return Entry(stage, megatron_prefix + name.format(slot=slot), parts, slot)
 
 
 def split(entry: Entry, parameter: Tensor, architecture: Architecture) -> list[Tensor]:
-    """This rank's shard of each part. Megatron interleaves Q, K and V per KV group, weights and biases; gate and up are stacked."""
+    """This rank's shard of each part. Megatron interleaves Q, K and V by KV group, in weights and biases, and stacks gate and up."""
     if len(entry.parts) == 1:
         return [parameter]
     if len(entry.parts) == 2:
@@ -145,10 +149,11 @@ def join(entry: Entry, shards: list[Tensor], architecture: Architecture) -> Tens
 
 
 def load_hf(model: nn.Module, architecture: Architecture, folder: str | Path, transformer_engine: bool) -> None:
-    """Copy this rank's shards out of a checkpoint folder (one or many safetensors files) into `model`, in place.
+    """Copy this rank's shards from a checkpoint folder (one or many safetensors files) into `model`, in place.
 
     Raises:
-        ValueError: no safetensors there, an unreadable file, a tensor missing or of another shape: named.
+        ValueError: there is no safetensors file, a file cannot be read, or a tensor is missing or has another shape. The message
+            names the file or tensor.
     """
     stage = parallel_state.get_pipeline_model_parallel_rank()
     parameters = dict(model.named_parameters())
@@ -171,7 +176,7 @@ def _present_plan(architecture: Architecture, transformer_engine: bool) -> list[
 
 
 def _parts_on(entry: Entry, ep_rank: int, architecture: Architecture, ep: int) -> list[Part]:
-    """The parts that an expert-parallel rank holds under the entry's name."""
+    """The parts of an entry on an expert-parallel rank."""
     if entry.slot is None:
         return list(entry.parts)
     return [part.of_expert(ep_rank * (architecture.num_experts // ep) + entry.slot) for part in entry.parts]
@@ -193,9 +198,12 @@ class _Reader:
             with self._open(single.name) as file:
                 self.files = dict.fromkeys(file.keys(), single.name)
         else:
-            raise ValueError(f"model.path={folder}: neither {single.name} nor {index.name} is there")
+            raise ValueError(
+                f"model.path={folder}: the folder has neither {single.name} nor {index.name}; give a Hugging Face checkpoint with "
+                "safetensors"
+            )
 
-    def _open(self, name: str) -> Any:  # safetensors does not name its handle's type
+    def _open(self, name: str) -> Any:  # safetensors has no public type for its handle
         path = self.folder / name
         if not path.is_file():
             raise ValueError(f"model.path={self.folder}: the index names {name}, but there is no such file")
@@ -205,14 +213,16 @@ class _Reader:
             raise ValueError(f"model.path={self.folder}: cannot read {name}: {error}") from error
 
     def shard(self, part: Part, tp: int, tp_rank: int) -> Tensor:
-        """This rank's rows or columns of one tensor; a padded vocabulary is filled up with zero rows."""
+        """This rank's rows or columns of one tensor. The padding of the vocabulary is filled with zero rows."""
         if part.name not in self.files:
             raise ValueError(f"model.path={self.folder}: tensor {part.name} is missing; is this a checkpoint of another architecture?")
         with self._open(self.files[part.name]) as file:
             stored = file.get_slice(part.name)
             shape = tuple(stored.get_shape())
             if shape != part.shape:
-                raise ValueError(f"model.path={self.folder}: tensor {part.name} has shape {shape}, its config.json implies {part.shape}")
+                raise ValueError(
+                    f"model.path={self.folder}: tensor {part.name} has shape {shape}, but its config.json implies {part.shape}"
+                )
             if part.dim is None:
                 return stored[:]
             size = part.local_shape(tp)[part.dim]
@@ -223,10 +233,10 @@ class _Reader:
 
 
 def export_buckets(model: nn.Module, architecture: Architecture, bucket_bytes: int, transformer_engine: bool) -> Iterator[Bucket]:
-    """All weights under Hugging Face names, whole, in buckets of about `bucket_bytes` (one parameter of each rank at least).
+    """All weights as whole tensors under Hugging Face names, in buckets of about `bucket_bytes` (at least one parameter of each rank).
 
-    Every rank of the job must iterate to the end: each bucket is one all-gather over TP (over ETP and EP for experts) on
-    the owning stage and one broadcast over PP. Peak extra memory is about two buckets. Tied embeddings are exported once.
+    Every rank of the job must iterate to the end. For each bucket there is one all-gather over TP (for experts over ETP and EP) on the
+    stage that owns it, and one broadcast over PP. The extra memory is about two buckets. Tied embeddings are exported once.
     """
     entries = _present_plan(architecture, transformer_engine)
     if architecture.tie_word_embeddings and entries[-1].parameter == "output_layer.weight":
@@ -238,7 +248,7 @@ def export_buckets(model: nn.Module, architecture: Architecture, bucket_bytes: i
 
 
 def _cut(entries: list[Entry], bucket_bytes: int, itemsize: int) -> Iterator[list[Entry]]:
-    """Consecutive entries of one stage and one kind, together at most `bucket_bytes` when whole."""
+    """Split entries into buckets: consecutive entries of one stage and one kind, with at most `bucket_bytes` as whole tensors."""
     pending: list[Entry] = []
     size = 0
     for entry in entries:
@@ -281,7 +291,7 @@ def _gather(flat: Tensor, ranks: int, group: dist.ProcessGroup | None) -> Tensor
 
 
 def _whole(part: Part, shards: Tensor, tp: int) -> Tensor:
-    """One tensor from its flattened shards ``[tp, numel/tp]``: joined along its dimension, or the first copy."""
+    """One tensor from its flattened shards ``[tp, numel/tp]``: joined along its sharded dimension, or the first copy."""
     local = part.local_shape(tp)
     if part.dim is None:
         return shards[0].view(local)

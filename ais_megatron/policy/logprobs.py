@@ -2,9 +2,9 @@
 
     log p(y) = z_y - log sum_v exp z_v,   H = log sum_v exp z_v - sum_v p_v z_v,   z = logits / temperature
 
-Each tensor-parallel rank holds ``[tokens, vocab/tp]`` logits and reduces its own columns to four numbers per token; one
-all-gather of ``[4, tokens]`` joins them, so no rank ever sees another's logits. float32 exists for one chunk of tokens
-at a time, forward and backward; the saved tensor is the logits themselves. Columns that pad the vocabulary are left out.
+Each tensor-parallel rank has logits ``[tokens, vocab/tp]`` and reduces its own columns to four numbers per token. One all-gather of
+``[4, tokens]`` joins them, so logits are never communicated. Both passes use float32 for only one chunk of tokens at a time. Only the
+logits themselves are saved for the backward pass. Columns that pad the vocabulary are left out.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ def vocab_parallel_logprobs(
     """Log-probability of each target, and entropy of each distribution, in nats.
 
     Args:
-        logits: ``[..., vocab/tp]``, any float dtype; this rank's columns of the padded vocabulary.
+        logits: ``[..., vocab/tp]`` in any float dtype, this rank's columns of the padded vocabulary.
         targets: int64 ``[...]``, token ids in [0, vocab_size).
-        vocab_size: the true vocabulary; columns from there on are padding.
-        group: the tensor-parallel group, None for one rank.
+        vocab_size: size of the vocabulary without padding.
+        group: the tensor-parallel group; None for a single rank.
     Returns:
-        (logprobs, entropy), float32 ``[...]`` each, equal on all ranks of the group; both differentiable.
+        (logprobs, entropy), each float32 ``[...]``, equal on all ranks of the group, and differentiable.
     """
     shard = logits.shape[-1]
     offset = (dist.get_rank(group) if group is not None else 0) * shard
@@ -56,7 +56,7 @@ class _VocabParallelLogprobs(torch.autograd.Function):
         group: dist.ProcessGroup | None,
         chunk_tokens: int,
     ) -> tuple[Tensor, Tensor]:
-        # Rows: max, sum exp(z - max), sum z exp(z - max), z of the target (0 where another rank owns it).
+        # Rows: max, sum exp(z - max), sum z exp(z - max), z of the target (0 if another rank has it).
         local = torch.zeros(4, logits.shape[0], dtype=torch.float32, device=logits.device)
         local_targets = targets - offset
         owned = (local_targets >= 0) & (local_targets < num_valid)
@@ -104,7 +104,7 @@ def _scaled(logits: Tensor, temperature: float) -> Tensor:
 
 
 def _join(local: Tensor, group: dist.ProcessGroup | None) -> tuple[Tensor, Tensor, Tensor]:
-    """(log sum exp z, E[z], z of the target) over the whole vocabulary from each rank's four rows."""
+    """(log sum exp z, E[z], z of the target) over the whole vocabulary, from the four rows of each rank."""
     if group is None or dist.get_world_size(group) == 1:
         parts = local[None]
     else:

@@ -1,7 +1,7 @@
-"""Splitting rows into microbatches by a token budget: sort by length, fill, pad to the longest.
+"""Splits rows into microbatches with a token budget: sort by length, fill, pad to the longest row.
 
-The split changes memory and speed only: losses are sums with one global normaliser, so gradients do not depend on it. Nor
-do they depend on `Shapes`, because what it adds is cut off again before the loss.
+The split changes only memory and speed. Losses are sums with one global divisor, so gradients do not depend on the split. They do not
+depend on `Shapes` either, because its padding is removed before the loss.
 """
 
 from __future__ import annotations
@@ -18,11 +18,10 @@ def split_by_tokens(lengths: Tensor, budget: int, at_least: int = 1, shapes: Sha
 
     Args:
         lengths: int64 ``[batch]``.
-        budget: padded tokens (rows times columns that the model is given) that a microbatch may hold; a longer single row gets
-            its own.
-        at_least: microbatches wanted, for ranks that must run equally many; at most one per row.
+        budget: most padded tokens (rows times columns) of a microbatch. A single row that is longer gets its own microbatch.
+        at_least: smallest number of microbatches, for ranks that must have the same number; at most one per row.
     Returns:
-        index tensors that together name every row once, longest rows first.
+        index tensors that together contain every row once, longest rows first.
     """
     order = torch.argsort(lengths, descending=True, stable=True)
     groups: list[Tensor] = []
@@ -40,16 +39,15 @@ def split_by_tokens(lengths: Tensor, budget: int, at_least: int = 1, shapes: Sha
 
 
 def make_microbatch(batch: Batch, index: Tensor, multiple: int = 1) -> Batch:
-    """The rows of `index` cut to their longest, rounded up to `multiple`, to which the batch has been padded before (`pad_columns`).
+    """The rows of `index`, with as many columns as the longest of them, rounded up to `multiple`. The batch must be padded (`pad_columns`).
 
-    Without any row it is an idle one: of `multiple` columns, which `Shapes.fill` makes a row that counts for nothing, for a rank that has
-    run out of its own.
+    Without rows the microbatch has `multiple` columns, and `Shapes.fill` adds a row of padding. Ranks that have no rows left need this.
     """
     longest = int(batch.lengths[index].max()) if len(index) else 1
     return batch.rows(index, longest + -longest % multiple)
 
 
 def pad_columns(batch: Batch, multiple: int) -> Batch:
-    """The batch with its columns padded to a multiple: sequence parallelism shards them over the TP group."""
+    """The batch with its columns padded to a multiple, because sequence parallelism shards them over the TP group."""
     width = batch.tokens.shape[1]
     return batch.pad_columns(width + -width % multiple)

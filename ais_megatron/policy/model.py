@@ -1,8 +1,8 @@
-"""The policy as a Megatron-Core model that answers with log-probabilities.
+"""The policy as a Megatron-Core model that returns log-probabilities.
 
-`build_model` makes this rank's part of the network. On CUDA with Transformer Engine it uses Megatron's Transformer Engine
-layers. Elsewhere it uses the local layers, with two of ours in place of Megatron's: an `RMSNorm` that allows sequence
-parallelism, and `SDPAttention`, which leaves the choice of kernel to torch instead of materialising scores.
+`build_model` builds this rank's part of the network. On CUDA with Transformer Engine it uses Megatron's Transformer Engine layers.
+Otherwise it uses Megatron's local layers with two replacements: an `RMSNorm` that allows sequence parallelism, and `SDPAttention`,
+which lets torch choose the kernel and does not store the attention scores.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ from ais_megatron.policy.routing import Router
 
 
 def uses_transformer_engine(config: Config) -> bool:
-    """Whether this job's layers are Transformer Engine's, as `model.transformer_impl` and the job's device say.
+    """Whether this job uses Transformer Engine's layers, from `model.transformer_impl` and the device.
 
     Raises:
-        ValueError: they were asked for by name and cannot be had.
+        ValueError: they are requested but not available.
     """
     wish = config.model.transformer_impl
     on_cuda, installed = device().type == "cuda", importlib.util.find_spec("transformer_engine") is not None
@@ -43,7 +43,7 @@ def uses_transformer_engine(config: Config) -> bool:
 
 
 def build_model(config: Config, temperature: float, transformer_engine: bool) -> PolicyModel:
-    """This rank's pipeline stage, with random weights, on its device, in the configured dtype."""
+    """This rank's pipeline stage with random weights, on its device and in the dtype of the configuration."""
     architecture = config.architecture
     transformer_config = transformer_config_of(config, transformer_engine)
     model = PolicyModel(
@@ -70,10 +70,10 @@ def build_model(config: Config, temperature: float, transformer_engine: bool) ->
 
 
 def stretched_frequencies(frequencies: Tensor, scaling: RopeScaling) -> Tensor:
-    """Llama 3's rotary frequencies, float32 ``[head_dim / 2]`` in radians per token, for a longer context than it was trained on at first.
+    """Llama 3's rotary frequencies for a longer context than the original one, float32 ``[head_dim / 2]`` in radians per token.
 
-    High frequencies stay, low ones are divided by the factor, and between the two bounds one passes into the other linearly in
-    the number of periods that fit into the old context. Megatron's own version has all but the factor fixed.
+    High frequencies do not change, and low ones are divided by the factor. Between the two bounds the result changes linearly with the
+    number of periods that fit into the original context. In Megatron's own version only the factor can be set.
     Source: transformers, `rope_type` llama3.
     """
     periods = scaling.original_max_position_embeddings * frequencies / (2 * math.pi)
@@ -82,10 +82,10 @@ def stretched_frequencies(frequencies: Tensor, scaling: RopeScaling) -> Tensor:
 
 
 def _accumulate_gradients_in_place(model: PolicyModel) -> None:
-    """Let Transformer Engine's matrix products add weight gradients to DDP's FP32 buffer themselves.
+    """Let Transformer Engine's matrix products add weight gradients directly to DDP's FP32 buffer.
 
-    Megatron's own switch for this, `gradient_accumulation_fusion`, also concerns the output layer, which is Megatron's and
-    refuses to be built without NVIDIA Apex. So the layers that can do it are told one by one.
+    Megatron's own switch, `gradient_accumulation_fusion`, also applies to the output layer. That is a Megatron layer and cannot be built
+    this way without NVIDIA Apex. So this sets the switch in every layer that supports it.
     """
     for module in model.modules():
         if hasattr(module, "fuse_wgrad_accumulation"):
@@ -93,18 +93,18 @@ def _accumulate_gradients_in_place(model: PolicyModel) -> None:
 
 
 def _count_all_experts(model: PolicyModel) -> None:
-    """Mark expert weights as this rank's own, as Megatron's layers do and Megatron 0.16's Transformer Engine layers forget to:
-    the gradient's norm then leaves out the experts of all but the first tensor-parallel rank."""
+    """Mark expert weights as this rank's own. Megatron's layers do this, but not the Transformer Engine layers of Megatron 0.16. Without
+    the mark, the norm of the gradient includes only the experts of the first tensor-parallel rank."""
     for parameter in model.parameters():
         if not getattr(parameter, "allreduce", True):  # Megatron's mark of an expert's weight
             parameter.tensor_model_parallel = True
 
 
 class PolicyModel(GPTModel):
-    """A `GPTModel` whose "loss" is the pair (log-probability, entropy) of every token of its input.
+    """A `GPTModel` whose "loss" is the pair (log-probability, entropy) of every input token.
 
-    Called with ``labels=input_ids`` (int64 ``[batch, seq]``), the last pipeline stage returns float32
-    ``[2, batch, seq]`` in which index t describes token t; column 0, which nothing predicts, is 0.
+    Called with ``labels=input_ids`` (int64 ``[batch, seq]``), the last pipeline stage returns float32 ``[2, batch, seq]``. Index t
+    describes token t. Column 0 is 0, because no token predicts it.
     """
 
     true_vocab_size: int
@@ -112,7 +112,7 @@ class PolicyModel(GPTModel):
     logprob_chunk_tokens: int
 
     def compute_language_model_loss(self, labels: Tensor, logits: Tensor) -> Tensor:
-        # logits are [seq, batch, vocab/tp]; those at t predict token t + 1. Slicing dim 0 copies nothing.
+        # logits are [seq, batch, vocab/tp], and those at t predict token t + 1. Slicing dim 0 makes no copy.
         pair = vocab_parallel_logprobs(
             logits[:-1],
             labels[:, 1:].t().contiguous(),
@@ -125,7 +125,7 @@ class PolicyModel(GPTModel):
 
 
 def padded_vocab_size(architecture: Architecture, tp: int) -> int:
-    """The vocabulary rounded up to a multiple of tp; the columns added are never part of a softmax."""
+    """The vocabulary size rounded up to a multiple of tp. The additional columns are never part of a softmax."""
     return -(-architecture.vocab_size // tp) * tp
 
 
@@ -148,7 +148,7 @@ def transformer_config_of(config: Config, transformer_engine: bool) -> Transform
         gated_linear_unit=True,
         activation_func=F.silu,
         add_bias_linear=False,
-        hidden_dropout=0.0,  # Megatron's defaults are 0.1: a policy with dropout is another policy at every call
+        hidden_dropout=0.0,  # Megatron's defaults are 0.1, but with dropout the policy would differ at every call
         attention_dropout=0.0,
         init_method_std=architecture.initializer_range,
         bf16=dtype is torch.bfloat16,
@@ -160,7 +160,7 @@ def transformer_config_of(config: Config, transformer_engine: bool) -> Transform
         context_parallel_size=parallel.cp,
         sequence_parallel=parallel.sequence_parallel,
         calculate_per_token_loss=True,
-        variable_seq_lengths=True,  # microbatches differ in length; Megatron wants alltoall with it, dense models too
+        variable_seq_lengths=True,  # microbatches differ in length; Megatron then requires alltoall, even for dense models
         moe_token_dispatcher_type="alltoall",
         use_cpu_initialization=device().type == "cpu",
         **_fusions(transformer_engine),
@@ -170,17 +170,17 @@ def transformer_config_of(config: Config, transformer_engine: bool) -> Transform
 
 
 def _fusions(transformer_engine: bool) -> dict[str, bool]:
-    """Kernels that do several operations at once, where something provides them; see `doctor`.
+    """Fused kernels that are available, see `doctor`.
 
-    gradient_accumulation_fusion: needs NVIDIA Apex. With Transformer Engine its layers do it without Apex
-        (`_accumulate_gradients_in_place`).
+    gradient_accumulation_fusion needs NVIDIA Apex. Transformer Engine's layers do the same without Apex
+    (`_accumulate_gradients_in_place`).
     """
     return dict(
         gradient_accumulation_fusion=device().type == "cuda" and importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None,
         apply_rope_fusion=transformer_engine,
         bias_activation_fusion=transformer_engine,
         bias_dropout_fusion=transformer_engine,
-        masked_softmax_fusion=False,  # attention is Transformer Engine's or torch's, and both do this themselves
+        masked_softmax_fusion=False,  # attention is Transformer Engine's or torch's, which have their own fusion
     )
 
 
@@ -190,10 +190,10 @@ def _moe_options(config: Config, transformer_engine: bool) -> dict[str, object]:
         num_moe_experts=architecture.num_experts,
         moe_ffn_hidden_size=architecture.moe_intermediate_size,
         moe_router_topk=architecture.num_experts_per_tok,
-        # Softmax over the chosen k equals softmax over all, scaled to sum 1; without that scaling it comes first.
+        # A softmax over the chosen k equals the softmax over all, scaled to sum 1. Without this scaling the softmax comes first.
         moe_router_pre_softmax=not architecture.norm_topk_prob,
         moe_router_dtype="fp32",
-        moe_router_load_balancing_type="none",  # ours, see routing.py
+        moe_router_load_balancing_type="none",  # routing.py has our own
         moe_grouped_gemm=transformer_engine,
         moe_permute_fusion=transformer_engine,
         expert_model_parallel_size=parallel.ep,
@@ -208,7 +208,7 @@ def _layer_spec(config: TransformerConfig, transformer_engine: bool) -> ModuleSp
     else:
         layer = get_gpt_layer_local_spec(qk_layernorm=config.qk_layernorm, normalization="RMSNorm", **experts)
     if config.num_moe_experts:
-        mlp = layer.submodules.mlp  # Megatron 0.16 makes a ModuleSpec of it, 0.19 a partial of the layer's class
+        mlp = layer.submodules.mlp  # a ModuleSpec in Megatron 0.16, a partial of the layer's class in 0.19
         submodules = mlp.keywords["submodules"] if isinstance(mlp, partial) else mlp.submodules
         submodules.router = Router
     if transformer_engine:
@@ -223,13 +223,13 @@ def _layer_spec(config: TransformerConfig, transformer_engine: bool) -> ModuleSp
 
 
 class RMSNorm(nn.Module):
-    """Root-mean-square norm. Megatron's `WrappedTorchNorm` refuses sequence parallelism; this marks its weight instead,
-    so that `finalize_model_grads` sums the gradient over the tensor-parallel group."""
+    """Root-mean-square norm. Megatron's `WrappedTorchNorm` refuses sequence parallelism. This norm marks its weight, so that
+    `finalize_model_grads` sums its gradient over the tensor-parallel group."""
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-6, **_: object) -> None:
         super().__init__()
         weight: Any = nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
-        weight.sequence_parallel = config.sequence_parallel  # Megatron's mark, of which torch's type knows nothing
+        weight.sequence_parallel = config.sequence_parallel  # an attribute that Megatron reads; torch's type does not have it
         self.weight: nn.Parameter = weight
         self.eps = eps
 
@@ -240,7 +240,7 @@ class RMSNorm(nn.Module):
 class SDPAttention(nn.Module):
     """Causal attention over ``[seq, batch, heads/tp, head_dim]`` through torch's scaled_dot_product_attention.
 
-    Rows are padded on the right, so the causal mask alone keeps padding out of every real token's view.
+    Rows are padded on the right, so with the causal mask no real token attends to padding.
     """
 
     def __init__(self, config: TransformerConfig, layer_number: int, softmax_scale: float | None = None, **_: object) -> None:
@@ -250,7 +250,7 @@ class SDPAttention(nn.Module):
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None = None, **_: object) -> Tensor:
         """Returns ``[seq, batch, heads/tp * head_dim]``."""
-        # torch's CPU kernel computes in float32 anyway, and its backward pass is up to 4 times faster when given float32.
+        # torch's CPU kernel computes in float32 anyway, and its backward pass is up to 4 times faster with float32 inputs.
         kernel_dtype = torch.float32 if query.device.type == "cpu" else query.dtype
         q, k, v = (x.permute(1, 2, 0, 3).to(kernel_dtype) for x in (query, key, value))
         context = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.softmax_scale, enable_gqa=True)

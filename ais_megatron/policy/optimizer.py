@@ -1,4 +1,4 @@
-"""Megatron's Adam and learning-rate schedule from our configuration, and the guard before every update."""
+"""Megatron's Adam and learning-rate schedule from our configuration, and a guard against updates that are not finite."""
 
 from __future__ import annotations
 
@@ -30,14 +30,15 @@ def optimizer_config(config: Config, optimizer: OptimizerConfig) -> MegatronOpti
 
 
 class NonFiniteUpdate(Exception):
-    """The loss or gradient of this update is not finite, on all ranks alike; caught by whoever asked for the update."""
+    """The loss or gradient of this update is not finite. All ranks raise this, and the caller of the update catches it."""
 
 
 class Guard:
-    """Stands before every optimizer step: an update that is not finite is skipped by all ranks together, and one too many in a
-    row ends the run. (Clipping would multiply every gradient by a NaN norm; the loss scaler that could skip exists for FP16 only.)
+    """Checks every optimizer step. All ranks together skip an update that is not finite, and too many of them in a row end the run.
 
-    limit: skipped updates in a row that end the run.
+    (Otherwise clipping would multiply every gradient by a NaN norm. Megatron's loss scaler can skip updates, but exists only for FP16.)
+
+    limit: number of skipped updates in a row that ends the run.
     """
 
     def __init__(self, limit: int) -> None:
@@ -47,7 +48,7 @@ class Guard:
         self._loss = 0.0
 
     def watch(self, get_grad_norm: Callable[[], float]) -> Callable[[], float]:
-        """Megatron asks for the global norm, equal on all ranks, after the reduction and before it clips and steps."""
+        """Wrap the function from which Megatron gets the global norm, which is equal on all ranks, before it clips and steps."""
 
         def guarded() -> float:
             self.grad_norm = float(get_grad_norm())
@@ -58,10 +59,10 @@ class Guard:
         return guarded
 
     def step(self, optimizer_step: Callable[[], object], loss: float) -> int:
-        """Run the optimizer step unless its gradient or the (global) loss is not finite; returns the number of skipped updates.
+        """Run the optimizer step unless its gradient or the global loss is not finite. Returns the number of skipped updates.
 
         Raises:
-            RuntimeError: `limit` updates in a row were skipped; on all ranks together, with the weights unchanged.
+            RuntimeError: `limit` updates in a row were skipped. All ranks raise it together, and the weights have not changed.
         """
         self._loss = loss
         try:
@@ -72,7 +73,7 @@ class Guard:
                 raise RuntimeError(
                     f"{self.skipped_in_a_row} updates in a row had a loss or gradient that is not finite (now loss {loss}, gradient "
                     f"norm {self.grad_norm}); each was skipped on all ranks, so the weights are those before the first of them. "
-                    f"Lower train.optimizer.lr or look at the batch; train.max_skipped_updates={self.limit} is the limit"
+                    f"Lower train.optimizer.lr, or inspect the batch; train.max_skipped_updates={self.limit} is the limit"
                 ) from None
             return 1
         self.skipped_in_a_row = 0

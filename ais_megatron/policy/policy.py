@@ -1,13 +1,13 @@
-"""`Policy`: the trainer's side of the house. The only door to Megatron-Core.
+"""`Policy`: the model that is trained, with Megatron-Core.
 
     logprobs(batch)                      BF16 forward passes, no gradient
     train_step(batch, old, scaler)       the objective's loss, gradients reduced in FP32, optimizer on FP32 master weights
-    lagged_train_step(batch, scaler)     the same without `old`, which its own forward pass supplies
-    export_buckets()                     weights under Hugging Face names, streamed
-    calibrate(batch)                     ranges of Q, K, V
+    lagged_train_step(batch, scaler)     the same without `old`, which comes from its own forward pass
+    export_buckets()                     weights under Hugging Face names, bucket by bucket
+    calibrate(batch)                     ranges of Q, K and V
 
-All methods are collective over the job. Tensors in and out are those of this data-parallel rank's rows, the same on all
-ranks of its model-parallel group (`model_parallel_group`).
+All methods are collective over the job. Their tensors have the rows of this data-parallel rank, and are the same on all ranks of its
+model-parallel group (`model_parallel_group`).
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ LossFunction = Callable[[Batch, Tensor, Tensor, Tensor], tuple[Tensor, Tensor, T
 
 
 def initialize_parallel(config: Config) -> None:
-    """Build Megatron's process groups over the running job.
+    """Create Megatron's process groups for the running job.
 
     Raises:
         ValueError: the number of ranks is not tp * pp * cp * dp.
@@ -76,12 +76,12 @@ def initialize_parallel(config: Config) -> None:
 
 
 def model_parallel_group() -> dist.ProcessGroup:
-    """The ranks that together hold one copy of the model (TP x PP), and so one data-parallel rank's rows."""
+    """The ranks that together have one copy of the model (TP x PP), and so the rows of one data-parallel rank."""
     return parallel_state.get_model_parallel_group()
 
 
 def data_parallel_group() -> dist.ProcessGroup:
-    """DP x CP: the ranks over which sums of a batch are global."""
+    """DP x CP: the ranks over which the sums of a batch are reduced."""
     return parallel_state.get_data_parallel_group(with_context_parallel=True)
 
 
@@ -89,8 +89,9 @@ class Policy:
     """A model under training.
 
     Args:
-        optimizer: learning rate and the rest; `total_steps` of it, for the schedule.
-        temperature: log-probabilities are those at this temperature.
+        optimizer: learning rate and so on.
+        total_steps: number of optimizer steps, for the learning-rate schedule.
+        temperature: log-probabilities are computed at this temperature.
         path: Hugging Face folder to load; None keeps random weights.
     """
 
@@ -141,14 +142,14 @@ class Policy:
         return self._from_last_stage(result)[:, : batch.tokens.shape[1]]
 
     def logprobs_and_calibration(self, batch: Batch) -> tuple[Tensor, Calibration]:
-        """`logprobs`, and the ranges of Q, K and V seen on the way; of a MoE model also where its tokens went."""
+        """`logprobs`, and the ranges of Q, K and V in the same pass. For a MoE model also which experts got the tokens."""
         with self._recording():
             logprobs = self.logprobs(batch)
         return logprobs, self._recorded()
 
     @contextmanager
     def _recording(self) -> Iterator[None]:
-        """Forward passes inside are watched: ranges of Q, K and V, and of a MoE model where its tokens go."""
+        """Within this context, forward passes record the ranges of Q, K and V, and for a MoE model which experts get the tokens."""
         with self.calibrator.recording(), self.routing.recording() if self.routing else nullcontext():
             yield
 
@@ -158,12 +159,12 @@ class Policy:
         return self.calibrator.result()
 
     def calibrate(self, batch: Batch) -> Calibration:
-        """The ranges of Q, K and V under the present weights, over `calibration.fresh_tokens` tokens of each DP rank's rows."""
+        """The ranges of Q, K and V with the current weights, over `calibration.fresh_tokens` tokens of each data-parallel rank's rows."""
         rows = max(1, int((batch.lengths.cumsum(0) <= self.config.calibration.fresh_tokens).sum()))
         return self.logprobs_and_calibration(batch.rows(torch.arange(rows), int(batch.lengths[:rows].max())))[1]
 
     def reference_logprobs(self, batch: Batch) -> Tensor | None:
-        """`logprobs` under the starting policy, whose weights wait on the CPU; None where no KL penalty asks for them."""
+        """`logprobs` of the starting policy, whose weights are kept on the CPU. None without a KL penalty."""
         if self._reference is None:
             return None
         current = [p.detach().clone() for p in self.model.parameters()]
@@ -184,10 +185,10 @@ class Policy:
         """`train.updates_per_batch` optimizer steps over this batch.
 
         Returns:
-            means over the updates of loss, entropy, policy_ratio_mean, clip_fraction, reference_kl, grad_norm, and lr; and
-            skipped_updates, how many were not applied because their loss or gradient was not finite.
+            Means over the updates of loss, entropy, policy_ratio_mean, clip_fraction, reference_kl and grad_norm, and lr; and
+            skipped_updates, the number of updates that were skipped because their loss or gradient was not finite.
         Raises:
-            RuntimeError: too many of those in a row (`Guard`); on all ranks together.
+            RuntimeError: too many updates in a row were skipped (`Guard`). All ranks raise it together.
         """
         updates = torch.arange(len(batch)).chunk(self.config.train.updates_per_batch)
         results = [
@@ -200,8 +201,9 @@ class Policy:
     def lagged_train_step(
         self, batch: Batch, scaler: LossScaler, reference_logprobs: Tensor | None = None
     ) -> tuple[dict[str, float], Diagnostics, Calibration]:
-        """One optimizer step whose own forward pass supplies old_logprobs (so that the policy ratio is exactly 1), this
-        batch's diagnostics and the ranges of Q, K and V: nothing is computed twice. Returns and raises as `train_step`."""
+        """One optimizer step whose own forward pass gives old_logprobs, this batch's diagnostics and the ranges of Q, K and V.
+
+        Nothing is computed twice, and the policy ratio is exactly 1. Returns and raises as `train_step`."""
         running = RunningStatistics(Correction.of(self.config))
         with self._recording():
             metrics, reduced = self._update(batch, None, scaler, reference_logprobs, running)
@@ -216,13 +218,13 @@ class Policy:
         reference_logprobs: Tensor | None,
         running: RunningStatistics | None = None,
     ) -> tuple[dict[str, float], Tensor]:
-        """One optimizer step; old_logprobs None: the forward pass's own, which `running` then sees."""
+        """One optimizer step. If old_logprobs is None, those of the forward pass are used, and `running` records them."""
         batch = pad_columns(batch, self.seq_multiple)
         width = batch.tokens.shape[1]
         old_logprobs, reference_logprobs = (
             None if x is None else F.pad(x, (0, width - x.shape[1])) for x in (old_logprobs, reference_logprobs)
         )
-        if old_logprobs is not None:  # known beforehand, so rejected responses leave the batch's own mask
+        if old_logprobs is not None:  # known beforehand, so rejected responses are removed from the batch's mask
             batch = replace(batch, loss_mask=scaler.kept(old_logprobs, batch.rollout_logprobs, batch.loss_mask))
         if scaler.needs_totals:
             local = torch.stack([batch.loss_mask.sum(), batch.loss_mask.any(1).sum()]).double()
@@ -240,7 +242,7 @@ class Policy:
         return self._optimize(batch, loss_function, POLICY_METRICS, running)
 
     def sft_step(self, batch: Batch) -> dict[str, float]:
-        """One optimizer step on the cross-entropy of the masked tokens; returns loss (nats per token), grad_norm, lr."""
+        """One optimizer step on the cross-entropy of the tokens in the mask. Returns loss (nats per token), grad_norm and lr."""
 
         def loss_function(rows: Batch, index: Tensor, logprobs: Tensor, entropy: Tensor) -> tuple[Tensor, Tensor, Tensor]:
             loss = -logprobs.masked_fill(~rows.loss_mask, 0.0).sum()
@@ -254,7 +256,7 @@ class Policy:
         """Forward and backward over all microbatches, then one optimizer step.
 
         Returns:
-            metric means per token over the whole job; and what `running` saw, joined over it by the same all-reduce.
+            metric means per token over the whole job, and the statistics of `running`, reduced by the same all-reduce.
         """
         if self.routing is not None:
             counts = torch.stack([batch.loss_mask.sum(), batch.lengths.sum()]).double()
@@ -270,18 +272,18 @@ class Policy:
         num_tokens = max(totals[-1].item(), 1.0)
         metrics = {name: value / num_tokens for name, value in zip(names, totals.tolist(), strict=False)}
         with cpu_backend.active():
-            # Before the update: with warm-up, the first one must not run at learning rate 0. A skipped one counts too.
+            # Before the update, so that with warm-up the first update does not have learning rate 0. A skipped update counts too.
             self.schedule.step(1)
             skipped = self.guard.step(self.optimizer.step, metrics["loss"])
         lr = self.schedule.get_lr(self.optimizer.param_groups[0])
         return {**metrics, "grad_norm": self.guard.grad_norm, "lr": lr, "skipped_updates": skipped}, reduced
 
     def _run(self, batch: Batch, loss_function: LossFunction, forward_only: bool) -> Tensor:
-        """All microbatches through Megatron's schedule; on the last stage the float64 ``[microbatches, metrics + 1]``
-        metric sums, whose last column is the number of tokens."""
+        """Run all microbatches through Megatron's schedule. On the last stage returns the metric sums, float64
+        ``[microbatches, metrics + 1]``, whose last column is the number of tokens."""
         shapes = Shapes.on(device().type, self.seq_multiple)
         groups = self._microbatches(batch, shapes)
-        # One at a time on the device, as the schedule asks for it: the routes of all together would be gigabytes.
+        # One microbatch at a time is moved to the device, because the routes of all together would take gigabytes.
         microbatches = ((make_microbatch(batch, index, self.seq_multiple).to(device()), index) for index in groups)
         with cpu_backend.active():
             results = get_forward_backward_func()(
@@ -290,14 +292,14 @@ class Policy:
                 model=[self.ddp],
                 num_microbatches=len(groups),
                 seq_length=batch.tokens.shape[1],
-                micro_batch_size=1,  # both are only hints under variable_seq_lengths
+                micro_batch_size=1,  # both are only hints with variable_seq_lengths
                 forward_only=forward_only,
             )
         return torch.stack(results) if results else torch.zeros(0)
 
     def _microbatches(self, batch: Batch, shapes: Shapes) -> list[Tensor]:
-        """Row numbers of each; as many on every data-parallel rank where experts are spread over them (each layer waits for all of
-        their tokens), the last ones without a row where a rank has run out of its own."""
+        """Row numbers of each microbatch. If experts are spread over data-parallel ranks, all ranks have the same number of microbatches,
+        because each layer waits for the tokens of all ranks. The last ones may be empty."""
         lengths, budget = batch.lengths, self.config.train.tokens_per_microbatch
         groups = split_by_tokens(lengths, budget, shapes=shapes)
         if self.routing is None or dist.get_world_size(data_parallel_group()) == 1:
@@ -323,14 +325,14 @@ class Policy:
         output = model(given.tokens, positions, None, labels=given.tokens)
 
         def loss(pair: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-            pair = pair[:, : rows.tokens.shape[0], : rows.tokens.shape[1]]  # what was filled in has no part in anything
+            pair = pair[:, : rows.tokens.shape[0], : rows.tokens.shape[1]]  # removes the padding
             total, num_tokens, sums = loss_function(rows, index, *pair.unbind(0))
             return total, num_tokens.int(), torch.cat([sums.double(), num_tokens.double()[None]])
 
         return output, loss
 
     def _from_last_stage(self, tensor: Tensor) -> Tensor:
-        """The last pipeline stage's tensor, on every stage."""
+        """The tensor of the last pipeline stage, on every stage."""
         if parallel_state.get_pipeline_model_parallel_world_size() == 1:
             return tensor
         shared = tensor.to(device())
@@ -356,5 +358,5 @@ def _routing(config: Config) -> Routing:
 
 
 def _cut(values: Tensor, index: Tensor, like: Tensor) -> Tensor:
-    """The rows of a microbatch, as wide as `like` and where it lives."""
+    """The rows of a microbatch, with the width and device of `like`."""
     return values[index, : like.shape[1]].to(like.device)

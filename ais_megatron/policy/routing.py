@@ -1,12 +1,12 @@
-"""Routing in a MoE policy: balance, replay and what the metrics say about both.
+"""Routing in a MoE policy: load balancing, routing replay, and their metrics.
 
     auxiliary loss = aux_coefficient * E * sum_i f_i P_i,     z-loss = z_coefficient * mean(logsumexp(logits)^2)
 
-Source: Switch Transformer (arXiv 2101.03961, equation 4) with f over the global batch (arXiv 2501.11873), ST-MoE (arXiv
-2202.08906) for the z-loss. Megatron forms f_i, the share of tokens sent to expert i, per microbatch, so that its gradient
-depends on the split. Here f comes from a pass over the whole batch that runs before the training pass anyway. Given f both
-losses are plain sums over tokens, so their gradient is the same for any number of microbatches or ranks; it enters through
-Megatron's own `MoEAuxLossAutoScaler` and therefore never meets alpha.
+Source: Switch Transformer (arXiv 2101.03961, equation 4) with f over the global batch (arXiv 2501.11873), ST-MoE (arXiv 2202.08906) for
+the z-loss. Megatron computes f_i, the share of tokens sent to expert i, per microbatch, so its gradient depends on the split. Here f
+comes from a pass over the whole batch, which runs before the training pass anyway. With f given, both losses are sums over tokens, so
+their gradient is the same for any number of microbatches or ranks. It is added by Megatron's own `MoEAuxLossAutoScaler`, so alpha does
+not scale it.
 """
 
 from __future__ import annotations
@@ -29,12 +29,7 @@ from ais_megatron.distributed import device
 
 @dataclass
 class Routing:
-    """What the routers of one model share. `see` is called with each microbatch before its forward pass.
-
-    fractions: float32 ``[num_layers, num_experts]``, f of the last recorded batch; None before the first.
-    tokens_scale: loss tokens / real tokens of the update: Megatron divides every gradient by the number of loss tokens,
-        while the losses here are means over all real tokens.
-    """
+    """What the routers of one model share. Call `see` with each microbatch before its forward pass."""
 
     num_layers: int
     num_experts: int
@@ -43,7 +38,10 @@ class Routing:
     z_coefficient: float
     replay: bool
     tokens_scale: float = 1.0
+    """Loss tokens / real tokens of the update. Megatron divides every gradient by the number of loss tokens, but the losses here are
+    means over all real tokens."""
     fractions: Tensor | None = None
+    """float32 ``[num_layers, num_experts]``, f of the last recorded batch; None before the first."""
     _rows: Batch | None = None
     _recording: bool = False
     _counts: Tensor = field(default_factory=lambda: torch.zeros(0))
@@ -60,9 +58,9 @@ class Routing:
 
     @contextmanager
     def recording(self) -> Iterator[None]:
-        """Count where tokens go during the forward passes inside."""
+        """Within this context, count which experts get the tokens of forward passes."""
         self._counts = torch.zeros(self.num_layers, self.num_experts, dtype=torch.float64, device=device())
-        # tokens whose expert set differs, tokens compared, tokens that were to be sent
+        # tokens whose experts differ, compared tokens, token-expert pairs to send
         self._compared = torch.zeros(3, dtype=torch.float64, device=device())
         self._recording = True
         try:
@@ -71,7 +69,7 @@ class Routing:
             self._recording = False
 
     def finish_recording(self) -> dict[str, float]:
-        """Join all ranks' counts (each token is counted by one rank of its stage), set `fractions`, return the metrics."""
+        """Reduce the counts of all ranks (one rank of a stage counts each token), set `fractions`, and return the metrics."""
         vector = torch.cat([self._counts.view(-1), self._compared])
         if dist.get_world_size() > 1:
             dist.all_reduce(vector)
@@ -88,7 +86,7 @@ class Routing:
         return metrics | ({"routing_differs_fraction": differing / compared} if compared else {})
 
     def _local(self, tensor: Tensor, num_tokens: int) -> Tensor:
-        """``[batch, seq, ...]`` as this rank's router sees it: ``[tokens, ...]``, sequence first, its slice of the sequence."""
+        """``[batch, seq, ...]`` in the order of this rank's router: ``[tokens, ...]``, sequence first, and only this rank's slice of it."""
         flat = tensor.transpose(0, 1)
         shards = flat.shape[0] * flat.shape[1] // num_tokens
         if shards > 1:
@@ -102,12 +100,12 @@ class Routing:
         return self._local(columns < lengths[:, None], num_tokens)
 
     def engine_experts(self, layer: int, num_tokens: int) -> Tensor | None:
-        """int64 ``[tokens, top_k]``, what the rollout engine chose, -1 where it chose nothing; None if it did not tell."""
+        """The rollout engine's choice, int64 ``[tokens, top_k]``, -1 where there is none. None if the engine did not report it."""
         routes = self.rows.routed_experts
         return None if routes is None else self._local(routes[:, :, layer], num_tokens).long()
 
     def record(self, layer: int, chosen: Tensor, real: Tensor) -> None:
-        """chosen: bool ``[tokens, num_experts]``, where the tokens were sent."""
+        """chosen: bool ``[tokens, num_experts]``, the experts that got the tokens."""
         if self._recording:
             self._counts[layer] += chosen[real].sum(0)
             self._compared[2] += real.sum()
@@ -121,7 +119,7 @@ class Routing:
 
 
 class _Replay:
-    """Megatron's hook around the choice of experts (`RouterReplay.get_replay_topk`): own choice, or the engine's."""
+    """Megatron's hook around the choice of experts (`RouterReplay.get_replay_topk`). It returns the router's or the engine's choice."""
 
     def __init__(self, routing: Routing, layer: int, real: Tensor) -> None:
         self.routing, self.layer, self.real = routing, layer, real
@@ -141,15 +139,15 @@ class _Replay:
 
 
 class Router(TopKRouter):
-    """Qwen3-MoE's router: logits and softmax in FP32, top-k, probabilities scaled to sum 1 where the model says so.
+    """Qwen3-MoE's router: logits and softmax in FP32, top-k, and probabilities scaled to sum 1 if the model does so.
 
-    Dropless: every token reaches its experts. `routing_state` is set by `attach`.
+    No token is dropped. `attach` sets `routing_state`.
     """
 
     routing_state: Routing
 
     def routing(self, logits: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """logits: ``[seq, batch, num_experts]``; returns probabilities and choice, ``[tokens, num_experts]`` each."""
+        """logits: ``[seq, batch, num_experts]``. Returns probabilities and choice, each ``[tokens, num_experts]``."""
         state, layer = self.routing_state, self.layer_number - 1
         logits = logits.view(-1, state.num_experts)
         real = state.real_tokens(len(logits))
@@ -165,7 +163,7 @@ class Router(TopKRouter):
             router_replay=_Replay(state, layer, real),
         )
         if training and state.aux_coefficient and state.fractions is not None:
-            # sum over tokens of E * f . p; Megatron's division by the loss tokens and tokens_scale make it the mean.
+            # The sum over tokens of E * f . p. tokens_scale and Megatron's division by the loss tokens turn it into the mean.
             shares = logits[real].softmax(-1, dtype=torch.float32) @ state.fractions[layer]
             aux_loss = shares.sum() * (state.aux_coefficient * state.num_experts * state.tokens_scale)
             probabilities = MoEAuxLossAutoScaler.apply(probabilities, aux_loss)
@@ -174,7 +172,7 @@ class Router(TopKRouter):
 
 
 def attach(model: nn.Module, routing: Routing) -> None:
-    """Give all routers of `model` the state they share."""
+    """Give all routers of `model` their shared state."""
     for module in model.modules():
         if isinstance(module, Router):
             module.routing_state = routing

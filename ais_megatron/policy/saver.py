@@ -1,9 +1,8 @@
-"""When checkpoints are written, completed, verified and deleted. Every function here is collective over the job.
+"""Writes, completes, verifies and deletes checkpoints. Every function here is collective over the job.
 
-A save is complete when all ranks have written their files: then the first rank adds the state, the tokenizer and the manifest,
-renames the folder, and deletes the checkpoints that have had their day. With `checkpoint.async_save` the writing runs in a
-thread of each rank while the next steps train; `Saver.busy` tells whether it still does, and the loop completes it as soon as no
-rank is busy. At most one save is in flight.
+When all ranks have written their files, the first rank adds the state, the tokenizer and the manifest, renames the folder, and deletes
+old checkpoints. With `checkpoint.async_save` a thread of each rank writes while the next steps train. `Saver.busy` tells whether this
+rank still writes, and the loop completes the save as soon as no rank is busy. There is at most one save in flight.
 """
 
 from __future__ import annotations
@@ -29,8 +28,8 @@ class Saver:
     """Saves `policy` into `checkpoints`, a run's folder of them.
 
     Args:
-        newest_step: the step of the checkpoint that was loaded, if any.
-        add_files: called on the first rank with the folder, for what else belongs into a checkpoint (the tokenizer).
+        newest_step: the step of the checkpoint that was loaded, or None.
+        add_files: called on the first rank with the folder, to add further files to a checkpoint (the tokenizer).
     """
 
     def __init__(
@@ -38,7 +37,7 @@ class Saver:
     ) -> None:
         self._policy, self._checkpoints, self._config, self._add_files = policy, checkpoints, config, add_files
         self._in_flight: _InFlight | None = None
-        self.newest_step = newest_step  # of the checkpoint that was begun last, or loaded
+        self.newest_step = newest_step  # step of the checkpoint that was loaded or begun last
 
     @property
     def busy(self) -> bool:
@@ -46,10 +45,10 @@ class Saver:
         return self._in_flight is not None and self._in_flight.is_writing
 
     def save(self, state: TrainingState) -> None:
-        """Save the policy and `state`: wholly, or with `async_save` begin to.
+        """Save the policy and `state`. With `async_save`, only begin the save.
 
         Raises:
-            RuntimeError: it cannot be written; earlier checkpoints are untouched. On all ranks together.
+            RuntimeError: the checkpoint cannot be written. Earlier ones are not affected. All ranks raise it together.
         """
         self.finish()
         folder = files.folder_of(self._checkpoints, state.step)
@@ -66,7 +65,7 @@ class Saver:
             self.finish()
 
     def save_now(self, state: TrainingState) -> None:
-        """Before leaving: nothing in flight any more, and `state` on the disk."""
+        """Save `state` and wait until it is on the disk. To be called before the run ends."""
         self.finish()
         if self.newest_step != state.step:
             self.save(state)
@@ -92,7 +91,7 @@ class Saver:
 
 @contextmanager
 def _removed_on_failure(partial: Path) -> Iterator[None]:
-    """Where the disk is full, an unfinished checkpoint is in the way."""
+    """Delete an unfinished checkpoint after a failure, because it takes room on a full disk."""
     try:
         yield
     except (RuntimeError, ValueError):
@@ -102,12 +101,12 @@ def _removed_on_failure(partial: Path) -> Iterator[None]:
 
 
 class _InFlight:
-    """A save between its begin and its finish."""
+    """A save between begin and finish."""
 
     def __init__(self, pending: PendingSave, state: TrainingState, partial: Path, folder: Path, in_background: bool) -> None:
         self.pending, self.state, self.partial, self.folder = pending, state, partial, folder
         self._error: Exception | None = None
-        # A daemon: a run that fails must not wait for a checkpoint that nobody will complete.
+        # A daemon thread, because a run that fails must not wait for a checkpoint that will not be completed.
         self._thread = threading.Thread(target=self._write, name="checkpoint", daemon=True)
         self._thread.start() if in_background else self._write()
 
@@ -124,12 +123,12 @@ class _InFlight:
     def _write(self) -> None:
         try:
             self.pending.write()
-        except (OSError, RuntimeError, ValueError) as error:  # shown, on all ranks, by whoever waits
+        except (OSError, RuntimeError, ValueError) as error:  # raised later, on all ranks, by the call that waits
             self._error = error
 
 
 def tidy(checkpoints: Path) -> None:
-    """Delete what an earlier, killed start left unfinished."""
+    """Delete unfinished checkpoints of an earlier start that was killed."""
     with rank_consistent():
         swept = files.sweep(checkpoints) if rank() == 0 else []
     if swept:
@@ -137,10 +136,10 @@ def tidy(checkpoints: Path) -> None:
 
 
 def checkpoint_to_resume(checkpoints: Path, config: CheckpointConfig) -> Path | None:
-    """The newest checkpoint whose files are intact; None where there is no checkpoint at all.
+    """The newest checkpoint whose files are intact, or None if there is no checkpoint.
 
     Raises:
-        ValueError: the newest one is damaged and `checkpoint.on_damage` is stop, or none is intact. On all ranks together.
+        ValueError: the newest one is damaged and `checkpoint.on_damage` is stop, or none is intact. All ranks raise it together.
     """
     damaged = False
     while (folder := newest_on_all_ranks(checkpoints)) is not None:
@@ -153,22 +152,24 @@ def checkpoint_to_resume(checkpoints: Path, config: CheckpointConfig) -> Path | 
                 advice = f"checkpoint.on_damage=previous continues from {before[-1].name}" if before else "there is no earlier one"
                 raise ValueError(f"{error}; {advice}") from error
             damaged = True
-            with rank_consistent():  # all ranks have looked: `verify` has just joined them
+            with rank_consistent():  # all ranks have read the files, because `verify` is collective
                 if rank() == 0:
                     print(f"warning: {error}; set aside as {files.set_aside(folder).name}", flush=True)
     if damaged:
-        raise ValueError(f"{checkpoints}: no checkpoint is intact (those set aside end in {files.DAMAGED}); start anew in another run.dir")
+        raise ValueError(
+            f"{checkpoints}: no checkpoint is intact (damaged ones were renamed to *{files.DAMAGED}); start a new run in another run.dir"
+        )
     return None
 
 
 def newest_on_all_ranks(checkpoints: Path) -> Path | None:
-    """`newest` as the first rank sees it: a shared file system may show the others an older listing."""
+    """`newest` on the first rank, because a shared file system may show the others an older listing."""
     steps = [files.step_of(folder) if rank() == 0 and (folder := files.newest(checkpoints)) else None]
     dist.broadcast_object_list(steps, src=0)
     return None if steps[0] is None else files.folder_of(checkpoints, steps[0])
 
 
 def verify(folder: Path, config: CheckpointConfig) -> None:
-    """Compare `folder` with its manifest, the ranks sharing the reading. Raises ValueError on all ranks together."""
+    """Compare `folder` with its manifest. The ranks share the work. All ranks raise a ValueError together."""
     with rank_consistent():
         files.verify(folder, checksums=config.verify == "checksum", part=rank(), parts=dist.get_world_size())

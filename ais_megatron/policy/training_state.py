@@ -1,4 +1,4 @@
-"""What a run needs besides weights and optimizer to go on as if it had never stopped: ``state.json`` of a checkpoint."""
+"""``state.json`` of a checkpoint: what a run needs besides weights and optimizer to continue exactly."""
 
 from __future__ import annotations
 
@@ -21,21 +21,24 @@ STATE_FILE = "state.json"
 class TrainingState:
     """What a run needs besides the policy.
 
-    step: steps done. start_accuracy: held-out, at the start of the run; None until it is measured. calibration: of the KV
-    cache, in force. next_prompt: the position in the prompt stream. ais: what alpha remembers. expert_fractions: float32
-    ``[num_layers, num_experts]``, where the last batch's tokens went, which the load-balancing loss of a lagged run reads; None in
-    a dense model. skipped_in_a_row: latest updates that were skipped.
-    The weights' version is `step`. There is no random state to keep: prompts and sampling noise are functions of the seed and
-    the stream's position, dropout is 0, and nothing else in a step draws a random number.
+    The weight version is `step`. There is no random state. Prompts and sampling depend only on the seed and the position in the stream,
+    dropout is 0, and nothing else in a step is random.
     """
 
     step: int = 0
+    """Number of finished steps."""
     start_accuracy: float | None = None
+    """Held-out accuracy at the start of the run; None until it is measured."""
     calibration: Calibration | None = None
+    """The current scales of the KV cache."""
     next_prompt: int = 0
+    """The position in the prompt stream."""
     ais: AISState = AISState()
     expert_fractions: Tensor | None = None
+    """float32 ``[num_layers, num_experts]``, the share of the last batch's tokens that each expert got. The load-balancing loss of a lagged
+    run uses it. None for a dense model."""
     skipped_in_a_row: int = 0
+    """How many of the latest updates in a row were skipped."""
 
     def to_json(self) -> str:
         calibration = self.calibration and {
@@ -67,7 +70,7 @@ class TrainingState:
         )
 
     def of(self, policy: Policy) -> TrainingState:
-        """This state with what the policy remembers besides its weights."""
+        """This state, with what the policy has besides its weights."""
         fractions = policy.routing.fractions if policy.routing else None
         return replace(
             self,
