@@ -1,10 +1,10 @@
-# make train   install if need be, then train the tiny model with FP8 rollouts and AIS (two CPU cores)
-# make check   the tests of a few minutes: no SGLang server, no Slurm, no root, nothing marked slow
-# make test    the whole CPU test suite, with tests against a real SGLang server on the CPU and, as root, on a real Slurm
-# make bench   the benchmarks beside TRL, verl and SGLang, whose environments it makes; benchmarks/results/latest.json
+# make train   train the tiny model with FP8 rollouts and AIS (on two CPU cores)
+# make check   the fast tests, a few minutes: no SGLang server, no Slurm, no root, nothing marked slow
+# make test    all tests, including a real SGLang server on the CPU and, as root, a real Slurm
+# make bench   benchmarks against TRL, verl and SGLang, in environments that it installs; writes benchmarks/results/latest.json
 # make lint    ruff and mypy
-# make sglang-cpu   the environment of that server (3 GB); `train`, `check` and `lint` do without it
-# make install the environment in .venv, which all the others make if need be
+# make sglang-cpu   install the environment of that server (3 GB); `train`, `check` and `lint` do not need it
+# make install install the environment in .venv; all other targets do so if it is missing
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 CONFIG ?= configs/tiny_countdown.yaml

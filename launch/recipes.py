@@ -7,10 +7,10 @@
     python launch/recipes.py compare -y run.executor=local job=qwen3_8b_job job.overrides="['train.steps=50']"
     python launch/recipes.py scaling -y run.executor=slurm run.executor.account=ACCOUNT job.model=/models/Qwen3-8B
 
-`job` is what runs and `run.executor` where. nemo-run needs an environment of its own (``pip install -r launch/requirements.txt``: it
-pins older releases of what the trainer uses), and nothing of it is needed inside a job: there, `job.python` in `job.workdir`
-runs. A job with SGLang servers is a heterogeneous Slurm job, trainer nodes and rollout nodes; the first part to end ends it.
-The sbatch files in slurm/ check more before they start, and are what to use where nemo-run is not wanted.
+`job` says what runs, and `run.executor` where. nemo-run needs an environment of its own (``pip install -r launch/requirements.txt``),
+because it pins older releases of the trainer's packages. A job does not need nemo-run. It runs `job.python` in `job.workdir`. A job with
+SGLang servers is a heterogeneous Slurm job with trainer nodes and rollout nodes. If any part ends, the whole job ends. The sbatch files in
+slurm/ do without nemo-run, and check more before they start anything.
 """
 
 # No `from __future__ import annotations`: nemo-run evaluates annotations outside this module.
@@ -28,24 +28,28 @@ RENDEZVOUS_PORT, SERVER_PORT = 29400, 30000
 
 @dataclass
 class Job:
-    """One training run.
-
-    config: of the repository in `workdir`. overrides: key=value, as on the command line.
-    trainer_nodes, rollout_nodes, gpus_per_node: on Slurm; gpus_per_node=0 runs `ranks_per_node` CPU ranks on each node.
-    server_gpus: tensor-parallel size of one SGLang server.
-    """
+    """One training run."""
 
     name: str = "run"
     config: str = ""
+    """Configuration file, relative to `workdir`."""
     model: str = ""
+    """Hugging Face checkpoint folder; empty: that of the configuration."""
     overrides: list[str] = field(default_factory=list)
+    """key=value, as on the command line."""
     trainer_nodes: int = 1
+    """Nodes that train, on Slurm."""
     rollout_nodes: int = 0
+    """Nodes that generate, on Slurm."""
     gpus_per_node: int = 8
+    """GPUs of a node, on Slurm; 0: every node runs `ranks_per_node` CPU ranks."""
     ranks_per_node: int = 1
     server_gpus: int = 1
+    """Tensor-parallel size of one SGLang server."""
     workdir: str = str(ROOT)
+    """The repository on the machine that runs the job."""
     python: str = ".venv/bin/python"
+    """Interpreter that has ais_megatron, relative to `workdir`."""
 
     @property
     def arguments(self) -> list[str]:
@@ -115,8 +119,8 @@ def local() -> run.LocalExecutor:
 def slurm(
     account: str = "default", partition: str | None = None, time: str = "24:00:00", container_image: str | None = None
 ) -> run.SlurmExecutor:
-    """From a login node. Nodes and tasks follow from the job; `signal` lets the ranks save before the time limit, and a status
-    other than 0 requeues up to `retries` times."""
+    """Submit from a login node. Nodes and tasks follow from the job. `signal` lets the ranks save before the time limit. A status other
+    than 0 requeues the job, up to `retries` times."""
     return run.SlurmExecutor(
         account=account,
         partition=partition,
@@ -135,7 +139,7 @@ def slurm(
 def slurm_ssh(
     host: str = "login", user: str = "", job_dir: str = "", account: str = "default", partition: str | None = None, time: str = "24:00:00"
 ) -> run.SlurmExecutor:
-    """From a workstation: nemo-run copies its scripts to `job_dir` on the cluster, where `job.workdir` must hold the repository."""
+    """Submit from a workstation. nemo-run copies its scripts to `job_dir` on the cluster, where `job.workdir` must be the repository."""
     return run.SlurmExecutor(
         account=account,
         partition=partition,
@@ -152,14 +156,14 @@ def slurm_ssh(
 
 
 def trainer_script(job: Job, on_slurm: bool) -> run.Script:
-    """On Slurm one task per rank; elsewhere one process, which starts its ranks, and its servers where the config wants any."""
+    """On Slurm one task per rank. Elsewhere one process, which starts its ranks, and its servers if the configuration has any."""
     command = f"exec {shlex.join([job.python, '-m', 'ais_megatron', 'train', *job.arguments])} "
     command += 'run.dir="$AIS_RUN_DIR" $AIS_ENGINE $AIS_RESUME' if on_slurm else f"run.dir=runs/{shlex.quote(job.name)}"
     return run.Script(inline=f"cd {shlex.quote(job.workdir)} && {command}\n")
 
 
 def server_script(job: Job) -> run.Script:
-    """One task per server, each on its own GPUs; the signal that lets the ranks save leaves servers alone."""
+    """One task per server, each on its own GPUs. Servers ignore the signal that lets the ranks save."""
     first, last = f"SLURM_LOCALID * {job.server_gpus}", f"SLURM_LOCALID * {job.server_gpus} + {job.server_gpus - 1}"
     command = shlex.join([job.python, "-m", "ais_megatron", "serve", *job.arguments, "rollout.sglang.host=0.0.0.0"])
     lines = [f"cd {shlex.quote(job.workdir)} || exit 2", "trap '' USR1"]
@@ -173,12 +177,12 @@ def server_script(job: Job) -> run.Script:
 
 def servers_per_node(job: Job) -> int:
     if job.gpus_per_node % job.server_gpus:
-        raise ValueError(f"job.server_gpus={job.server_gpus}: does not divide job.gpus_per_node={job.gpus_per_node}")
+        raise ValueError(f"job.server_gpus={job.server_gpus}: does not divide job.gpus_per_node={job.gpus_per_node}; choose a divisor")
     return max(job.gpus_per_node // job.server_gpus, 1)
 
 
 def setup_lines(job: Job) -> str:
-    """Run by the batch script, before the parts: what they must agree on, exported to all of them. A requeue finds the same folder."""
+    """Lines that the batch script runs first. They export what all parts must agree on. After a requeue the run folder is the same."""
     trainers, rollouts = (
         ("$SLURM_JOB_NODELIST_HET_GROUP_0", "$SLURM_JOB_NODELIST_HET_GROUP_1") if job.rollout_nodes else ("$SLURM_JOB_NODELIST", "")
     )
@@ -202,7 +206,7 @@ def setup_lines(job: Job) -> str:
 
 
 def add_job(experiment: run.Experiment, job: Job, executor: run.Executor) -> str:
-    """Add the trainer and, on Slurm, its servers to the experiment; returns the id to depend on."""
+    """Add the trainer and, on Slurm, its servers to the experiment. Returns the id for dependencies."""
     if not isinstance(executor, run.SlurmExecutor):
         return experiment.add(trainer_script(job, on_slurm=False), executor=executor.clone(), name=job.name)
     gpus = job.gpus_per_node or None
@@ -221,7 +225,7 @@ def add_job(experiment: run.Experiment, job: Job, executor: run.Executor) -> str
 
 
 def launch(ctx: run.cli.RunContext, title: str, jobs: list[Job], after: run.Script | None = None) -> None:
-    """All jobs side by side on Slurm, one after the other here; `after` when they have ended, whatever became of them."""
+    """Run all jobs, on Slurm at the same time, locally one after the other. `after` runs when all have ended, even if some failed."""
     executor = ctx.executor if getattr(ctx, "executor", None) is not None else local()
     executor = executor if isinstance(executor, run.Executor) else fdl.build(executor)
     ctx.executor = executor
@@ -241,8 +245,8 @@ def launch(ctx: run.cli.RunContext, title: str, jobs: list[Job], after: run.Scri
         for name, status in experiment.status(return_dict=True).items()
         if str(status["status"]) not in ("SUCCEEDED", "AppState.SUCCEEDED")
     ]
-    if failed:  # nemo-run itself would end with status 0
-        raise RuntimeError(f"these did not succeed: {', '.join(failed)}")
+    if failed:  # nemo-run would end with status 0
+        raise RuntimeError(f"these jobs failed: {', '.join(failed)}; read their logs")
 
 
 # ---- experiments ---------------------------------------------------------------------------------------------------------
@@ -250,7 +254,7 @@ def launch(ctx: run.cli.RunContext, title: str, jobs: list[Job], after: run.Scri
 
 @run.cli.entrypoint(namespace="ais_megatron", type="experiment")
 def tiny(ctx: run.cli.RunContext, job: Tiny = Tiny()) -> None:
-    """The tiny Countdown run, on CPUs: for trying a cluster."""
+    """The tiny Countdown run on CPUs, for trying a cluster."""
     launch(ctx, "tiny", [job])
 
 
@@ -262,13 +266,13 @@ def qwen3_8b_ais(ctx: run.cli.RunContext, job: Qwen3Dense = Qwen3Dense()) -> Non
 
 @run.cli.entrypoint(namespace="ais_megatron", type="experiment")
 def qwen3_30b_a3b_ais(ctx: run.cli.RunContext, job: Qwen3MoE = Qwen3MoE()) -> None:
-    """Qwen3-30B-A3B on GSM8K: experts over 8 ranks, routing replayed."""
+    """Qwen3-30B-A3B on GSM8K, with experts over 8 ranks and routing replay."""
     launch(ctx, "qwen3_30b_a3b_ais", [job])
 
 
 @run.cli.entrypoint(namespace="ais_megatron", type="experiment")
 def compare(ctx: run.cli.RunContext, job: Job = Tiny(), corrections: list[str] = ["none", "tis", "ais"]) -> None:
-    """The same run under several corrections, and without quantization as the reference."""
+    """The same run with several corrections, and without quantization as the reference."""
     variants = {"bf16": ["rollout.quantization=none", "correction=none"], **{name: [f"correction={name}"] for name in corrections}}
     jobs = [replace(job, name=f"{job.name}-{name}", overrides=[*job.overrides, *extra]) for name, extra in variants.items()]
     launch(ctx, "compare", jobs)
@@ -276,7 +280,7 @@ def compare(ctx: run.cli.RunContext, job: Job = Tiny(), corrections: list[str] =
 
 @run.cli.entrypoint(namespace="ais_megatron", type="experiment")
 def scaling(ctx: run.cli.RunContext, job: Job = Qwen3Dense(), grid: str = "slurm/scaling_grid.tsv", steps: int = 6) -> None:
-    """A short run for every line of a grid: nodes, TP x PP x DP, rollout share. For the gathered report use slurm/scaling.sh."""
+    """A short run for every line of a grid of nodes and layouts. For one report of all runs use slurm/scaling.sh."""
     lines = [line.split("\t") for line in (ROOT / grid).read_text().splitlines() if line and not line.startswith("#")]
     short = [f"train.steps={steps}", "train.optimizer.warmup_steps=0", "checkpoint.every=0", "eval.every=0"]
     jobs = [

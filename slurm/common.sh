@@ -1,18 +1,19 @@
 # shellcheck shell=bash
-# What the sbatch files here share: split the nodes, check, start servers and ranks, end together, requeue.
+# Shared by the sbatch files here: splits the nodes, checks them, starts servers and ranks, ends all parts together, requeues.
 #
 #   sbatch [-A ACCOUNT] [-p PARTITION] [--nodes=N] [--time=…] slurm/FILE.sbatch [key=value ...]
 #
 # Account and partition are sbatch's own options (#SBATCH lines cannot read variables; SBATCH_ACCOUNT and SBATCH_PARTITION
 # in the environment do the same). Everything else is an environment variable of the submitting shell:
 #
-#   AIS_CONFIG          experiment                                             each file's own
+#   variable            meaning                                                default
+#   AIS_CONFIG          configuration file                                     each file's own
 #   AIS_MODEL           Hugging Face checkpoint folder                         models/…, where the file needs one
 #   AIS_TRAINER_NODES   nodes that train                                       each file's own
 #   AIS_ROLLOUT_NODES   nodes that generate                                    all others of the allocation
-#   AIS_GPUS_PER_NODE   0: CPU                                                 what Slurm gave, else 8
+#   AIS_GPUS_PER_NODE   GPUs of a node; 0: run on CPUs                         what Slurm gave, else 8
 #   AIS_RUN_ROOT        run folders are AIS_RUN_ROOT/JOBNAME-JOBID             runs
-#   AIS_RUN_DIR         this very folder instead (with run.resume=true: continue it)
+#   AIS_RUN_DIR         exactly this run folder instead (with run.resume=true: continue its run)
 #   AIS_PYTHON          interpreter that has ais_megatron                      .venv/bin/python if there, else python3; in a container python
 #   AIS_SGLANG_PYTHON   interpreter that has SGLang                            rollout.sglang.python of the config
 #   AIS_PORT            rendezvous port on the first trainer node              20000 + last four digits of the job id
@@ -25,8 +26,8 @@
 #   AIS_MAX_RESTARTS    requeues after which a stopped job stays stopped       100
 #   AIS_DRY_RUN=1       print every command instead of starting it; also without Slurm: AIS_DRY_RUN=1 bash slurm/FILE.sbatch
 #
-# Signals: USR1 (--signal=B:USR1@…, before the time limit) is passed to the ranks; TERM (preemption) Slurm sends them itself.
-# They finish their step, save and exit with 75; the job is requeued and continues in the same run folder with run.resume=true.
+# Signals: this script passes USR1 (--signal=B:USR1@…, before the time limit) to the ranks. At a preemption Slurm itself sends them TERM.
+# The ranks finish their step, save and exit with 75. The job is requeued, and continues in the same run folder with run.resume=true.
 
 readonly MODEL_UNREADABLE=3 REQUEUE_ME=75
 
@@ -66,7 +67,7 @@ find_nodes() {
   for name in AIS_TRAINER_NODES AIS_ROLLOUT_NODES AIS_PORT AIS_SERVER_PORT; do
     [ -z "${!name:-}" ] || is_number "${!name}" || die "$name=${!name}: must be a number"
   done
-  if [ "${SLURM_HET_SIZE:-1}" -gt 1 ]; then # heterogeneous: the first component trains, the second generates
+  if [ "${SLURM_HET_SIZE:-1}" -gt 1 ]; then # a heterogeneous job: its first component trains, its second generates
     [ "$SLURM_HET_SIZE" = 2 ] || die "this heterogeneous job has $SLURM_HET_SIZE components; there must be two: trainer, then rollout nodes"
     HET=1
     mapfile -t TRAINERS < <(scontrol show hostnames "$SLURM_JOB_NODELIST_HET_GROUP_0")
@@ -75,7 +76,7 @@ find_nodes() {
   fi
   if [ -n "${SLURM_JOB_NODELIST:-}" ]; then
     mapfile -t all < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
-  else # a dry run outside Slurm: pretended names
+  else # a dry run outside Slurm uses invented names
     for ((i = 1; i <= ${trainers:-1} + ${rollouts:-1}; i++)); do all+=("node$i"); done
   fi
   if [ -z "$trainers" ]; then trainers=$((${#all[@]} - ${rollouts:-0})); fi
@@ -92,7 +93,7 @@ find_nodes() {
 find_paths() {
   local name=${SLURM_JOB_NAME:-dry-run}
   RUN_ROOT=${AIS_RUN_ROOT:-runs}
-  # Arrays: the parent's id, which all tasks share and a requeue keeps.
+  # In an array the folder has the parent's id, which all tasks share and a requeue keeps.
   RUN_DIR=${AIS_RUN_DIR:-$RUN_ROOT/${name%.sbatch}-${SLURM_ARRAY_JOB_ID:-$JOB}${SLURM_ARRAY_TASK_ID:+_$SLURM_ARRAY_TASK_ID}}
   CONTAINER=${AIS_CONTAINER:-} SGLANG_CONTAINER=${AIS_SGLANG_CONTAINER:-${AIS_CONTAINER:-}}
   local python=python3
@@ -112,7 +113,7 @@ outside() { # ",PATH:PATH" if PATH is absolute and not below the repository
 
 is_number() { case $1 in '' | *[!0-9]*) return 1 ;; esac; }
 
-# Inside a container AIS_MODEL may exist only there: then only the check on the nodes (check_nodes) can judge it.
+# With a container AIS_MODEL may exist only inside it. Then only check_nodes, which runs on the nodes, can check it.
 check_model() {
   [ -n "${AIS_MODEL:-}" ] && [ -z "$CONTAINER" ] || return 0
   local complaint
@@ -121,7 +122,7 @@ check_model() {
   PROBLEMS+=("$complaint")
 }
 
-# Run by bash -c with the checkpoint's folder as $1: every file that loading would open, before anything loads.
+# Run by bash -c with the checkpoint's folder as $1. Checks every file that loading would open.
 # shellcheck disable=SC2016 # expanded by the inner shell
 MODEL_CHECK='
 bad() { echo "AIS_MODEL=$1: $2; give the folder of a Hugging Face checkpoint that $(hostname) can read"; exit '$MODEL_UNREADABLE'; }
@@ -135,10 +136,10 @@ else
 fi
 for file in $files; do [ -r "$1/$file" ] && [ -s "$1/$file" ] || bad "$1" "$file is missing, empty or cannot be read"; done'
 
-# Which ranks and servers go where; refuses what does not fit. Config and nodes only: no GPU is touched.
+# Decides which ranks and servers run where, or refuses a layout that does not fit. Uses only the configuration and the nodes, no GPU.
 make_layout() {
   local lines arguments=() item
-  for item in "${OVERRIDES[@]}"; do # a model that is not there cannot say its shape; the config's own does for a dry run
+  for item in "${OVERRIDES[@]}"; do # without the model's files, a dry run uses the shape in the configuration
     case $item in model.path=* | tokenizer.path=*) [ ${#PROBLEMS[@]} = 0 ] || continue ;; esac
     arguments+=("$item")
   done
@@ -160,20 +161,20 @@ joined() { local IFS=,; echo "$*"; }
 
 # ---- commands -----------------------------------------------------------------------------------------------------------
 
-# Sets STEP: srun of $3 tasks on nodes $2 (comma list) in het group $1 and container $4 ("": none); $5: its log, where it has one.
+# Sets STEP to the srun command for $3 tasks on the nodes $2 (comma list) in het group $1 and container $4 ("": none), with log $5 if given.
 step() {
   local commas=${2//[!,]/}
   STEP=(srun --overlap "--nodes=$((${#commas} + 1))" "--ntasks=$3" "--nodelist=$2" --cpu-bind=none --unbuffered)
   [ "$GPUS" = 0 ] || STEP+=(--gpu-bind=none)
   [ -z "$HET" ] || STEP+=("--het-group=$1")
   [ -z "$4" ] || STEP+=("--container-image=$4" "--container-mounts=$MOUNTS" "--container-workdir=$PWD")
-  # A rank that has failed ends the others after a minute, not at once: those that are leaving with 75 may still be writing.
+  # After a rank has failed, srun ends the others after a minute. Ranks that exit with 75 may still be writing.
   [ -z "${5:-}" ] || STEP+=(--kill-on-bad-exit=0 --wait=60 --open-mode=append "--output=$5")
   # shellcheck disable=SC2206 # words, as documented above
   STEP+=(${AIS_SRUN_ARGS:-})
 }
 
-# Sets SERVER_COMMANDS, TRAINER_COMMAND and DOCTOR_COMMANDS, quoted for a shell: what a dry run prints is what a run evaluates.
+# Sets SERVER_COMMANDS, TRAINER_COMMAND and DOCTOR_COMMANDS, quoted for a shell. A dry run prints exactly what a run evaluates.
 compose_commands() {
   local server node port gpus urls=() engine=() key="rollout.sglang.key_file=$RUN_DIR/key"
   SERVER_COMMANDS=()
@@ -189,8 +190,8 @@ compose_commands() {
   step 0 "$(joined "${TRAINERS[@]}")" $((${#TRAINERS[@]} * RANKS)) "$CONTAINER" "$RUN_DIR/logs/trainer-%t.log"
   STEP+=("--ntasks-per-node=$RANKS" env "MASTER_ADDR=$MASTER" "MASTER_PORT=$PORT")
   TRAINER_COMMAND=$(quoted "${STEP[@]}" "${AIS[@]}" train "$AIS_CONFIG" "${OVERRIDES[@]}" "${engine[@]}")
-  # Each side is checked on all its nodes, in its own environment. The trainer's leaves in the run folder, which all nodes see, what
-  # the servers' must agree with (NCCL).
+  # Each side is checked on all its nodes and in its own environment. The trainer's check writes its NCCL version into the run folder,
+  # which all nodes share, and the servers' check compares it.
   local part=all
   [ ${#urls[@]} = 0 ] || part=trainer
   step 0 "$(joined "${TRAINERS[@]}")" ${#TRAINERS[@]} "$CONTAINER"
@@ -236,7 +237,7 @@ make_key() {
   say "run folder $RUN_DIR; follow it with: tail -f $RUN_DIR/logs/trainer-0.log"
 }
 
-# On every node, inside its container: the ports it will bind are free, and the checkpoint can be read.
+# On every node, inside its container: checks that its ports are free and that the checkpoint can be read.
 check_nodes() {
   local node image group ports server pids=() pid check
   for node in "${TRAINERS[@]}" "${ROLLOUTS[@]}"; do
@@ -269,7 +270,7 @@ done;'
 
 run_doctor() {
   local command
-  rm -rf "$RUN_DIR/doctor" # of an earlier start, perhaps on other nodes
+  rm -rf "$RUN_DIR/doctor" # from an earlier start, perhaps on other nodes
   for command in "${DOCTOR_COMMANDS[@]}"; do
     eval "$command" ||
       die "$AIS_CONFIG: something that it needs is missing (see above); nothing was started"
@@ -297,7 +298,8 @@ on_signal() {
   [ -z "${TRAINER:-}" ] || kill -USR1 "$TRAINER" 2>/dev/null || true # srun passes it on to every rank
 }
 
-# Until the first part ends: that decides. Once a second, because wait -n cannot tell older shells which one it was.
+# Waits until the first part ends, which decides how the job ends. Polls once a second, because in older shells wait -n does not tell
+# which process ended.
 watch_parts() {
   local part pid status
   while :; do
@@ -306,7 +308,7 @@ watch_parts() {
       pid=${part%% *}
       kill -0 "$pid" 2>/dev/null && continue
       being_preempted || break 2
-      PARTS=() # they all got TERM, as the ranks did: let those finish what they can
+      PARTS=() # all servers got TERM, like the ranks; let the ranks finish what they can
       break
     done
     sleep 1 &
@@ -320,14 +322,14 @@ watch_parts() {
   say "$part ended with status $status; ending everything else"
   show_logs
   end_parts
-  [ "$status" != 0 ] || status=1 # a server that ends by itself is a failure, whatever it says
+  [ "$status" != 0 ] || status=1 # a server that ends by itself is a failure, even with status 0
   exit "$status"
 }
 
-# Preemption sends TERM to the job's steps only: this script has to ask.
+# A preemption sends TERM only to the job's steps, so this script has to ask Slurm.
 being_preempted() { scontrol -o show job "$JOB" 2>/dev/null | grep -q 'PreemptTime=[0-9]'; }
 
-# The trainer has saved (75), or was cut short by the same signal: then the newest checkpoint is older.
+# The trainer has saved (75), or the same signal ended it earlier. Then the newest checkpoint is older.
 requeue() {
   local status=$1 state
   state=$(squeue -h -j "$JOB" -o %T | head -n 1)
@@ -351,7 +353,7 @@ end_parts() {
   for _ in {1..20}; do
     [ -n "$(jobs -pr)" ] || return 0
     sleep 0.5
-  done # whatever is left ends with this script: Slurm kills a job's steps with it
+  done # whatever is left ends with this script, because Slurm kills the steps of a job with it
 }
 
 show_logs() {

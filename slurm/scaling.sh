@@ -7,7 +7,7 @@ GRID=${AIS_GRID:-slurm/scaling_grid.tsv}
 [ -r "$GRID" ] || { echo "error: AIS_GRID=$GRID: no such file" >&2; exit 2; }
 
 options=() overrides=()
-for argument; do # key=value belongs to the experiment, unless it is an option's value
+for argument; do # key=value belongs to the configuration, unless it is the value of an option
   case $argument in -*) options+=("$argument") ;; *=*) overrides+=("$argument") ;; *) options+=("$argument") ;; esac
 done
 export AIS_PARENT=${AIS_PARENT:-${AIS_RUN_ROOT:-runs}/scaling-$(date +%Y%m%d-%H%M%S)}
