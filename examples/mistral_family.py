@@ -1,7 +1,7 @@
-"""A model family of one's own: Mistral, which is Llama's layer without scaled rotary embeddings, and with a window to refuse.
+"""A model family of your own: Mistral. It has Llama's layer without scaled rotary embeddings. Sliding windows are refused.
 
-A family is one table. To add it, move the table into ais_megatron/models/ and its name into the line of `FAMILIES` in
-ais_megatron/models/registry.py; here the last line of the table's part does that for the running process.
+A family is one table. To add it, move the table into ais_megatron/models/ and add its name to `FAMILIES` in
+ais_megatron/models/registry.py. Here the line after the table does that for the running process.
 
     python -m examples.mistral_family       compares the table with transformers' own model, tensor by tensor
 """

@@ -1,4 +1,4 @@
-"""A reward of one's own: a Sudoku earns something for every right cell, not only for the whole grid.
+"""A reward of your own: a Sudoku earns something for every correct cell, and not only for the whole grid.
 
     ais-megatron train configs/tiny_sudoku.yaml run.dir=runs/cells task.reward=examples.partial_credit_reward:right_cells \\
         'task.options={most: 0.5}'

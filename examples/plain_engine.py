@@ -1,10 +1,10 @@
-"""A rollout engine of one's own: transformers' model in BF16 or float32, with a whole forward pass for every token.
+"""A rollout engine of your own: transformers' model in BF16 or float32, with a full forward pass for every token.
 
     ais-megatron train configs/tiny_countdown.yaml run.dir=runs/plain train.steps=2 rollout.engine=examples.plain_engine:PlainEngine \\
         rollout.quantization=none
 
-It is slow and says so by its name. What it shows is everything that the trainer asks of an engine; `RolloutEngine` in
-ais_megatron/rollout/engine.py says what each method promises.
+It is slow, but it shows everything that the trainer needs from an engine. `RolloutEngine` in ais_megatron/rollout/engine.py documents
+each method.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from ais_megatron.rollout.sampling import check_prompt, check_sampling, choose_t
 
 
 class PlainEngine:
-    """One is made on every rank, with the whole configuration. It has no weights until the first `update_weights`."""
+    """Every rank creates one with the whole configuration. It has no weights until the first `update_weights`."""
 
     takes_updates_while_generating = False
 
@@ -46,7 +46,8 @@ class PlainEngine:
         return self._version
 
     def update_weights(self, buckets: Iterable[list[tuple[str, Tensor]]], version: int) -> None:
-        """Whole tensors under Hugging Face names. `Manifest` refuses what is missing, unknown or of another shape or dtype."""
+        """Load whole tensors under Hugging Face names. `Manifest` refuses tensors that are missing, unknown, or of another shape or
+        dtype."""
         self._version = -1  # until everything has arrived there are no weights
         self._manifest.begin()
         for bucket in buckets:
@@ -58,7 +59,7 @@ class PlainEngine:
 
     @torch.inference_mode()
     def generate(self, prompts: Sequence[Prompt], sampling: SamplingParams) -> list[Rollout]:
-        """`num_samples` responses for each prompt, those of prompts[0] first."""
+        """`num_samples` responses for each prompt, in the order of the prompts."""
         if self._version < 0:
             raise RuntimeError("PlainEngine has no complete weights; generate after a successful update_weights")
         check_sampling(sampling)
@@ -67,7 +68,7 @@ class PlainEngine:
         return [rollout for prompt in prompts for rollout in self._responses(prompt, sampling)]
 
     def _responses(self, prompt: Prompt, sampling: SamplingParams) -> list[Rollout]:
-        """All samples of one prompt side by side, until the last of them has ended."""
+        """Generate all samples of one prompt together, until the last one has ended."""
         start = len(prompt.token_ids)
         tokens = torch.tensor([prompt.token_ids] * sampling.num_samples, device=device())
         draws = uniform_draws(sampling, [(prompt.index, sample) for sample in range(sampling.num_samples)]).to(tokens.device)
@@ -91,7 +92,7 @@ class PlainEngine:
         return Rollout(prompt, tuple(ids[:length]), tuple(values[:length]), "stop" if ended else "length", self._version)
 
     def probe(self, prompts: Sequence[Prompt], sampling: SamplingParams) -> list[list[Rollout]]:
-        """Nothing to ask: there is no server whose memory could hold something else."""
+        """Empty, because there is no server whose weights could differ."""
         return []
 
     def close(self) -> None:

@@ -1,8 +1,8 @@
-"""An objective of one's own: a smooth gate in place of GRPO's clipping.
+"""An objective of your own: a smooth gate in place of GRPO's clipping.
 
     J_t = A * band * tanh((r_t - 1) / band) + A,      r_t = exp(logprobs - old_logprobs)
 
-Near r = 1 its gradient is that of r A, as in GRPO. Far from 1 it fades instead of ending at a corner.
+Near r = 1 its gradient is that of r A, as in GRPO. Far from 1 the gradient fades out, while GRPO's stops at a corner.
 
     ais-megatron train configs/tiny_countdown.yaml run.dir=runs/soft objective.name=examples.soft_gate_objective:soft_gate
 """

@@ -1,4 +1,4 @@
-"""A task of one's own: sort the digits of a number.
+"""A task of your own: sort the digits of a number.
 
 prompt    7415:
 response  <answer>1457</answer>
