@@ -144,7 +144,7 @@ def test_code_that_fails_later_says_whose_it_is(code: Path) -> None:
     )
     with pytest.raises(ValueError, match="task.name=fails:Bare: the class lacks name, special_pieces, train_problem"):
         make_task(TaskConfig(name="fails:Bare"), 0)
-    with pytest.raises(RuntimeError, match="making the task failed with KeyError: 'this'"):
+    with pytest.raises(RuntimeError, match="creating the task failed with KeyError: 'this'"):
         make_task(TaskConfig(name="fails:Broken", options={"what": "this"}), 0)
 
     def judged(options: dict[str, object]) -> object:
