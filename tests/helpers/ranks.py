@@ -25,7 +25,7 @@ from ais_megatron.cluster.ports import free_port
 RUNS_PER_PROCESS = 16
 START_S = 300.0  # for the nursery's imports, on a busy machine
 # What nearly every function on a rank imports, itself or through torch's first optimizer: 2 s for each rank that starts without.
-IMPORTED_ONCE = ("pytest", "torch._dynamo", "ais_megatron.trainer")
+IMPORTED_ONCE = ("pytest", "torch._dynamo")
 
 
 class RankError(AssertionError):
@@ -115,8 +115,8 @@ def _fork_ranks(orders: Connection, address: str, key: bytes, prepare: Callable[
     torch.set_num_threads(1)
     if prepare is not None:
         prepare()
-    else:
-        importlib.import_module("ais_megatron.policy.policy")
+    else:  # (a prepared machine may have GPUs: there Megatron is imported once the process group says where ranks compute)
+        importlib.import_module("ais_megatron.trainer")
     for module in IMPORTED_ONCE:
         importlib.import_module(module)
     context = multiprocessing.get_context("fork")

@@ -197,7 +197,10 @@ def _linear(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Any:
     if tp and mode == "row":
         reduce = mappings.reduce_scatter_to_sequence_parallel_region if self.sequence_parallel else None
         y = (reduce or mappings.reduce_from_tensor_model_parallel_region)(y)
-    return (y, None) if self.return_bias else y
+    bias = self.bias if self.use_bias else None
+    if self.return_bias:
+        return y, bias
+    return y if bias is None else y + bias
 
 
 def _rms_norm(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
