@@ -131,10 +131,10 @@ def layout(
     gpus_per_node: Annotated[int, typer.Option(help="GPUs of each node; 0: run on CPUs")] = 8,
 ) -> None:
     """Print on which nodes a cluster job would run its ranks and SGLang servers, or why they do not fit. Starts nothing."""
-    from ais_megatron.cluster.layout import plan_from_file
+    from ais_megatron.cluster.layout import layout_from_file
 
     trainers, servers = ([name for name in names.split(",") if name] for names in (trainer_nodes, rollout_nodes))
-    print("\n".join(plan_from_file(config, overrides or [], trainers, servers, gpus_per_node).lines()))
+    print("\n".join(layout_from_file(config, overrides or [], trainers, servers, gpus_per_node).lines()))
 
 
 @app.command()

@@ -17,7 +17,7 @@ MAX_PORT = 65535
 
 
 @dataclass(frozen=True)
-class Server:
+class PlacedServer:
     """One SGLang server."""
 
     node: str
@@ -35,7 +35,7 @@ class Server:
 class Layout:
     trainer_nodes: tuple[str, ...]
     ranks_per_node: int
-    servers: tuple[Server, ...]
+    servers: tuple[PlacedServer, ...]
 
     @property
     def num_workers(self) -> int:
@@ -52,20 +52,20 @@ def read_layout(path: Path) -> Layout:
     """The inverse of `Layout.lines`."""
     rows = [line.split("\t") for line in path.read_text(encoding="utf-8").splitlines()]
     trainers = [row for row in rows if row[0] == "trainer"]
-    servers = [Server(r[1], int(r[2]), () if r[3] == "-" else tuple(map(int, r[3].split(",")))) for r in rows if r[0] == "server"]
+    servers = [PlacedServer(r[1], int(r[2]), () if r[3] == "-" else tuple(map(int, r[3].split(",")))) for r in rows if r[0] == "server"]
     return Layout(tuple(row[1] for row in trainers), int(trainers[0][2]), tuple(servers))
 
 
-def plan_from_file(path: Path, overrides: list[str], trainer_nodes: list[str], rollout_nodes: list[str], gpus_per_node: int) -> Layout:
-    """`plan` for a configuration file. The number of ranks then gives the data-parallel size, which is checked with everything else."""
+def layout_from_file(path: Path, overrides: list[str], trainer_nodes: list[str], rollout_nodes: list[str], gpus_per_node: int) -> Layout:
+    """`lay_out` for a configuration file. The number of ranks then gives the data-parallel size, which is checked with everything else."""
     config = load_config(path, overrides)
-    layout = plan(config, trainer_nodes, rollout_nodes, gpus_per_node)
+    layout = lay_out(config, trainer_nodes, rollout_nodes, gpus_per_node)
     dp = len(trainer_nodes) * layout.ranks_per_node // config.parallel.model_parallel_size
     load_config(path, [*overrides, f"parallel.dp={dp}"])
     return layout
 
 
-def plan(config: Config, trainer_nodes: list[str], rollout_nodes: list[str], gpus_per_node: int) -> Layout:
+def lay_out(config: Config, trainer_nodes: list[str], rollout_nodes: list[str], gpus_per_node: int) -> Layout:
     """Place ranks and servers.
 
     Args:
@@ -86,7 +86,7 @@ def plan(config: Config, trainer_nodes: list[str], rollout_nodes: list[str], gpu
     ranks = gpus_per_node or config.parallel.local_world_size // len(trainer_nodes)
     sglang = config.rollout.sglang
     servers = [
-        Server(node, sglang.port + i, tuple(range(i * sglang.tp, (i + 1) * sglang.tp)) if gpus_per_node else ())
+        PlacedServer(node, sglang.port + i, tuple(range(i * sglang.tp, (i + 1) * sglang.tp)) if gpus_per_node else ())
         for node in rollout_nodes
         for i in range(_servers_per_node(config, gpus_per_node))
     ]

@@ -19,7 +19,7 @@ from ais_megatron.cluster.launcher import run_ranks
 from ais_megatron.comparison.config import Cell, Comparison, as_dotlist
 from ais_megatron.config import ConfigError, load_config
 from ais_megatron.runs.folder import CONFIG_FILE, METRICS_FILE, SUMMARY_FILE, write_text_atomic
-from ais_megatron.runs.metrics import Row, read_metrics
+from ais_megatron.runs.metrics import MetricsRow, read_metrics
 from ais_megatron.runs.summary import format_duration
 
 LOG_FILE, STATUS_FILE, FINAL_EVAL_FILE = "train.log", "exit_status", "final_eval.json"
@@ -41,7 +41,7 @@ class Result:
     """It is trained, and its final evaluation is done if the comparison asks for one."""
     status: str
     """The exit status of its process; empty if none is recorded."""
-    rows: list[Row]
+    rows: list[MetricsRow]
     """The lines of its metrics.jsonl."""
     summary: dict[str, Any]
     final_accuracy: float | None

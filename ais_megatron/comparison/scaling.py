@@ -34,7 +34,7 @@ SERIES_COLOURS = (BLUE, ORANGE, GREEN, PURPLE)
 
 
 @dataclass(frozen=True)
-class Task:
+class ArrayTask:
     """One line of the grid and its result. The first step of a run is a warm-up and counts nowhere."""
 
     number: int
@@ -58,7 +58,7 @@ class Task:
         return f"{self.number:02d}-{self.series}-{self.name}"
 
 
-def read_grid(path: Path) -> list[Task]:
+def read_grid(path: Path) -> list[ArrayTask]:
     """The tasks in a grid file, without results.
 
     Raises:
@@ -72,11 +72,11 @@ def read_grid(path: Path) -> list[Task]:
         if len(fields) < len(COLUMNS) - 1 or not (fields[2].isdigit() and fields[3].isdigit()):
             raise ValueError(f"{path}: task {number}: expected {', '.join(COLUMNS)}, separated by tabs; got {line!r}")
         series, name, trainer_nodes, rollout_nodes, *overrides = fields
-        tasks.append(Task(number, series, name, int(trainer_nodes) + int(rollout_nodes), " ".join(overrides)))
+        tasks.append(ArrayTask(number, series, name, int(trainer_nodes) + int(rollout_nodes), " ".join(overrides)))
     return tasks
 
 
-def measure(task: Task, parent: Path) -> Task:
+def measure(task: ArrayTask, parent: Path) -> ArrayTask:
     """`task` with the figures from its run folder below `parent`, or with the reason why there are none."""
     folder = parent / task.folder
     if not folder.is_dir():
@@ -91,7 +91,7 @@ def measure(task: Task, parent: Path) -> Task:
     if not timed or not (folder / LAYOUT_FILE).exists():
         return _without(task, f"failed: no step after the warm-up in {folder}")
     seconds = [row["time/step"] for row in timed]
-    return Task(
+    return ArrayTask(
         **{key: getattr(task, key) for key in ("number", "series", "name", "nodes", "overrides")},
         workers=read_layout(folder / LAYOUT_FILE).num_workers,
         seconds=statistics.median(seconds),
@@ -100,23 +100,23 @@ def measure(task: Task, parent: Path) -> Task:
     )
 
 
-def _without(task: Task, problem: str) -> Task:
-    return Task(task.number, task.series, task.name, task.nodes, task.overrides, problem)
+def _without(task: ArrayTask, problem: str) -> ArrayTask:
+    return ArrayTask(task.number, task.series, task.name, task.nodes, task.overrides, problem)
 
 
 def _text(path: Path) -> str:
     return path.read_text(encoding="utf-8").strip() if path.exists() else ""
 
 
-def efficiencies(tasks: Sequence[Task]) -> dict[int, float]:
+def efficiencies(tasks: Sequence[ArrayTask]) -> dict[int, float]:
     """The efficiency of every task that has figures, by its number."""
-    smallest: dict[str, Task] = {}
+    smallest: dict[str, ArrayTask] = {}
     done = [task for task in tasks if task.problem is None]
     for task in done:
         if task.series not in smallest or task.workers < smallest[task.series].workers:
             smallest[task.series] = task
 
-    def per_worker(task: Task) -> float:
+    def per_worker(task: ArrayTask) -> float:
         return task.tokens_per_second / task.workers
 
     return {task.number: per_worker(task) / per_worker(smallest[task.series]) for task in done}
@@ -145,7 +145,7 @@ def write_scaling_report(parent: Path) -> str:
     return "\n".join([table, "", *closing, "", f"report: {parent / TABLE_FILE}{plot}"])
 
 
-def markdown_table(tasks: Sequence[Task]) -> str:
+def markdown_table(tasks: Sequence[ArrayTask]) -> str:
     """A Markdown table with one row per task, aligned for reading in a terminal."""
     efficiency = efficiencies(tasks)
     header = ["task", "series", "name", "nodes", "workers", "s/step", "tokens/s", "tokens/s/worker", "efficiency", "largest phases"]
@@ -172,7 +172,7 @@ def markdown_table(tasks: Sequence[Task]) -> str:
     return "\n".join("| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) + " |" for line in lines)
 
 
-def _save_plot(tasks: Sequence[Task], path: Path) -> None:
+def _save_plot(tasks: Sequence[ArrayTask], path: Path) -> None:
     import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -208,7 +208,7 @@ def _save_plot(tasks: Sequence[Task], path: Path) -> None:
         figure.savefig(path)
 
 
-def _draw_phases(axes: Axes, done: Sequence[Task]) -> None:
+def _draw_phases(axes: Axes, done: Sequence[ArrayTask]) -> None:
     left = [0.0] * len(done)
     for index, (name, colour) in enumerate(zip(PHASES, PHASE_COLOURS, strict=True)):
         seconds = [task.phases[index][1] for task in done]

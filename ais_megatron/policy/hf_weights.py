@@ -1,9 +1,9 @@
 """Converts between Megatron's shards and Hugging Face tensors, bucket by bucket.
 
-The tables in models/ say which Hugging Face tensors make up each Megatron parameter, and along which dimension TP shards them. `plan`
-adds the pipeline stages and the places of experts. The import reads only this rank's rows or columns from the safetensors files. The
-export gathers a bucket over TP on the stage that owns it and broadcasts it over PP. So every rank of a model-parallel group sees all
-weights, but never holds more than one bucket.
+The tables in models/ say which Hugging Face tensors make up each Megatron parameter, and along which dimension TP shards them.
+`parameter_map` adds the pipeline stages and the places of experts. The import reads only this rank's rows or columns from the
+safetensors files. The export gathers a bucket over TP on the stage that owns it and broadcasts it over PP. So every rank of a
+model-parallel group sees all weights, but never holds more than one bucket.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ def shards_of(entry: Entry) -> Shards:
     )
 
 
-def plan(architecture: Architecture, pp: int, ep: int = 1, transformer_engine: bool = False) -> list[Entry]:
+def parameter_map(architecture: Architecture, pp: int, ep: int = 1, transformer_engine: bool = False) -> list[Entry]:
     """Every parameter of the model, stage by stage.
 
     transformer_engine: in its layers a norm's weight belongs to the next linear layer, and grouped experts are numbered.
@@ -158,7 +158,7 @@ def load_hf(model: nn.Module, architecture: Architecture, folder: str | Path, tr
     stage = parallel_state.get_pipeline_model_parallel_rank()
     parameters = dict(model.named_parameters())
     reader = _Reader(Path(folder))
-    for entry in _present_plan(architecture, transformer_engine):
+    for entry in _present_map(architecture, transformer_engine):
         if entry.stage != stage:
             continue
         layout = shards_of(entry)
@@ -169,10 +169,10 @@ def load_hf(model: nn.Module, architecture: Architecture, folder: str | Path, tr
     assert not parameters, f"parameters without a Hugging Face counterpart: {sorted(parameters)}"
 
 
-def _present_plan(architecture: Architecture, transformer_engine: bool) -> list[Entry]:
+def _present_map(architecture: Architecture, transformer_engine: bool) -> list[Entry]:
     pp = parallel_state.get_pipeline_model_parallel_world_size()
     ep = parallel_state.get_expert_model_parallel_world_size() if architecture.is_moe else 1
-    return plan(architecture, pp, ep, transformer_engine)
+    return parameter_map(architecture, pp, ep, transformer_engine)
 
 
 def _parts_on(entry: Entry, ep_rank: int, architecture: Architecture, ep: int) -> list[Part]:
@@ -238,7 +238,7 @@ def export_buckets(model: nn.Module, architecture: Architecture, bucket_bytes: i
     Every rank of the job must iterate to the end. For each bucket there is one all-gather over TP (for experts over ETP and EP) on the
     stage that owns it, and one broadcast over PP. The extra memory is about two buckets. Tied embeddings are exported once.
     """
-    entries = _present_plan(architecture, transformer_engine)
+    entries = _present_map(architecture, transformer_engine)
     if architecture.tie_word_embeddings and entries[-1].parameter == "output_layer.weight":
         entries = entries[:-1]
     parameters = dict(model.named_parameters())

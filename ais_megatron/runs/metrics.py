@@ -39,7 +39,7 @@ _LINE_FIGURES = (
 )
 _SECRET_KEY = re.compile(r"(^|_)(secret|password|passwd|credentials?|api_?key|(access|auth|hf|api)_token)($|_)", re.IGNORECASE)
 
-Row = dict[str, Any]
+MetricsRow = dict[str, Any]
 
 
 class PhaseTimer:
@@ -169,7 +169,7 @@ class _RowFile:
         self._path = path
         self._descriptor: int | None = None
 
-    def append(self, row: Row) -> None:
+    def append(self, row: MetricsRow) -> None:
         if self._descriptor is None:
             self.truncate_after(sys.maxsize)  # the new row must not continue an incomplete last line
             self._descriptor = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
@@ -290,7 +290,7 @@ def _without_secrets(data: Any) -> Any:
     return [_without_secrets(value) for value in data] if isinstance(data, list) else data
 
 
-def read_metrics(run_dir: Path) -> list[Row]:
+def read_metrics(run_dir: Path) -> list[MetricsRow]:
     """The rows of ``metrics.jsonl`` in the order of the file, with null for NaN. An incomplete last line is ignored.
 
     Returns an empty list if there is no file.
@@ -302,7 +302,7 @@ def read_metrics(run_dir: Path) -> list[Row]:
     return [row for _, row in _parse_rows(path)] if path.exists() else []
 
 
-def _parse_rows(path: Path) -> list[tuple[str, Row]]:
+def _parse_rows(path: Path) -> list[tuple[str, MetricsRow]]:
     """Each complete line of `path`, with its row."""
     *lines, unfinished = path.read_bytes().split(b"\n")
     parsed = []

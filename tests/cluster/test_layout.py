@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from ais_megatron.cluster.layout import plan_from_file, read_layout
+from ais_megatron.cluster.layout import layout_from_file, read_layout
 from ais_megatron.config import ConfigError
 from tests.helpers.paths import ROOT
 
@@ -15,14 +15,14 @@ DENSE, MOE, TINY = (CONFIGS / f"{name}.yaml" for name in ("qwen3_8b_ais", "qwen3
 
 
 def test_dense_a_server_per_gpu() -> None:
-    layout = plan_from_file(DENSE, [], ["a"], ["b"], 8)
+    layout = layout_from_file(DENSE, [], ["a"], ["b"], 8)
     assert (layout.trainer_nodes, layout.ranks_per_node, layout.num_workers) == (("a",), 8, 16)
     assert [(s.node, s.port, s.gpus) for s in layout.servers] == [("b", 30000 + i, (i,)) for i in range(8)]
     assert layout.servers[1].url == "http://b:30001"
 
 
 def test_experts_over_two_nodes_and_servers_of_two_gpus(tmp_path: Path) -> None:
-    layout = plan_from_file(MOE, ["rollout.sglang.port=40000"], ["a", "b"], ["c", "d"], 8)
+    layout = layout_from_file(MOE, ["rollout.sglang.port=40000"], ["a", "b"], ["c", "d"], 8)
     assert [s.gpus for s in layout.servers] == [(0, 1), (2, 3), (4, 5), (6, 7)] * 2
     assert [s.port for s in layout.servers] == [40000, 40001, 40002, 40003] * 2
     (tmp_path / "layout.tsv").write_text("\n".join(layout.lines()) + "\n")
@@ -30,8 +30,8 @@ def test_experts_over_two_nodes_and_servers_of_two_gpus(tmp_path: Path) -> None:
 
 
 def test_cpu_ranks_are_the_product_of_the_parallel_sizes() -> None:
-    assert plan_from_file(TINY, [], ["a", "b"], [], 0).lines() == ["trainer\ta\t1", "trainer\tb\t1"]
-    assert plan_from_file(TINY, ["parallel.pp=2"], ["a"], [], 0).ranks_per_node == 4
+    assert layout_from_file(TINY, [], ["a", "b"], [], 0).lines() == ["trainer\ta\t1", "trainer\tb\t1"]
+    assert layout_from_file(TINY, ["parallel.pp=2"], ["a"], [], 0).ranks_per_node == 4
 
 
 @pytest.mark.parametrize(
@@ -51,4 +51,4 @@ def test_cpu_ranks_are_the_product_of_the_parallel_sizes() -> None:
 )
 def test_refusals(path: Path, overrides: list[str], trainers: str, rollouts: str, gpus: int, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        plan_from_file(path, overrides, trainers.split(), rollouts.split(), gpus)
+        layout_from_file(path, overrides, trainers.split(), rollouts.split(), gpus)

@@ -172,12 +172,12 @@ def test_memory_of_real_ranks(ranks: RankPool, layout: str) -> None:
 def test_parameters_are_those_of_the_import_plan(tied: bool, experts: dict) -> None:
     from math import prod
 
-    from ais_megatron.policy.hf_weights import plan
+    from ais_megatron.policy.hf_weights import parameter_map
 
     config = make_config({"tie_word_embeddings": tied, **experts}, {}, {})
     for tp, pp, ep, etp in ((1, 1, 1, 1), (2, 1, 1, 1), (2, 2, 1, 1), *([(2, 2, 4, 2)] if experts else [])):
         for stage in range(pp):
-            entries = [entry for entry in plan(config.architecture, pp, ep) if entry.stage == stage]
+            entries = [entry for entry in parameter_map(config.architecture, pp, ep) if entry.stage == stage]
             expected = sum(prod(p.local_shape(tp if e.slot is None else etp)) for e in entries for p in e.parts)
             assert rank_counts(config.architecture, ParallelConfig(tp=tp, pp=pp, ep=ep, etp=etp), stage).all == expected
 

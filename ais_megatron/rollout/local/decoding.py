@@ -21,7 +21,7 @@ from ais_megatron.rollout.local.experts import RoutingRecord
 from ais_megatron.rollout.local.kv_cache import KVCache, container_dtype
 from ais_megatron.rollout.sampling import choose_tokens, uniform_draws
 
-Row = tuple[int, int]  # (position in the list of prompts, sample number)
+SampleId = tuple[int, int]  # (position in the list of prompts, sample number)
 
 _DROP_SHARE = 4  # rows are dropped once a quarter has ended, because copying the cache of the others costs about half a step
 _DROP_MIN_STEPS = 4  # and at least this many steps may follow
@@ -92,7 +92,7 @@ class _Decoding:
             setattr(self, field.name, getattr(self, field.name)[rows])
 
 
-def plan_waves(prompts: Sequence[Prompt], num_samples: int, max_batch: int) -> list[list[Row]]:
+def plan_waves(prompts: Sequence[Prompt], num_samples: int, max_batch: int) -> list[list[SampleId]]:
     """Split the samples of all prompts into waves of up to `max_batch` rows. The samples of a prompt stay together if they fit, and
     prompts of similar length share a wave."""
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i].token_ids))
@@ -104,7 +104,7 @@ def plan_waves(prompts: Sequence[Prompt], num_samples: int, max_batch: int) -> l
     return [group[start : start + max_batch] for group in per_prompt for start in range(0, num_samples, max_batch)]
 
 
-def decode_wave(model: Model, prompts: Sequence[Prompt], rows: Sequence[Row], sampling: SamplingParams) -> Responses:
+def decode_wave(model: Model, prompts: Sequence[Prompt], rows: Sequence[SampleId], sampling: SamplingParams) -> Responses:
     """Sample the responses of `rows`."""
     state, cache, routed = _prefill(model, prompts, rows, sampling)
     tokens = torch.full((len(rows), sampling.max_tokens), model.eos_id, device=model.device)
@@ -135,7 +135,7 @@ def decode_wave(model: Model, prompts: Sequence[Prompt], rows: Sequence[Row], sa
 
 
 def _prefill(
-    model: Model, prompts: Sequence[Prompt], rows: Sequence[Row], sampling: SamplingParams
+    model: Model, prompts: Sequence[Prompt], rows: Sequence[SampleId], sampling: SamplingParams
 ) -> tuple[_Decoding, KVCache, Tensor | None]:
     """Run each distinct prompt of `rows` through the model once, and copy the results to its rows.
 

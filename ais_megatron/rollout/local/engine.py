@@ -21,7 +21,7 @@ from ais_megatron.config.hf_config import rope_parameters
 from ais_megatron.quantization.formats import FORMATS
 from ais_megatron.quantization.kv_scales import kv_scale_name
 from ais_megatron.rollout.engine import SamplingParams
-from ais_megatron.rollout.local.decoding import Model, Responses, Row, decode_wave, plan_waves
+from ais_megatron.rollout.local.decoding import Model, Responses, SampleId, decode_wave, plan_waves
 from ais_megatron.rollout.local.experts import QuantizedExperts, RoutingRecord, named_expert_tensors, replace_experts
 from ais_megatron.rollout.local.kv_cache import ATTENTION, set_kv_scales
 from ais_megatron.rollout.local.quantized_linear import InputQuantizer, QuantizedLinear, replace_linears
@@ -96,14 +96,14 @@ class LocalEngine:
         check_sampling(sampling)
         for prompt in prompts:
             check_prompt(prompt, sampling, self._architecture)
-        rollouts: dict[Row, Rollout] = {}
+        rollouts: dict[SampleId, Rollout] = {}
         for wave in plan_waves(prompts, sampling.num_samples, self._max_batch):
             rollouts.update(self._collect(prompts, wave, decode_wave(self._model, prompts, wave, sampling)))
         if self._quantizer is not None:
             self._quantizer.forget()
         return [rollouts[i, sample] for i in range(len(prompts)) for sample in range(sampling.num_samples)]
 
-    def _collect(self, prompts: Sequence[Prompt], wave: Sequence[Row], responses: Responses) -> dict[Row, Rollout]:
+    def _collect(self, prompts: Sequence[Prompt], wave: Sequence[SampleId], responses: Responses) -> dict[SampleId, Rollout]:
         """Cut each row after its first end-of-sequence token, and its routing also before its prompt."""
         tokens, logprobs, routed = responses.tokens, responses.logprobs, responses.routed_experts
         is_end = tokens == self._model.eos_id
