@@ -192,20 +192,8 @@ class ObjectiveConfig(Section):
 
 @lru_cache
 def own_preset(name: str) -> ObjectivePreset:
-    """The `ObjectivePreset(...)` that the user's module assigns to ``function.preset``, or GRPO's if there is no such line.
-
-    The module is parsed, not imported.
-
-    Raises:
-        ValueError: unknown or too many arguments, or values that are not plain literals.
-    """
-    arguments = doors.literal_call("objective.name", name, "preset")
-    if arguments is None:
-        return ObjectivePreset()
-    try:
-        return ObjectivePreset(*arguments[0], **arguments[1])
-    except TypeError as error:
-        raise ValueError(f"objective.name={name!r}: its preset: {error}; allowed: {', '.join(ObjectivePreset._fields)}") from error
+    """The `ObjectivePreset(...)` that the user's module assigns to ``function.preset``, or GRPO's; see `doors.declared`."""
+    return doors.declared("objective.name", name, "preset", ObjectivePreset())
 
 
 def _check_preset(name: str, preset: ObjectivePreset) -> None:

@@ -18,9 +18,10 @@ import sys
 from collections.abc import Iterator
 from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple, TypeVar
 
 Kind = Literal["class", "function"]
+Fields = TypeVar("Fields", bound=NamedTuple)
 
 
 def is_own(name: str) -> bool:
@@ -76,7 +77,26 @@ def source_digest(name: str) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest() if path else ""
 
 
-def literal_call(key: str, name: str, member: str) -> tuple[list[Any], dict[str, Any]] | None:
+def declared(key: str, name: str, member: str, default: Fields) -> Fields:
+    """The tuple that the user's module assigns to ``attribute.member``, or `default` if there is no such line.
+
+    The module is parsed, not imported.
+
+    Args:
+        default: a named tuple; the line calls its class.
+    Raises:
+        ValueError: unknown or too many arguments, or values that are not plain literals.
+    """
+    arguments = _literal_call(key, name, member)
+    if arguments is None:
+        return default
+    try:
+        return type(default)(*arguments[0], **arguments[1])
+    except TypeError as error:
+        raise ValueError(f"{key}={name!r}: its {member}: {error}; allowed: {', '.join(default._fields)}") from error
+
+
+def _literal_call(key: str, name: str, member: str) -> tuple[list[Any], dict[str, Any]] | None:
     """The arguments of the line ``attribute.member = Anything(...)`` at the top level of the module, or None without such a line.
 
     Raises:

@@ -37,17 +37,5 @@ ENGINES = {
 
 @lru_cache
 def own_traits(name: str) -> EngineTraits:
-    """The `EngineTraits(...)` that the user's module assigns to ``Class.traits``, or an embedded engine's if there is no such line.
-
-    The module is parsed, not imported.
-
-    Raises:
-        ValueError: unknown or too many arguments, or values that are not plain literals.
-    """
-    arguments = doors.literal_call("rollout.engine", name, "traits")
-    if arguments is None:
-        return EngineTraits(is_embedded=True)
-    try:
-        return EngineTraits(*arguments[0], **arguments[1])
-    except TypeError as error:
-        raise ValueError(f"rollout.engine={name!r}: its traits: {error}; allowed: {', '.join(EngineTraits._fields)}") from error
+    """The `EngineTraits(...)` that the user's module assigns to ``Class.traits``, or an embedded engine's; see `doors.declared`."""
+    return doors.declared("rollout.engine", name, "traits", EngineTraits(is_embedded=True))
