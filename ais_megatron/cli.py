@@ -20,7 +20,8 @@ from ais_megatron.cluster.exits import CHECK_FAILED, EXIT_REQUEUE, INTERRUPTED, 
 from ais_megatron.cluster.gpu_checks import gpu_problems
 from ais_megatron.cluster.launcher import is_launched, ranks_here, run_ranks
 from ais_megatron.config import Config, ConfigError, build_config, load_config
-from ais_megatron.runs.folder import check_export_folder, check_output_file, check_run_folder
+from ais_megatron.runs.folder import CONFIG_FILE, check_export_folder, check_output_file, check_run_folder
+from ais_megatron.runs.inputs import input_problems
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -61,7 +62,9 @@ def evaluate(
     out: Annotated[Path | None, typer.Option(metavar="FILE", help="also write the result to this file, as JSON")] = None,
 ) -> None:
     """Measure pass@1 on the held-out problems, with the rollout engine."""
-    loaded = load_config(target / "config.yaml" if target.is_dir() else target, overrides or [])
+    if not target.exists():
+        raise ConfigError(f"CONFIG|RUN={target}: no such file or folder; give a YAML file or the run.dir of a run")
+    loaded = load_config(_config_of(target) if target.is_dir() else target, overrides or [])
     if not loaded.rollout.engine_traits.can_evaluate:
         raise ConfigError(
             f"rollout.engine={loaded.rollout.engine}: a recording has no responses of other weights; set rollout.engine=local"
@@ -198,7 +201,7 @@ def plan(
 @app.command()
 def export(run: RunFolder, out: Annotated[Path, typer.Argument(metavar="OUT", help="folder to create")]) -> None:
     """Write a run's newest checkpoint as a Hugging Face folder (safetensors, config, tokenizer)."""
-    config = load_config(run / "config.yaml")
+    config = load_config(_config_of(run))
     one_rank = config.parallel.model_dump() | {"tp": 1, "pp": 1, "cp": 1, "ep": 1, "dp": 1, "sequence_parallel": False}
     check_export_folder(out)
     _run_distributed(build_config(config.model_dump() | {"parallel": one_rank}), lambda c: _export(c, run, out))
@@ -245,8 +248,11 @@ def doctor(
     if os.environ.get("SLURM_PROCID", "0") == "0":  # only one node of an srun prints the table
         print_doctor()
     where = f"{socket.gethostname()}: " if int(os.environ.get("SLURM_NTASKS", "1")) > 1 else ""
-    if loaded and not print_checks(check_needs(loaded, part, facts, local_ranks), where):
+    if loaded is None:
+        return
+    if not print_checks(check_needs(loaded, part, facts, local_ranks), where):
         sys.exit(CHECK_FAILED)
+    print(f"{where}nothing that {config} needs is missing here", flush=True)
 
 
 @app.command()
@@ -260,10 +266,19 @@ def keys(
     print(as_markdown() if markdown else as_text(keys_of(section) if section else all_keys(), shutil.get_terminal_size().columns))
 
 
+def _config_of(run: Path) -> Path:
+    """The configuration in a run folder; ConfigError if the folder is not one."""
+    if not (run / CONFIG_FILE).is_file():
+        raise ConfigError(f"RUN={run}: is not a run folder, because it has no {CONFIG_FILE}; give the run.dir of a run")
+    return run / CONFIG_FILE
+
+
 def _run_distributed(config: Config, work: Callable[[Config], None]) -> None:
     """Join the job if a launcher started this process as a rank. Otherwise start a job, in this process if it has only one rank."""
     prepare_cuda(config)
     if problems := gpu_problems(config, ranks_here() if is_launched() else None):
+        raise ConfigError("\n".join(problems))
+    if not is_launched() and (problems := input_problems(config)):
         raise ConfigError("\n".join(problems))
     if not is_launched() and config.parallel.local_world_size > 1:
         sys.exit(run_ranks(config.parallel.local_world_size, sys.argv[1:]))

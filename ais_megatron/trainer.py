@@ -51,6 +51,8 @@ def train(config: Config) -> Path:
     checkpoints = run_dir / "checkpoints"
     tidy(checkpoints)
     resumed = checkpoint_to_resume(checkpoints, config.checkpoint) if config.run.resume else None
+    if config.run.resume and resumed is None:
+        _say(f"run.resume=true: there is no checkpoint in {checkpoints}, so the run starts at step 0")
     state = begin(session, resumed)
     start_accuracy = session.held_out_accuracy() if state.start_accuracy is None else state.start_accuracy
     state = replace(state, start_accuracy=start_accuracy)

@@ -20,6 +20,7 @@ from ais_megatron.cluster.sglang_doctor import PROBE_TIMEOUT_S, Check, check_sgl
 from ais_megatron.config import Config
 from ais_megatron.config.sglang import SGLangConfig
 from ais_megatron.runs.folder import write_json_atomic
+from ais_megatron.runs.inputs import input_problems
 
 Part = Literal["all", "trainer", "servers"]
 
@@ -35,6 +36,8 @@ def check_needs(config: Config, part: Part = "all", folder: Path | None = None, 
     """
     checks = []
     if part != "servers":
+        missing = [Check("files", False, problem) for problem in input_problems(config)]
+        checks += missing or [Check("files", True, "all that the configuration names are there")]
         checks += _gpus(config, local_ranks)
     if not config.rollout.engine_traits.has_servers:
         return checks

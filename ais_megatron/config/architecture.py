@@ -36,7 +36,7 @@ class RopeScaling(Section):
 class Architecture(Section):
     """A model's sizes, named as in its Hugging Face ``config.json``. `models.registry` lists the supported families."""
 
-    model_type: str = Field("qwen3", description="model family: qwen3, qwen3_moe, qwen2 or llama")
+    model_type: str = Field("qwen3", description=f"model family: {', '.join(FAMILIES)}")
     vocab_size: PositiveInt = Field(description="number of rows of the embedding; the tokenizer may have fewer tokens")
     hidden_size: PositiveInt = Field(description="width of the residual stream")
     intermediate_size: PositiveInt = Field(description="width of a dense layer's MLP")

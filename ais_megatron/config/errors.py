@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
@@ -37,11 +38,15 @@ def explain(error: ValidationError, schema: type[BaseModel]) -> str:
         elif item["type"] == "value_error":
             message = str(item["ctx"]["error"])
             names_itself = not key or message.startswith((f"{key}=", f"{key}."))
-            lines.append(message if names_itself else f"{key}: {message}")
+            names_a_key = re.match(r"\w+=", message) is not None  # of the section `key`, which has validated itself
+            lines.append(message if names_itself else f"{key}.{message}" if names_a_key else f"{key}: {message}")
         elif item["type"] == "missing":
             lines.append(f"{key}: missing; this key has no default, set it")
         else:
-            lines.append(f"{key}={item['input']!r}: {item['msg'][0].lower()}{item['msg'][1:]}")
+            words = re.findall(r"'([^']*)'", item["msg"]) if item["type"] == "literal_error" else []
+            close = difflib.get_close_matches(str(item["input"]), words, n=1, cutoff=0.5)
+            hint = f"; did you mean {close[0]}?" if close else ""
+            lines.append(f"{key}={item['input']!r}: {item['msg'][0].lower()}{item['msg'][1:]}{hint}")
     return "\n".join(lines)
 
 

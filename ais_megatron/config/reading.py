@@ -40,7 +40,7 @@ def read_yaml(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> 
         raise ConfigError(f"config file {path} does not exist")
     bad = [item for item in overrides if "=" not in item or item.startswith("=")]
     if bad:
-        raise ConfigError(f"override {bad[0]!r}: write key=value, for example train.steps=10")
+        raise ConfigError(f"override {bad[0]!r}: write key=value, for example train.steps=10, and put quotes around a value with spaces")
     try:
         loaded = OmegaConf.load(path)
         if not isinstance(loaded, DictConfig):

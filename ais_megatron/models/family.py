@@ -61,7 +61,8 @@ class Family:
     layer: tuple[Weight, ...]
     """All weights of one layer except its experts, in the order of the export."""
     sglang_attention: str
-    """SGLang's class for the attention of a layer, to which the plugin adds KV scales."""
+    """SGLang's class for the attention of a layer, to which the plugin adds KV scales: the one in sglang/srt/models that creates
+    ``RadixAttention``, with its whole path."""
     experts: tuple[Weight, ...] = ()
     """The weights of one expert; empty in a dense family."""
     qk_norm: bool = False
@@ -73,11 +74,15 @@ class Family:
     rope_types: tuple[str, ...] = ("default",)
     """The kinds of rotary embedding that checkpoints of this family may have: default, llama3."""
     fixed: Mapping[str, object] = field(default_factory=lambda: {"hidden_act": "silu"})
-    """Keys of config.json that must have this value if a checkpoint contains them. An export writes them."""
+    """Keys of config.json with which the model computes something that this table does not say, such as ``attention_bias`` or a sliding
+    window, each with the one value that is supported. A checkpoint with another value is refused, and an export writes these. Look for
+    them in transformers' configuration_X.py. Dropout does not belong here, because nothing here trains with it."""
     takes_mask_by_kind: bool = False
-    """transformers' model takes a mapping from kinds of layers to attention masks."""
+    """transformers' model accepts a mapping from kinds of layers to attention masks. It does if the forward method of its model in
+    modeling_X.py builds ``causal_mask_mapping``. Models that build one ``causal_mask`` do not."""
     sglang_keeps_tied_head: bool = False
-    """In SGLang the model has its own head even if it is tied to the embedding."""
+    """In SGLang the model has its own head even if it is tied to the embedding. It does not if ``__init__`` in its file in
+    sglang/srt/models sets ``lm_head`` to the embedding for ``tie_word_embeddings``."""
 
     @property
     def is_moe(self) -> bool:

@@ -26,7 +26,10 @@ def make_task(config: TaskConfig, seed: int) -> Task:
     """
     task = _own_task(config, seed) if doors.is_own(config.name) else TASKS[config.name](config, seed)
     if config.reward is None:
-        return task
+        if not doors.is_own(config.name):
+            return task
+        judge = task.reward
+        return RewardedTask(task, lambda truth, response, _: judge(truth, response), f"task.name={config.name}", config.options)
     function = doors.load("task.reward", config.reward)
     return RewardedTask(task, function, f"task.reward={config.reward}", config.options)
 
@@ -41,7 +44,6 @@ def _own_task(config: TaskConfig, seed: int) -> Task:
         raise RuntimeError(f"task.name={config.name}: creating the task failed with {type(error).__name__}: {error}") from error
     if missing := [member for member in MEMBERS if not hasattr(task, member)]:
         raise ValueError(
-            f"task.name={config.name}: the class lacks {', '.join(missing)}; see the protocol in ais_megatron/tasks/task.py, "
-            "or derive it from ais_megatron.tasks.streams.StreamTask"
+            f"task.name={config.name}: the class lacks {', '.join(missing)}; add what the protocol in ais_megatron/tasks/task.py says"
         )
     return task

@@ -25,7 +25,7 @@ class RewardedTask:
     task: Task
     function: Callable[[Mapping[str, Any], str, Mapping[str, Any]], float | Reward]
     key: str
-    """The name of the function in messages: ``task.reward=module:function``."""
+    """What messages call the function: ``task.reward=module:function``, or ``task.name=module:Class`` for the method of a class."""
     options: Mapping[str, Any]
 
     @property

@@ -23,13 +23,14 @@ class StreamTask(ABC):
     """A `Task`. Its subclass says what a row means (`parse`), how an answer is judged (`reward`) and, for puzzles, how one is drawn
     (`draw`)."""
 
-    name: str
+    name: str = ""  # of messages and random streams; a subclass without one goes by its own name
     special_pieces: tuple[str, ...] = (OPEN, CLOSE)
     alphabet = ""  # characters that the tokenizer must know even if a small corpus does not contain them
 
     def __init__(self, config: TaskConfig, seed: int) -> None:
         """Read the files of `config`. Raises ValueError if they cannot be read, are malformed or overlap."""
         self.config, self.seed = config, seed
+        self.name = self.name or type(self).__name__
         self._test = [self.parse(row) for row in read_rows(config.test_path, "test")] if config.test_path else None
         self._test_texts = frozenset(problem.text for problem in self._test or ())
         self._train = self._read_train(config.train_path) if config.train_path else None

@@ -72,7 +72,9 @@ def test_weights_that_travel_otherwise_need_no_nccl(python):
 def test_the_two_sides_of_a_job(python, tmp_path, monkeypatch):
     folder, servers = tmp_path / "facts", ["http://node2:30000"]
     trainer = check_needs(config(python(), servers=servers), "trainer", folder)
-    assert [(check.name, check.ok) for check in trainer] == [("NCCL of the trainer", True)], "servers that do not run yet are not asked"
+    assert [(check.name, check.ok) for check in trainer] == [("files", True), ("NCCL of the trainer", True)], (
+        "servers that do not run yet are not asked"
+    )
     (left,) = folder.iterdir()
     assert json.loads(left.read_text()) == NEWER | OFF
     fits, differs = config(python(), host="0.0.0.0", key_file="k"), {"torch": "2.13.0", "nccl": "2.29.7"}

@@ -82,12 +82,12 @@ def test_off_is_a_word_although_yaml_reads_it_as_false(tmp_path: Path) -> None:
         ({"train": {"steps": 0}}, r"train.steps=0: input should be greater than or equal to 1"),
         ({"train": {"steps": 5, "optimizer": {"warmup_steps": 9}}}, r"train.optimizer.warmup_steps=9: .*train.steps"),
         ({"task": {"name": "gsm8k"}}, r"task.name=gsm8k: .*task.test_path"),
-        ({"ais": {"alpha_min": 0.8, "alpha_max": 0.5}}, r"ais: alpha_min=0.8 must not exceed alpha_max=0.5"),
+        ({"ais": {"alpha_min": 0.8, "alpha_max": 0.5}}, r"ais.alpha_min=0.8 must not exceed alpha_max=0.5"),
         ({"ais": {"weight_cap": float("inf")}}, r"ais.weight_cap=inf: input should be a finite number"),
         ({"ais": {"tau": float("inf")}}, r"ais.tau=inf: input should be a finite number\nais.tau=inf: input should be 'auto'"),
         ({"train": {"optimizer": {"lr": float("nan")}}}, r"train.optimizer.lr=nan: input should be a finite number"),
         ({"model": {"architecture": ARCHITECTURE | {"rope_theta": float("inf")}}}, r"rope_theta=inf: input should be a finite number"),
-        ({"ais": {"tau": 0}}, r"ais: tau=0.0 must be greater than 0, or auto"),
+        ({"ais": {"tau": 0}}, r"ais.tau=0.0 must be greater than 0, or auto"),
         ({"ais": {"lag": 1}, "train": {"updates_per_batch": 2}}, r"ais.lag=1: with train.updates_per_batch=2 "),
         ({"ais": {"lag": 1}, "correction_options": {"batch_normalise": True}}, r"ais.lag=1: correction_options.batch_normalise=true needs"),
         (
@@ -167,7 +167,7 @@ def test_architecture_comes_from_the_checkpoint(tmp_path: Path) -> None:
     [
         (None, "there is no config.json"),
         ("{", "not valid JSON"),
-        (json.dumps({"model_type": "gpt2"}), "model_type='gpt2' is not supported; allowed: qwen3, qwen3_moe, qwen2, llama"),
+        (json.dumps({"model_type": "gpt2"}), "model_type='gpt2' is not supported; allowed: qwen3, "),
         (json.dumps({"model_type": "llama", **ARCHITECTURE, "mlp_bias": True}), "mlp_bias=True in its config.json is not supported"),
         (json.dumps({"model_type": "qwen3", "vocab_size": 5}), "hidden_size: missing"),
         (json.dumps({"model_type": "qwen3", **ARCHITECTURE, "rope_scaling": {"type": "yarn"}}), "scaled RoPE"),

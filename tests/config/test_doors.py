@@ -114,6 +114,7 @@ def test_names_are_found_without_an_import(code: Path) -> None:
         ({"objective": {"name": "my_code:my_objectiv"}}, r"has no function my_objectiv; did you mean my_code:my_objective\?$"),
         ({"objective": {"name": "my_code:shouting"}}, r"its preset: aggregation='loud': input should be 'token', 'sequence' or 'constant'"),
         ({"objective": {"name": "my_code:computed"}}, r"must be one call whose arguments are plain numbers"),
+        ({"correction": "aiss"}, r"^correction='aiss': input should be .*; did you mean ais\?$"),
         ({"rollout": {"engine": "locale"}}, r"^rollout.engine='locale': unknown engine; allowed: .*module:Class; did you mean local\?$"),
         ({"rollout": {"engine": "my_code:Remotes"}}, r"module my_code has no class Remotes; did you mean my_code:Remote\?$"),
         ({"rollout": {"engine": "my_code:Bent"}}, r"its traits: .*'servers'; allowed: is_embedded, has_servers, "),
@@ -205,6 +206,20 @@ def test_every_engine_is_in_both_tables() -> None:
 
     assert ENGINES.keys() == BUILDERS.keys()
     assert all(RolloutConfig(engine=name).engine_traits == traits for name, traits in ENGINES.items())
+
+
+def test_errors_of_a_users_task_name_its_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "sums.py").write_text(
+        "from ais_megatron.tasks.streams import StreamTask\n"
+        "class Sums(StreamTask):\n"
+        "    def parse(self, row): pass\n"
+        "    def reward(self, problem_truth, response): return 0.5 if response == 'half' else int(response)\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    task = make_task(TaskConfig(name="sums:Sums"), 0)
+    assert task.name == "Sums" and task.reward({}, "half").value == 0.5 and task.reward({}, "1").correct
+    with pytest.raises(RuntimeError, match="task.name=sums:Sums: raised ValueError: invalid literal .* for the response 'many'"):
+        task.reward({}, "many")
 
 
 def test_an_engines_traits_are_read_without_an_import(code: Path) -> None:

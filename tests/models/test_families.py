@@ -149,9 +149,7 @@ def test_variants_that_would_compute_something_else_are_refused(tmp_path: Path, 
 
 
 def test_an_unknown_family_and_a_scaling_that_nothing_reads() -> None:
-    with pytest.raises(
-        ValueError, match="model_type='qwen_2': unknown model family; allowed: qwen3, qwen3_moe, qwen2, llama; did you mean"
-    ):
+    with pytest.raises(ValueError, match="model_type='qwen_2': unknown model family; allowed: qwen3, .*; did you mean qwen2"):
         Architecture(**DENSE, model_type="qwen_2")
     with pytest.raises(ValueError, match="rope_scaling: model_type=qwen3 has no scaled rotary embedding"):
         Architecture(**DENSE, rope_scaling=LLAMA3_ROPE)

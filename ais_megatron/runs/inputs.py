@@ -1,0 +1,30 @@
+"""What a configuration names on the disk, checked before any process starts. Nothing here imports torch.
+
+`train` refuses a run with these problems at once. `doctor` lists them, so a job learns of a missing file before it starts a server.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ais_megatron.config import Config
+from ais_megatron.runs.folder import check_can_create
+
+
+def input_problems(config: Config) -> list[str]:
+    """Files and folders that are missing or cannot be written, one line each: the key, its value and what to change."""
+    task, tokenizer, problems = config.task, config.tokenizer, []
+    for key, path in (("task.train_path", task.train_path), ("task.test_path", task.test_path)):
+        if path is not None and not Path(path).exists():
+            problems.append(f"{key}={path}: no such file or folder; set it to a file of problems, see `ais-megatron keys {key}`")
+    if tokenizer.path is not None and not Path(tokenizer.path).exists():
+        what = "a .model file of SentencePiece" if tokenizer.kind == "sentencepiece" else "a folder with a Hugging Face tokenizer"
+        problems.append(f"tokenizer.path={tokenizer.path}: no such file or folder; give {what}")
+    if config.rollout.engine_traits.replays and not Path(config.rollout.replay_dir or "").is_dir():
+        problems.append(f"rollout.replay_dir={config.rollout.replay_dir}: no such folder; give the rollout.save_dir of an earlier run")
+    if config.sft.steps or (tokenizer.kind == "sentencepiece" and tokenizer.path is None):  # then something is kept there
+        try:
+            check_can_create(Path(config.sft.cache_dir))
+        except OSError as error:
+            problems.append(f"sft.cache_dir={config.sft.cache_dir}: cannot be written ({error}); choose another folder")
+    return problems
