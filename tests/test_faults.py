@@ -45,7 +45,7 @@ def test_a_signal_saves_and_the_run_goes_on(ranks: RankPool, tmp_path: Path, num
     rows = rows_of(stopped)
     saved = [path.name for path in (stopped / "run" / "checkpoints").iterdir()]
     assert saved == [f"step_{len(rows):06d}"] and not any(rank.is_running() for rank in by_rank)
-    assert f"{number.name} after step {len(rows)}, which is saved; status 75: continue with run.resume=true" in output
+    assert f"{number.name} after step {len(rows)}, which is saved; exit status 75; continue with run.resume=true" in output
     if to == "launcher":
         steps = len(rows) + 1
         ranks.run(2, trained, config=load_config(stopped / "config.yaml", ["run.resume=true", f"train.steps={steps}"]))

@@ -225,6 +225,6 @@ def test_checkpoints_that_cannot_be_loaded(ranks: RankPool, tmp_path: Path, unti
     (broken / "config.json").write_text(json.dumps(config | {"intermediate_size": 128}))
     os.replace(untied_checkpoint / "model.safetensors", broken / "model.safetensors")
     try:
-        assert "has shape (96, 64), its config.json implies (128, 64)" in refusals(ranks, tmp_path, model={"path": str(broken)})
+        assert "has shape (96, 64), but its config.json implies (128, 64)" in refusals(ranks, tmp_path, model={"path": str(broken)})
     finally:
         os.replace(broken / "model.safetensors", untied_checkpoint / "model.safetensors")
