@@ -95,6 +95,7 @@ def test_a_comparison_array_becomes_a_table(slurm: Slurm) -> None:
         "overrides": {key: yaml.safe_load(value) for key, value in overrides.items()},
         "arms": {"ais": {"parallel.dp": 1}, "broken": {"parallel.dp": 1, "task.train_path": str(slurm.folder / "none.jsonl")}},
     }
+    (slurm.folder / "none.jsonl").write_text("no JSON\n")  # (a file that is not there would end the job before its parts start)
     (path := slurm.folder / "compare.yaml").write_text(yaml.safe_dump(comparison))
     environment = {"AIS_COMPARISON": path, "AIS_GPUS_PER_NODE": 0}
     slurm.wait(slurm.submit("compare.sbatch", options=("--array=1-2",), **environment), "COMPLETED", "FAILED")
