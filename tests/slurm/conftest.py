@@ -65,13 +65,13 @@ class Slurm:
         done = subprocess.run(["scontrol", "-o", "show", "job", job], capture_output=True, text=True, timeout=240, check=False)
         return re.findall(r"JobState=(\w+)", done.stdout)
 
-    def wait(self, job: str, *expected: str, timeout: float = 120.0) -> str:
-        """Until the job, and every part of it, has ended; returns its output."""
+    def wait(self, job: str, *expected: str, timeout: float = 600.0) -> str:
+        """Until the job, and every part of it, has ended; returns its output. The limit only catches hangs: others share the cores."""
         self.until(lambda: ENDED.issuperset(self.states(job)), job, timeout)
         assert set(self.states(job)) == set(expected or ("COMPLETED",)), f"{self.states(job)}\n{self.output(job)}\n{self.logs()}"
         return self.output(job)
 
-    def until(self, true: Callable[[], bool], job: str, timeout: float = 60.0) -> None:
+    def until(self, true: Callable[[], bool], job: str, timeout: float = 300.0) -> None:
         deadline = time.monotonic() + timeout
         while not true():
             assert time.monotonic() < deadline, f"{self.states(job)}\n{self.output(job)}\n{self.logs()}"

@@ -46,10 +46,10 @@ def test_ranks_and_servers_find_each_other(stand_in: Slurm) -> None:
 def test_one_failing_part_ends_all(stand_in: Slurm) -> None:
     started = time.monotonic()
     job = stand_in.submit("tiny.sbatch", *WITH_SERVERS, options=FOUR_NODES, STAND_IN_SERVE="fail", **SERVERS)
-    output = stand_in.wait(job, "FAILED", timeout=240)
+    output = stand_in.wait(job, "FAILED")
     assert "ended with status 7; ending everything else" in output and "server node" in output
     assert (stand_in.run_dir(job) / "exit_status").read_text() == "7\n"
-    assert time.monotonic() - started < 45
+    assert time.monotonic() - started < 300, "the other parts would have lasted 600 s"
 
 
 def test_signal_saves_requeues_and_continues(stand_in: Slurm) -> None:
