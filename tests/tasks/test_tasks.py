@@ -273,9 +273,9 @@ def test_hostile_responses_score_nothing_quickly(name: str):
         "<answer>٤٢</answer><answer>",
         "<answer>\x00\u200b</answer>",
     ]
-    started = time.monotonic()
+    started = time.process_time()
     assert [task.reward(truth, response).value for response in hostile] == [0.0] * len(hostile)
-    assert time.monotonic() - started < 2
+    assert time.process_time() - started < 2
 
 
 # --- streams -----------------------------------------------------------------------------------------------------------
