@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import groupby
 from typing import NamedTuple, Protocol
 
@@ -88,6 +89,11 @@ class Family:
     def is_moe(self) -> bool:
         return bool(self.experts)
 
+    @cached_property
+    def quantized(self) -> frozenset[str]:
+        """The names of the rows that FP8 and FP4 rollouts quantise."""
+        return frozenset(weight.name for weight in (*self.layer, *self.experts) if weight.quantized)
+
 
 EMBEDDING, FINAL_NORM, HEAD = (
     Weight("model.embed_tokens.weight", ("vocab_size", "hidden_size"), 0, "embedding.word_embeddings.weight"),
@@ -107,7 +113,7 @@ def tensors_of(sizes: Sizes) -> Iterator[Tensor]:
     for number in range(sizes.num_hidden_layers):
         for weight in family.layer:
             yield Tensor(f"model.layers.{number}.{weight.name}", shape_of(weight, sizes), weight.quantized)
-        for expert in range(sizes.num_experts if family.is_moe else 0):
+        for expert in range(sizes.num_experts):
             for weight in family.experts:
                 name = f"model.layers.{number}.{weight.name.format(expert=expert)}"
                 yield Tensor(name, shape_of(weight, sizes), weight.quantized)

@@ -25,4 +25,4 @@ def is_quantized_weight(hf_name: str) -> bool:
     if in_layer is None:
         return False
     name = _EXPERT.sub("{expert}", hf_name[in_layer.end() :])
-    return any(weight.quantized and weight.name == name for family in FAMILIES.values() for weight in (*family.layer, *family.experts))
+    return any(name in family.quantized for family in FAMILIES.values())

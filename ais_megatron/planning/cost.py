@@ -223,7 +223,7 @@ def active_parameters(a: Architecture) -> int:
 
 def forward_flops(a: Architecture, rows: int, length: int) -> float:
     """FLOPs of a forward pass over `rows` sequences of `length` tokens. Causal attention computes half of the square."""
-    attention = 2 * a.num_hidden_layers * a.num_attention_heads * a.head_dim * length
+    attention = 2 * a.num_hidden_layers * a.query_size * length
     return rows * length * (2.0 * active_parameters(a) + attention)
 
 

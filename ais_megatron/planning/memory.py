@@ -167,8 +167,8 @@ def rank_counts(a: Architecture, parallel: ParallelConfig, stage: int) -> Counts
     vocabulary = ceil(a.vocab_size / parallel.tp) * a.hidden_size
     is_last = stage == parallel.pp - 1
     copies = (stage == 0) + (is_last and (not a.tie_word_embeddings or parallel.pp > 1))
-    q, mlp = a.num_attention_heads * a.head_dim, a.moe_intermediate_size if a.is_moe else a.intermediate_size
-    widest = max(q + 2 * a.num_key_value_heads * a.head_dim, 2 * mlp) * a.hidden_size // (parallel.etp if a.is_moe else parallel.tp)
+    mlp = a.moe_intermediate_size if a.is_moe else a.intermediate_size
+    widest = max(a.query_size + 2 * a.kv_size, 2 * mlp) * a.hidden_size // (parallel.etp if a.is_moe else parallel.tp)
     return Counts(dense + copies * vocabulary + is_last * a.hidden_size, expert, max(widest, copies * vocabulary // max(copies, 1)))
 
 
@@ -181,7 +181,7 @@ def layer_saved(config: Config, tokens: int, cuda: bool, expert_load: float) -> 
     a, parallel, e = config.architecture, config.parallel, dtype_bytes(config)
     tp, shard = parallel.tp, parallel.tp if parallel.sequence_parallel else 1
     hidden, heads, kv_heads = a.hidden_size, a.num_attention_heads, a.num_key_value_heads
-    q, kv = heads * a.head_dim, kv_heads * a.head_dim
+    q, kv = a.query_size, a.kv_size
     norm = e * hidden + FP32 if cuda else 2 * FP32 * hidden + FP32  # a fused norm saves its input; otherwise input and result in float32
     inputs = e * hidden  # the input of QKV, and that of the MLP or the router
     if cuda:
@@ -283,7 +283,7 @@ def kv_bytes_per_token(config: Config, cuda: bool = True) -> int:
     """Bytes of KV cache for one token on one GPU of the engine. The local engine stores it in its compute dtype."""
     a, rollout = config.architecture, config.rollout
     if rollout.engine_traits.is_embedded:
-        return a.num_hidden_layers * 2 * a.num_key_value_heads * a.head_dim * (dtype_bytes(config) if cuda else FP32)
+        return a.num_hidden_layers * 2 * a.kv_size * (dtype_bytes(config) if cuda else FP32)
     heads = max(a.num_key_value_heads // rollout.sglang.tp, 1)  # if there are more GPUs than KV heads, the heads are replicated
     return a.num_hidden_layers * 2 * heads * a.head_dim * (1 if rollout.kv_cache_is_fp8 else 2)
 
@@ -296,7 +296,7 @@ def sync_memory(config: Config) -> int:
         e * a.hidden_size * max(a.vocab_size, 2 * mlp * (config.parallel.ep if a.is_moe else 1))
     )  # the largest tensor, which is never split
     bucket = max(int(config.rollout.sync_bucket_mb * 2**20), entry)
-    fp32 = 0 if config.rollout.quantization == "none" else 3 * FP32 * a.hidden_size * max(mlp, a.num_attention_heads * a.head_dim)
+    fp32 = 0 if config.rollout.quantization == "none" else 3 * FP32 * a.hidden_size * max(mlp, a.query_size)
     return 3 * min(bucket, e * total_parameters(a)) + fp32
 
 

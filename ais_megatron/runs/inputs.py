@@ -22,9 +22,11 @@ def input_problems(config: Config) -> list[str]:
         problems.append(f"tokenizer.path={tokenizer.path}: no such file or folder; give {what}")
     if config.rollout.engine_traits.replays and not Path(config.rollout.replay_dir or "").is_dir():
         problems.append(f"rollout.replay_dir={config.rollout.replay_dir}: no such folder; give the rollout.save_dir of an earlier run")
-    if config.sft.steps or (tokenizer.kind == "sentencepiece" and tokenizer.path is None):  # then something is kept there
+    keeps_something = config.sft.steps or (tokenizer.kind == "sentencepiece" and tokenizer.path is None)
+    cache = Path(config.sft.cache_dir)
+    if keeps_something and not cache.is_dir():  # a cache that exists may be read-only, and hold what this run needs
         try:
-            check_can_create(Path(config.sft.cache_dir))
+            check_can_create(cache)
         except OSError as error:
             problems.append(f"sft.cache_dir={config.sft.cache_dir}: cannot be written ({error}); choose another folder")
     return problems

@@ -21,6 +21,7 @@ def test_what_exists_is_no_problem(tmp_path: Path) -> None:
     assert problems_of(sft={"cache_dir": str(tmp_path / "new" / "cache")}) == []
     assert problems_of(task={"name": "gsm8k", "test_path": str(tmp_path / "test.jsonl")}, sft={"cache_dir": str(tmp_path)}) == []
     assert not (tmp_path / "new").exists(), "checking creates nothing"
+    assert problems_of(sft={"cache_dir": "/proc/self", "steps": 40}) == [], "a shared cache may be read-only and hold all that is needed"
 
 
 @pytest.mark.parametrize(

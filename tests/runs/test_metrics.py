@@ -11,16 +11,7 @@ from ais_megatron.config import Config, ConfigError, build_config
 from ais_megatron.runs import metrics
 from ais_megatron.runs.metrics import PhaseTimer, Sinks, read_metrics, step_line
 from ais_megatron.runs.summary import print_table, summarize
-
-ARCHITECTURE = {
-    "vocab_size": 64,
-    "hidden_size": 16,
-    "intermediate_size": 32,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "head_dim": 8,
-}
+from tests.helpers.batches import ARCHITECTURE
 
 
 def make_config(**metrics_section) -> Config:

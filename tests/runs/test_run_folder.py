@@ -21,16 +21,7 @@ from ais_megatron.runs.folder import (
     write_json_atomic,
     write_text_atomic,
 )
-
-ARCHITECTURE = {
-    "vocab_size": 64,
-    "hidden_size": 16,
-    "intermediate_size": 32,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "head_dim": 8,
-}
+from tests.helpers.batches import ARCHITECTURE
 
 
 def make_config(folder, resume: bool = False, lr: float = 1e-6) -> Config:
