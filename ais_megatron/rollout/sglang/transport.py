@@ -207,9 +207,11 @@ class Broadcast:
         finally:
             for task in tasks:
                 task.cancel()
-        for task in tasks:  # a server's error names the server, and is the cause more often than torch's error
-            if task.done() and not task.cancelled() and (error := task.exception()):
-                raise error
+        # A server's error names the server, and is the cause more often than torch's error. A server that is gone is the cause of what
+        # the servers that lost it answer.
+        errors = [error for task in tasks if task.done() and not task.cancelled() and (error := task.exception())]
+        for error in sorted(errors, key=lambda error: not isinstance(error, Unreachable)):
+            raise error
         if mine.exception():
             raise RuntimeError(f"{doing} {', '.join(server.url for server in servers)} failed: {mine.exception()}") from mine.exception()
         return mine.result()
