@@ -36,6 +36,8 @@ class Reward:
     value: float
     well_formed: bool
     correct: bool
+    reason: str = ""
+    """How the answer was found, or why it earns nothing. A person reads it beside the response."""
 
 
 class Task(Protocol):
