@@ -16,7 +16,7 @@ from ais_megatron.batch import Bucket, Prompt, assemble
 from ais_megatron.config import RolloutConfig
 from ais_megatron.distributed import LOCAL_ERRORS, Unavailable, gather_batch, raise_together, rank, rank_consistent
 from ais_megatron.policy.policy import Policy
-from ais_megatron.quantization.formats import FORMATS
+from ais_megatron.quantization.formats import format_of
 from ais_megatron.quantization.fp8 import quantize_bucket
 from ais_megatron.quantization.kv_scales import KVScales
 from ais_megatron.rollout.engine import RolloutEngine, SamplingParams
@@ -117,7 +117,7 @@ class WeightSync:
 
 def weight_stream(policy: Policy, rollout: RolloutConfig, scales: KVScales | None) -> Iterator[Bucket]:
     """The tensors of a push, bucket by bucket. Collective, so every rank has to consume all of them."""
-    fmt = FORMATS.get(rollout.quantization)  # None: not quantised
+    fmt = format_of(rollout)  # None: not quantised
     exported = policy.export_buckets(int(rollout.sync_bucket_mb * 2**20))
     try:
         for bucket in exported:

@@ -18,7 +18,7 @@ from ais_megatron.config.settings import (
     TokenizerConfig,
     TrainConfig,
 )
-from ais_megatron.config.sglang import FP8_BLOCK, graph_problems, ragged_shards
+from ais_megatron.config.sglang import graph_problems, ragged_shards
 from ais_megatron.config.task import BUILTIN_TASKS, TaskConfig
 
 SGLANG_QUANTIZATIONS = ("none", "fp8_e4m3")
@@ -106,13 +106,15 @@ def engine_problems(rollout: RolloutConfig, run: RunConfig, calibration: Calibra
         problems.append(f"rollout.sglang.ep={sglang.ep}: does not divide model.architecture.num_experts={arch.num_experts}")
     if not arch.is_moe and sglang.ep > 1:
         problems.append(f"rollout.sglang.ep={sglang.ep}: a dense model has no experts to spread; set rollout.sglang.ep=1")
-    if rollout.quantization != "none" and (ragged := _ragged_shards(arch, sglang.tp, sglang.ep)):
+    if rollout.quantization != "none" and (ragged := _ragged_shards(rollout.weight_block, arch, sglang.tp, sglang.ep)):
+        smaller = [block for block in (64, 32) if block < rollout.weight_block and not _ragged_shards(block, arch, sglang.tp, sglang.ep)]
         works = [n for n in range(1, arch.num_attention_heads + 1) if arch.num_attention_heads % n == 0]
-        works = [n for n in works if n >= sglang.ep and not _ragged_shards(arch, n, sglang.ep)]
-        remedy = f"use one of {works}" if works else "no value works for this model, because its sizes are not multiples of 128"
+        works = [n for n in works if n >= sglang.ep and not _ragged_shards(rollout.weight_block, arch, n, sglang.ep)]
+        remedies = [f"use one of {works}"] if works else []
+        remedies += [f"set rollout.weight_block={smaller[0]}"] if smaller else []
         problems.append(
-            f"rollout.sglang.tp={sglang.tp}: the shards of block-FP8 weights must be multiples of {FP8_BLOCK}, but {ragged[0]}; {remedy}, "
-            "or set rollout.quantization=none"
+            f"rollout.sglang.tp={sglang.tp}: the shards of block-FP8 weights must be multiples of "
+            f"rollout.weight_block={rollout.weight_block}, but {ragged[0]}; {', or '.join([*remedies, 'set rollout.quantization=none'])}"
         )
     if sglang.pause == "in_place" and rollout.kv_cache_is_fp8 and calibration.mode != "off":
         problems.append(
@@ -122,9 +124,10 @@ def engine_problems(rollout: RolloutConfig, run: RunConfig, calibration: Calibra
     return problems
 
 
-def _ragged_shards(arch: Architecture, tp: int, ep: int) -> list[str]:
+def _ragged_shards(block: int, arch: Architecture, tp: int, ep: int) -> list[str]:
     mlp, expert_mlp = (0, arch.moe_intermediate_size) if arch.is_moe else (arch.intermediate_size, 0)
-    return ragged_shards(tp, max(tp // ep, 1), arch.num_attention_heads, arch.num_key_value_heads, arch.head_dim, mlp, expert_mlp)
+    heads, kv_heads = arch.num_attention_heads, arch.num_key_value_heads
+    return ragged_shards(block, tp, max(tp // ep, 1), heads, kv_heads, arch.head_dim, mlp, expert_mlp)
 
 
 def _expert_problems(parallel: ParallelConfig, arch: Architecture, recompute: str) -> list[str]:

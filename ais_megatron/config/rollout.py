@@ -27,8 +27,14 @@ class RolloutConfig(Section):
     ] = Field(
         "fp8_e4m3",
         description="precision of the engine's weights and activations. none: BF16. fp8_e4m3 (or fp8) and fp8_e5m2: one scale per "
-        "128x128 block of weights and per 1x128 block of activations. fp4_e2m1: one scale per 1x32 block of both. SGLang does not have "
+        "block of weights and of activations, see weight_block. fp4_e2m1: one scale per 1x32 block of both. SGLang does not have "
         "fp8_e5m2 and fp4_e2m1",
+    )
+    weight_block: Literal[32, 64, 128] = Field(
+        128,
+        description="FP8: a weight has one scale per block of this many rows and columns, and activations one per row and this many "
+        "columns. SGLang needs layers whose sizes are multiples of it, so small models need 64. On GPUs, SGLang's fastest kernels exist "
+        "only for 128",
     )
     kv_cache: Literal["auto", "bf16", "fp8_e4m3"] = Field(
         "auto", description="precision of the KV cache; auto: fp8_e4m3 if the weights are quantised, else bf16"

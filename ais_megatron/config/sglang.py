@@ -9,7 +9,6 @@ from pydantic import Field, model_validator
 
 from ais_megatron.config.section import Fraction, PositiveInt, Section
 
-FP8_BLOCK = 128
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
@@ -102,11 +101,11 @@ class SGLangConfig(Section):
         return self.device == "cuda" and self.resolved_transport == "distributed"
 
 
-def ragged_shards(tp: int, expert_tp: int, heads: int, kv_heads: int, head_dim: int, mlp: int, expert_mlp: int) -> list[str]:
+def ragged_shards(block: int, tp: int, expert_tp: int, heads: int, kv_heads: int, head_dim: int, mlp: int, expert_mlp: int) -> list[str]:
     """Shards that SGLang refuses to load as block-FP8 weights if a server splits a layer `tp` ways, one line each.
 
     The shards of a fused projection (q with k and v, gate with up), and of the layer that follows it, must consist of whole blocks
-    of 128. This also holds for a single rank. A size of 0 means that the model has no such layer.
+    of `block` rows and columns. This also holds for a single rank. A size of 0 means that the model has no such layer.
 
     Source: SGLang's Fp8LinearMethod.validate_block_quant_shapes and Fp8MoEMethod.create_weights.
     """
@@ -117,7 +116,7 @@ def ragged_shards(tp: int, expert_tp: int, heads: int, kv_heads: int, head_dim: 
         f"intermediate_size / tp = {mlp} / {tp}": mlp / tp,
         f"moe_intermediate_size / (tp / ep) = {expert_mlp} / {expert_tp}": expert_mlp / expert_tp,
     }
-    return [f"{text} = {size:g}" for text, size in shards.items() if size % FP8_BLOCK]
+    return [f"{text} = {size:g}" for text, size in shards.items() if size % block]
 
 
 def graph_problems(sglang: SGLangConfig, kv_cache_is_fp8: bool) -> list[str]:

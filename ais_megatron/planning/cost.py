@@ -250,7 +250,7 @@ def generate_seconds(config: Config, assumed: Assumptions, servers: Servers) -> 
     a, rollout = config.architecture, config.rollout
     prompt, response = row_tokens(config, assumed)
     prefill = forward_flops(a, rollout.prompts_per_step, prompt) / (servers.gpus * assumed.flops * assumed.mfu)
-    quantized, _ = quantized_counts(a)
+    quantized, _ = quantized_counts(a, config.rollout.weight_block)
     is_local, fp8 = rollout.engine_traits.is_embedded, rollout.quantization != "none"
     width = (4 if is_local else 1) if fp8 else dtype_bytes(config)  # the local engine multiplies with dequantised FP32 copies
     touched = 1.0

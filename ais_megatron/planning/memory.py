@@ -28,7 +28,6 @@ from ais_megatron.shapes import Shapes
 LOGPROB_CHUNKS_BACKWARD = 4  # FP32 tensors [chunk, vocab/tp] at the same time: log p and p, of this chunk and the previous one
 LOGPROB_CHUNKS_FORWARD = 3
 FP32 = 4
-FP8_BLOCK = 128
 
 
 @dataclass(frozen=True)
@@ -251,17 +250,17 @@ def logprob_memory(config: Config, stage: int, tokens: int, expert_load: float) 
     return max(layer, head + 2 * e * a.hidden_size * tokens // (parallel.tp if parallel.sequence_parallel else 1))
 
 
-def quantized_counts(a: Architecture) -> tuple[int, int]:
-    """Number of (parameters, 128x128 blocks) in all projections that FP8 rollouts quantise."""
+def quantized_counts(a: Architecture, block: int) -> tuple[int, int]:
+    """Number of (parameters, blocks of `block` rows and columns) in all projections that FP8 rollouts quantise."""
     shapes = [shape_of(weight, a) for weight in a.family.layer + a.family.experts * a.num_experts if weight.quantized]
     layers = a.num_hidden_layers
-    return layers * sum(n * k for n, k in shapes), layers * sum(ceil(n / FP8_BLOCK) * ceil(k / FP8_BLOCK) for n, k in shapes)
+    return layers * sum(n * k for n, k in shapes), layers * sum(ceil(n / block) * ceil(k / block) for n, k in shapes)
 
 
 def pushed_bytes(config: Config) -> int:
     """Bytes that the engine receives in one weight sync: FP8 weights and their scales, all other weights, and KV scales."""
     a, e = config.architecture, dtype_bytes(config)
-    total, (quantized, blocks) = total_parameters(a), quantized_counts(a)
+    total, (quantized, blocks) = total_parameters(a), quantized_counts(a, config.rollout.weight_block)
     if config.rollout.quantization == "none":
         size = e * total
     else:
@@ -275,7 +274,7 @@ def engine_bytes(config: Config, tp: int = 1) -> int:
     a = config.architecture
     size = pushed_bytes(config)
     if config.rollout.engine_traits.is_embedded and config.rollout.quantization != "none":
-        size += FP32 * quantized_counts(a)[0]
+        size += FP32 * quantized_counts(a, config.rollout.weight_block)[0]
     return ceil(size / tp)
 
 

@@ -8,17 +8,19 @@ values are 2**(e-m) apart. Below 2**e_min they are 2**(e_min-m) apart.
     fp8_e5m2   2  -14    57344    OCP FP8, cast without infinity one per 128x128        one per row and 128 columns
     fp4_e2m1   1  0      6        0 .5 1 1.5 2 3 4 6 and minus   one per row and 32 columns, for both
 
-FP4 has the block size of the OCP microscaling format MXFP4, but float32 scales instead of powers of two, so the largest value of a
-block stays exact. NVFP4 (blocks of 16, E4M3 scales) is similar. All scales are amax / largest. No hardware support is needed. FP4
-values are stored in E4M3, which represents each of them exactly.
+`rollout.weight_block` changes the 128 of the FP8 formats. FP4 has the block size of the OCP microscaling format MXFP4, but float32
+scales instead of powers of two, so the largest value of a block stays exact. NVFP4 (blocks of 16, E4M3 scales) is similar. All scales
+are amax / largest. No hardware support is needed. FP4 values are stored in E4M3, which represents each of them exactly.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+
+from ais_megatron.config import RolloutConfig
 
 _EXPONENT_BITS = 0x7F800000  # of a float32
 _MANTISSA_BITS = 23  # of a float32
@@ -70,3 +72,11 @@ FP8_E4M3 = Format("fp8_e4m3", torch.float8_e4m3fn, 3, -6, 448.0, (128, 128), 128
 FP8_E5M2 = Format("fp8_e5m2", torch.float8_e5m2, 2, -14, 57344.0, (128, 128), 128)
 FP4_E2M1 = Format("fp4_e2m1", torch.float8_e4m3fn, 1, 0, 6.0, (1, 32), 32)
 FORMATS = {fmt.name: fmt for fmt in (FP8_E4M3, FP8_E5M2, FP4_E2M1)}  # by the value of rollout.quantization
+
+
+def format_of(rollout: RolloutConfig) -> Format | None:
+    """The format of a configured engine's weights and activations; None if they are not quantised."""
+    fmt = FORMATS.get(rollout.quantization)
+    if fmt is None or fmt.name == FP4_E2M1.name:
+        return fmt
+    return replace(fmt, weight_block=(rollout.weight_block, rollout.weight_block), group=rollout.weight_block)

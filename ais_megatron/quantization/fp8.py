@@ -1,6 +1,7 @@
 """Blockwise quantisation in plain PyTorch: of the policy's weights before they are sent, and of activations inside an engine.
 
-The default is E4M3, with one float32 scale per 128x128 block of a weight, and one per row and 128 columns of activations.
+The default is E4M3, with one float32 scale per 128x128 block of a weight, and one per row and 128 columns of activations (see
+`rollout.weight_block`).
 Activation scales are computed at run time. `formats` lists the other formats.
     scale = amax / 448,   q = round_E4M3(x / scale),   x ~ q * scale.
 The layout is ``X.weight`` with ``X.weight_scale_inv``, by which q is multiplied. It is that of DeepSeek-V3's technical report, section
@@ -14,6 +15,7 @@ import functools
 import importlib.util
 import logging
 from collections.abc import Iterable
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -39,17 +41,17 @@ def quantize_block(weight: Tensor, fmt: Format = FP8_E4M3) -> tuple[Tensor, Tens
         weight: bfloat16 or float32 ``[N, K]``.
     Returns:
         q: ``[N, K]`` in the format's dtype.
-        scale_inv: float32, one per block, ``[ceil(N/128), ceil(K/128)]`` for the FP8 formats. It is amax / largest, or 1.0
+        scale_inv: float32, one per block, ``[ceil(N/block), ceil(K/block)]`` for the FP8 formats. It is amax / largest, or 1.0
             for a block of zeros.
     Raises:
         ValueError: `weight` is not a matrix, or holds NaN or infinity.
     """
     if weight.dim() != 2:
         raise ValueError(f"only a matrix [N, K] can be quantised in blocks, got shape {list(weight.shape)}")
-    if weight.is_cuda and fmt is FP8_E4M3 and _fused_agrees(weight.device):
+    if weight.is_cuda and fmt.dtype is E4M3 and fmt.largest == E4M3_MAX and _fused_agrees(weight.device, fmt.group):
         from ais_megatron.quantization.fp8_triton import quantize_block_fused
 
-        q, scale_inv = quantize_block_fused(weight, BLOCK, E4M3_MAX)
+        q, scale_inv = quantize_block_fused(weight, fmt.group, E4M3_MAX)
     else:
         q, scale_inv = _quantize_plain(weight, fmt)
     if not torch.isfinite(scale_inv).all():  # NaN and infinity in a block are in its amax too
@@ -64,7 +66,7 @@ def _quantize_plain(weight: Tensor, fmt: Format) -> tuple[Tensor, Tensor]:
     rows, columns = weight.shape
     q = torch.empty(rows, columns, dtype=fmt.dtype, device=weight.device)
     # On a CPU a few rows of blocks at a time, so that their float32 values stay in the cache. On a GPU all at once.
-    step = BLOCK if weight.device.type == "cpu" else max(rows, 1)
+    step = max(fmt.weight_block[0], BLOCK) if weight.device.type == "cpu" else max(rows, 1)
     scales = [_quantize_rows(weight[i : i + step], q[i : i + step], fmt) for i in range(0, rows, step)]
     return q, torch.cat(scales) if scales else torch.empty(fmt.scales_shape((0, columns)), device=weight.device)
 
@@ -82,14 +84,15 @@ def _quantize_rows(weight: Tensor, into: Tensor, fmt: Format) -> Tensor:
     blocks = values.unflatten(1, (-1, width)).unflatten(0, (-1, height))  # [row blocks, height, column blocks, width]
     blocks.div_(scale[:, None, :, None])
     # The cast itself rounds to FP8. FP4 is stored in a wider type, so its values must be rounded first.
-    values = fmt.round(values) if fmt is FP4_E2M1 else values.clamp_(-fmt.largest, fmt.largest)
+    values = fmt.round(values) if fmt.name == FP4_E2M1.name else values.clamp_(-fmt.largest, fmt.largest)
     into.copy_(values[:rows, :columns])
     return scale
 
 
 @functools.cache
-def _fused_agrees(device: torch.device) -> bool:
-    """Whether the Triton kernel can be used on a CUDA device: it exists, and gives the same bits as plain PyTorch on a sample.
+def _fused_agrees(device: torch.device, block: int) -> bool:
+    """Whether the Triton kernel can be used on a CUDA device: it exists, and gives the same bits as plain PyTorch on a sample
+    with blocks of `block` rows and columns.
 
     If not, one warning says so."""
     if importlib.util.find_spec("triton") is None or torch.cuda.get_device_capability(device) < _CAST_CAPABILITY:
@@ -98,10 +101,11 @@ def _fused_agrees(device: torch.device) -> bool:
 
     from ais_megatron.quantization.fp8_triton import quantize_block_fused
 
-    sample = torch.randn(2 * BLOCK + 3, BLOCK + 5, generator=torch.Generator().manual_seed(0)).mul_(0.02).to(torch.bfloat16).to(device)
-    sample[:BLOCK, BLOCK:] = 0.0
+    fmt = replace(FP8_E4M3, weight_block=(block, block), group=block)
+    sample = torch.randn(2 * block + 3, block + 5, generator=torch.Generator().manual_seed(0)).mul_(0.02).to(torch.bfloat16).to(device)
+    sample[:block, block:] = 0.0
     try:
-        parts = zip(quantize_block_fused(sample, BLOCK, E4M3_MAX), _quantize_plain(sample, FP8_E4M3), strict=True)
+        parts = zip(quantize_block_fused(sample, block, E4M3_MAX), _quantize_plain(sample, fmt), strict=True)
         differs = [not torch.equal(fused.view(torch.uint8), plain.view(torch.uint8)) for fused, plain in parts]
         problem = "its result differs from plain PyTorch's" if any(differs) else None
     except TritonError as error:

@@ -65,9 +65,9 @@ class RolloutEngine(Protocol):
         """Load a full set of weights as one transaction. They come in buckets, under Hugging Face names.
 
         A quantised engine gets ``X.weight`` as float8_e4m3fn ``[N, K]`` with ``X.weight_scale_inv`` float32
-        ``[ceil(N/128), ceil(K/128)]`` (formats other than fp8_e4m3: with the dtype and scales_shape of their `Format`). KV scales are
-        float32 scalars, named ``model.layers.N.self_attn.attn.k_scale`` (and v_scale). `version` becomes current only when every
-        expected tensor has arrived.
+        ``[ceil(N/block), ceil(K/block)]``, where block is `rollout.weight_block` (formats other than fp8_e4m3: with the dtype and
+        scales_shape of their `Format`). KV scales are float32 scalars, named ``model.layers.N.self_attn.attn.k_scale`` (and v_scale).
+        `version` becomes current only when every expected tensor has arrived.
 
         Raises:
             ValueError: a tensor is unknown, missing, or has a wrong shape or dtype. The message names it.

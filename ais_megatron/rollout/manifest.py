@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ais_megatron.config import Architecture, RolloutConfig
 from ais_megatron.models.family import HEAD, tensors_of
-from ais_megatron.quantization.formats import FORMATS
+from ais_megatron.quantization.formats import format_of
 from ais_megatron.quantization.kv_scales import kv_scale_name
 
 TIED_HEAD = HEAD.name
@@ -34,7 +34,7 @@ class Manifest:
     @classmethod
     def of(cls, architecture: Architecture, rollout: RolloutConfig, dtype: torch.dtype) -> Manifest:
         """What an engine with this configuration accepts. `dtype` is that of weights that are not quantised."""
-        fmt = FORMATS.get(rollout.quantization)
+        fmt = format_of(rollout)
         required: dict[str, Kind] = {}
         for name, shape, quantized in tensors_of(architecture):
             required[name] = (shape, fmt.dtype if fmt and quantized else dtype)

@@ -20,7 +20,7 @@ from ais_megatron.quantization import fp8
 
 def main() -> None:
     bench = Bench(__doc__)
-    has_kernel = bench.on_gpu and importlib.util.find_spec("triton") is not None and fp8._fused_agrees(bench.device)
+    has_kernel = bench.on_gpu and importlib.util.find_spec("triton") is not None and fp8._fused_agrees(bench.device, fp8.BLOCK)
     if not has_kernel:
         bench.skip("the fused kernel", "it needs CUDA, Triton, capability 8.9, and to agree with plain PyTorch")
     small = [(256, 384), (130, 5), (1, 1), (300, 257)]

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from ais_megatron.config import Architecture, RolloutConfig
-from ais_megatron.quantization.formats import FORMATS, FP4_E2M1, FP8_E5M2
+from ais_megatron.quantization.formats import FORMATS, FP4_E2M1, FP8_E5M2, format_of
 from ais_megatron.quantization.fp8 import dequantize_block, quantize_block, quantize_bucket, quantize_dequantize_groups
 from ais_megatron.rollout.local.quantized_linear import InputQuantizer, QuantizedLinear
 from ais_megatron.rollout.manifest import Manifest
@@ -133,3 +133,25 @@ def test_fewer_bits_are_further_from_the_trainer():
         rollouts = engine.generate(prompts, sampling)
         gaps[name] = torch.cat([torch.tensor(r.rollout_logprobs) - reference_logprobs(model, r, 1.0) for r in rollouts]).abs().mean()
     assert gaps["fp8_e4m3"] < gaps["fp8_e5m2"] < gaps["fp4_e2m1"] < 2.0, gaps
+
+
+@pytest.mark.parametrize("quantization", ["fp8_e4m3", "fp8_e5m2"])
+@pytest.mark.parametrize("block", [32, 64, 128])
+def test_the_configured_block_is_that_of_weights_activations_and_scales(quantization: str, block: int) -> None:
+    """Each block is quantised as if it were alone, so the result equals that of the block cut out."""
+    fmt = format_of(RolloutConfig(quantization=quantization, weight_block=block))
+    assert fmt is not None and (fmt.weight_block, fmt.group) == ((block, block), block)
+    weight = torch.randn(192, 576, generator=torch.Generator().manual_seed(0))
+    q, scale_inv = quantize_block(weight, fmt)
+    assert tuple(scale_inv.shape) == fmt.scales_shape((192, 576)) == (-(-192 // block), -(-576 // block))
+    alone, scale = quantize_block(weight[-64:, 512:576], fmt) if block < 128 else quantize_block(weight[128:, 512:], fmt)
+    part = q[-64:, 512:576] if block < 128 else q[128:, 512:]
+    assert torch.equal(part.float(), alone.float()) and torch.equal(scale_inv[-scale.shape[0] :, -scale.shape[1] :], scale)
+    activations = torch.randn(3, 576, generator=torch.Generator().manual_seed(1))
+    whole = quantize_dequantize_groups(activations, fmt)
+    assert torch.equal(whole[:, block : 2 * block], quantize_dequantize_groups(activations[:, block : 2 * block], fmt))
+
+
+def test_fp4_has_blocks_of_its_own() -> None:
+    assert format_of(RolloutConfig(quantization="fp4_e2m1", weight_block=64)) is FORMATS["fp4_e2m1"]
+    assert format_of(RolloutConfig(quantization="none")) is None

@@ -17,7 +17,7 @@ HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
 def test_a_cpu_takes_the_plain_path(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fp8, "_fused_agrees", lambda device: pytest.fail("asked for the kernel on a CPU"))
+    monkeypatch.setattr(fp8, "_fused_agrees", lambda device, block: pytest.fail("asked for the kernel on a CPU"))
     q, scale = quantize_block(torch.ones(130, 5, dtype=torch.bfloat16))
     assert (q.float() == 448).all() and (scale == 1 / 448).all() and scale.shape == (2, 1)
     assert "ais_megatron.quantization.fp8_triton" not in sys.modules

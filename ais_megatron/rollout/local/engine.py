@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ais_megatron.batch import Bucket, Prompt, Rollout
 from ais_megatron.config import Architecture, RolloutConfig
 from ais_megatron.config.hf_config import rope_parameters
-from ais_megatron.quantization.formats import FORMATS
+from ais_megatron.quantization.formats import format_of
 from ais_megatron.quantization.kv_scales import kv_scale_name
 from ais_megatron.rollout.engine import SamplingParams
 from ais_megatron.rollout.local.decoding import Model, Responses, SampleId, decode_wave, plan_waves
@@ -183,7 +183,7 @@ def _build(
 ) -> tuple[nn.Module, InputQuantizer | None, RoutingRecord | None]:
     """The model with uninitialised weights, the quantiser that its layers share, and the record of the chosen experts."""
     model_class = getattr(transformers, architecture.family.hf_class)
-    fmt = FORMATS.get(rollout.quantization)
+    fmt = format_of(rollout)
     config = model_class.config_class(
         **architecture.model_dump(exclude={"model_type", "rope_theta", "rope_scaling", "initializer_range"}),
         rope_parameters=rope_parameters(architecture),

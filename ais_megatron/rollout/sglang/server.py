@@ -21,7 +21,7 @@ from ais_megatron.cluster.cuda_environment import ALLOCATOR_VARIABLES, MAX_CONNE
 from ais_megatron.cluster.ports import try_bind
 from ais_megatron.config import Architecture, Config, RolloutConfig
 from ais_megatron.config.hf_config import hf_config
-from ais_megatron.config.sglang import FP8_BLOCK, LOOPBACK, SGLangConfig
+from ais_megatron.config.sglang import LOOPBACK, SGLangConfig
 from ais_megatron.rollout.sglang import guardian
 from ais_megatron.rollout.sglang.access_key import authorization, read_or_create_key
 from ais_megatron.rollout.sglang.patience import Patience
@@ -42,7 +42,7 @@ _DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # server
 def write_model_folder(architecture: Architecture, rollout: RolloutConfig, folder: Path) -> Path:
     """Create `folder` with a config.json from which SGLang can build the model, and return it.
 
-    With FP8 weights SGLang builds every linear layer and every expert as E4M3 with one scale per 128x128 block. Router, norms,
+    With FP8 weights SGLang builds every linear layer and every expert as E4M3 with one scale per block. Router, norms,
     embedding and lm_head stay BF16. Activation scales are computed at run time ("dynamic").
     """
     content = {**hf_config(architecture, "bf16"), "torch_dtype": "bfloat16"}
@@ -51,7 +51,7 @@ def write_model_folder(architecture: Architecture, rollout: RolloutConfig, folde
             "quant_method": "fp8",
             "fmt": "e4m3",
             "activation_scheme": "dynamic",
-            "weight_block_size": [FP8_BLOCK, FP8_BLOCK],
+            "weight_block_size": [rollout.weight_block, rollout.weight_block],
         }
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(content, indent=2), encoding="utf-8")
