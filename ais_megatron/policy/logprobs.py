@@ -5,6 +5,8 @@
 Each tensor-parallel rank has logits ``[tokens, vocab/tp]`` and reduces its own columns to four numbers per token. One all-gather of
 ``[4, tokens]`` joins them, so logits are never communicated. Both passes use float32 for only one chunk of tokens at a time. Only the
 logits themselves are saved for the backward pass. Columns that pad the vocabulary are left out.
+
+On a CPU a chunk is so small that it stays in the cache of a core, because both passes read it several times and compute little.
 """
 
 from __future__ import annotations
@@ -15,6 +17,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+CPU_CHUNK_BYTES = 1 << 20
+
 
 def vocab_parallel_logprobs(
     logits: Tensor,
@@ -24,6 +28,7 @@ def vocab_parallel_logprobs(
     temperature: float = 1.0,
     group: dist.ProcessGroup | None = None,
     chunk_tokens: int = 2048,
+    entropy_gradient: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """Log-probability of each target, and entropy of each distribution, in nats.
 
@@ -32,14 +37,18 @@ def vocab_parallel_logprobs(
         targets: int64 ``[...]``, token ids in [0, vocab_size).
         vocab_size: size of the vocabulary without padding.
         group: the tensor-parallel group; None for a single rank.
+        chunk_tokens: most tokens of a chunk. On a CPU a chunk also has at most `CPU_CHUNK_BYTES`.
+        entropy_gradient: whether the entropy is differentiable too.
     Returns:
         (logprobs, entropy), each float32 ``[...]``, equal on all ranks of the group, and differentiable.
     """
     shard = logits.shape[-1]
     offset = (dist.get_rank(group) if group is not None else 0) * shard
     flat = logits.reshape(-1, shard)
+    if flat.device.type == "cpu":
+        chunk_tokens = min(chunk_tokens, max(1, CPU_CHUNK_BYTES // (4 * shard)))
     logprobs, entropy = _VocabParallelLogprobs.apply(
-        flat, targets.reshape(-1), offset, min(shard, max(0, vocab_size - offset)), temperature, group, chunk_tokens
+        flat, targets.reshape(-1), offset, min(shard, max(0, vocab_size - offset)), temperature, group, chunk_tokens, entropy_gradient
     )
     return logprobs.view(targets.shape), entropy.view(targets.shape)
 
@@ -55,6 +64,7 @@ class _VocabParallelLogprobs(torch.autograd.Function):
         temperature: float,
         group: dist.ProcessGroup | None,
         chunk_tokens: int,
+        entropy_gradient: bool,
     ) -> tuple[Tensor, Tensor]:
         # Rows: max, sum exp(z - max), sum z exp(z - max), z of the target (0 if another rank has it).
         local = torch.zeros(4, logits.shape[0], dtype=torch.float32, device=logits.device)
@@ -73,25 +83,30 @@ class _VocabParallelLogprobs(torch.autograd.Function):
         log_sum, mean_z, target_z = _join(local, group)
         entropy = log_sum - mean_z
         ctx.save_for_backward(logits, local_targets, owned, log_sum, entropy)
-        ctx.constants = num_valid, temperature, chunk_tokens
+        ctx.constants = num_valid, temperature, chunk_tokens, entropy_gradient
+        if not entropy_gradient:
+            ctx.mark_non_differentiable(entropy)
         return target_z - log_sum, entropy
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         grad_logprobs, grad_entropy = grads
         logits, local_targets, owned, log_sum, entropy = ctx.saved_tensors
-        num_valid, temperature, chunk_tokens = ctx.constants
+        num_valid, temperature, chunk_tokens, entropy_gradient = ctx.constants
         grad = torch.zeros_like(logits) if num_valid < logits.shape[1] else torch.empty_like(logits)
         for rows in _chunks(logits.shape[0], chunk_tokens):
             # dlogp_y/dz = 1[y] - p,  dH/dz = -p (log p + H),  dz/dlogits = 1 / temperature
             g = grad_logprobs[rows, None] / temperature
-            logp = _scaled(logits[rows, :num_valid], temperature).sub_(log_sum[rows, None])
-            p = logp.exp()
-            slope = logp.add_(entropy[rows, None]).mul_(grad_entropy[rows, None] / temperature).add_(g)
-            dz = p.mul_(slope).neg_()
+            logp = _scaled(logits[rows, :num_valid], temperature) - log_sum[rows, None]
+            if entropy_gradient:
+                p = logp.exp()
+                slope = logp.add_(entropy[rows, None]).mul_(grad_entropy[rows, None] / temperature).add_(g)
+                dz = p.mul_(slope).neg_()
+            else:
+                dz = logp.exp_().mul_(-g)
             dz.scatter_add_(1, local_targets[rows, None], g * owned[rows, None])
-            grad[rows, :num_valid] = dz.to(grad.dtype)
-        return grad, None, None, None, None, None, None
+            grad[rows, :num_valid] = dz
+        return grad, None, None, None, None, None, None, None
 
 
 def _chunks(num_tokens: int, size: int) -> list[slice]:
@@ -99,8 +114,8 @@ def _chunks(num_tokens: int, size: int) -> list[slice]:
 
 
 def _scaled(logits: Tensor, temperature: float) -> Tensor:
-    """A float32 copy of one chunk, divided by the temperature."""
-    return logits.to(torch.float32, copy=True).div_(temperature)
+    """One chunk in float32, divided by the temperature. It may share memory with `logits`, so it must not be changed."""
+    return logits.float() if temperature == 1.0 else logits.float() / temperature
 
 
 def _join(local: Tensor, group: dist.ProcessGroup | None) -> tuple[Tensor, Tensor, Tensor]:

@@ -60,6 +60,9 @@ def build_model(config: Config, temperature: float, transformer_engine: bool) ->
     model.true_vocab_size = architecture.vocab_size
     model.temperature = temperature
     model.logprob_chunk_tokens = config.train.logprob_chunk_tokens
+    model.entropy_gradient = config.objective.entropy_bonus > 0.0
+    if model.post_process:
+        model.output_layer.register_forward_pre_hook(model.only_scored)
     if architecture.rope_scaling is not None:
         rope = model.rotary_pos_emb
         rope.inv_freq = stretched_frequencies(rope.inv_freq, architecture.rope_scaling)
@@ -101,27 +104,50 @@ def _count_all_experts(model: PolicyModel) -> None:
 
 
 class PolicyModel(GPTModel):
-    """A `GPTModel` whose "loss" is the pair (log-probability, entropy) of every input token.
+    """A `GPTModel` whose "loss" is the pair (log-probability, entropy) of every scored token.
 
-    Called with ``labels=input_ids`` (int64 ``[batch, seq]``), the last pipeline stage returns float32 ``[2, batch, seq]``. Index t
-    describes token t. Column 0 is 0, because no token predicts it.
+    Called with ``labels=input_ids`` (int64 ``[batch, seq]``) and ``loss_mask`` (bool ``[batch, seq]``, the scored tokens), the last
+    pipeline stage returns float32 ``[2, batch, seq]``. Index t describes token t. Other tokens have 0, as has column 0, because no token
+    predicts it.
+
+    The output layer gets only the hidden states that predict a scored token. Prompts are not scored, and with a large vocabulary their
+    logits would cost a good part of a step. Under sequence parallelism each rank has other positions, so there all go through it.
     """
 
     true_vocab_size: int
     temperature: float
     logprob_chunk_tokens: int
+    entropy_gradient: bool
+    _scored: Tensor
+
+    def forward(self, *args: Any, loss_mask: Tensor, **kwargs: Any) -> Tensor:
+        # Hidden states are [seq, batch, hidden], and those at t predict token t + 1.
+        self._scored = loss_mask[:, 1:].t().reshape(-1).nonzero()[:, 0]
+        return super().forward(*args, **kwargs)
+
+    def only_scored(self, output_layer: torch.nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        """A hook before the output layer, which replaces ``[seq, batch, hidden]`` by the scored states, ``[scored, 1, hidden]``."""
+        if self.config.sequence_parallel:
+            return None
+        hidden, *rest = inputs
+        return hidden.flatten(0, 1)[self._scored][:, None], *rest
 
     def compute_language_model_loss(self, labels: Tensor, logits: Tensor) -> Tensor:
-        # logits are [seq, batch, vocab/tp], and those at t predict token t + 1. Slicing dim 0 makes no copy.
+        targets = labels[:, 1:].t()
+        seq, batch = targets.shape
+        if self.config.sequence_parallel:
+            logits = logits.flatten(0, 1)[self._scored]
         pair = vocab_parallel_logprobs(
-            logits[:-1],
-            labels[:, 1:].t().contiguous(),
+            logits.flatten(0, -2),
+            targets.reshape(-1)[self._scored],
             vocab_size=self.true_vocab_size,
             temperature=self.temperature,
             group=parallel_state.get_tensor_model_parallel_group(),
             chunk_tokens=self.logprob_chunk_tokens,
+            entropy_gradient=self.entropy_gradient,
         )
-        return F.pad(torch.stack(pair).transpose(1, 2), (1, 0))
+        everywhere = logits.new_zeros(2, seq * batch, dtype=torch.float32).index_copy(1, self._scored, torch.stack(pair))
+        return F.pad(everywhere.view(2, seq, batch).transpose(1, 2), (1, 0))
 
 
 def padded_vocab_size(architecture: Architecture, tp: int) -> int:

@@ -129,7 +129,8 @@ class Policy:
         return parallel_state.is_pipeline_last_stage()
 
     def logprobs(self, batch: Batch) -> Tensor:
-        """log pi of every token, float32 ``[batch, seq]`` on the CPU, equal on all ranks of the model-parallel group."""
+        """log pi of every token in the mask, float32 ``[batch, seq]`` on the CPU, 0 elsewhere. Equal on all ranks of the model-parallel
+        group."""
         padded = pad_columns(batch, self.seq_multiple)
         result = torch.zeros(padded.tokens.shape, dtype=torch.float32)
 
@@ -322,7 +323,7 @@ class Policy:
         if self.routing is not None:
             self.routing.see(given)
         positions = torch.arange(given.tokens.shape[1], device=given.tokens.device).expand_as(given.tokens)
-        output = model(given.tokens, positions, None, labels=given.tokens)
+        output = model(given.tokens, positions, None, labels=given.tokens, loss_mask=given.loss_mask)
 
         def loss(pair: Tensor) -> tuple[Tensor, Tensor, Tensor]:
             pair = pair[:, : rows.tokens.shape[0], : rows.tokens.shape[1]]  # removes the padding
