@@ -10,6 +10,14 @@ if TYPE_CHECKING:
     from ais_megatron.batch import Batch
 
 CUDA_COLUMNS = 128
+CPU_CHUNK_BYTES = 1 << 20  # float32 logits that a CPU works on at a time, so that they stay in the cache of a core
+
+
+def logprob_chunk(wanted: int, vocabulary: int, device: str) -> int:
+    """Number of tokens whose log-probabilities are computed at a time.
+
+    wanted: `train.logprob_chunk_tokens`. vocabulary: columns of the logits on this rank. device: "cpu" or "cuda"."""
+    return wanted if device == "cuda" else min(wanted, max(1, CPU_CHUNK_BYTES // (4 * vocabulary)))
 
 
 @dataclass(frozen=True)

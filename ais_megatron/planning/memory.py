@@ -23,7 +23,7 @@ from math import ceil, prod
 
 from ais_megatron.config import Architecture, Config, ParallelConfig
 from ais_megatron.models.family import Weight, shape_of
-from ais_megatron.shapes import Shapes
+from ais_megatron.shapes import Shapes, logprob_chunk
 
 LOGPROB_CHUNKS_BACKWARD = 4  # FP32 tensors [chunk, vocab/tp] at the same time: log p and p, of this chunk and the previous one
 LOGPROB_CHUNKS_FORWARD = 3
@@ -221,7 +221,8 @@ def training_memory(config: Config, stage: int, tokens: int, in_flight: int, cud
         return body + one_layer, 0
     norm = e * a.hidden_size if cuda else 2 * FP32 * a.hidden_size
     head = tokens * (norm + e * a.hidden_size) // shard
-    vocabulary, chunk = ceil(a.vocab_size / parallel.tp), min(config.train.logprob_chunk_tokens, tokens)
+    vocabulary = ceil(a.vocab_size / parallel.tp)
+    chunk = min(logprob_chunk(config.train.logprob_chunk_tokens, vocabulary, "cuda" if cuda else "cpu"), tokens)
     logits = e * vocabulary * tokens
     in_head = 2 * logits + LOGPROB_CHUNKS_BACKWARD * FP32 * chunk * vocabulary
     # Without pipelining, one of them and the head's weight gradient still exist in the layers' backward pass (measured).
@@ -231,7 +232,7 @@ def training_memory(config: Config, stage: int, tokens: int, in_flight: int, cud
     return body + one_layer, in_layer
 
 
-def logprob_memory(config: Config, stage: int, tokens: int, expert_load: float) -> int:
+def logprob_memory(config: Config, stage: int, tokens: int, cuda: bool, expert_load: float) -> int:
     """Bytes of a forward pass without gradient over one microbatch of `tokens` tokens, at the worst moment of a layer or the head."""
     a, parallel, e = config.architecture, config.parallel, dtype_bytes(config)
     if a.is_moe:
@@ -245,7 +246,8 @@ def logprob_memory(config: Config, stage: int, tokens: int, expert_load: float) 
     layer = mlp + e * a.hidden_size * residuals
     if stage < parallel.pp - 1:
         return layer
-    vocabulary, chunk = ceil(a.vocab_size / parallel.tp), min(config.train.logprob_chunk_tokens, tokens)
+    vocabulary = ceil(a.vocab_size / parallel.tp)
+    chunk = min(logprob_chunk(config.train.logprob_chunk_tokens, vocabulary, "cuda" if cuda else "cpu"), tokens)
     head = e * vocabulary * tokens + LOGPROB_CHUNKS_FORWARD * FP32 * chunk * vocabulary
     return max(layer, head + 2 * e * a.hidden_size * tokens // (parallel.tp if parallel.sequence_parallel else 1))
 
@@ -365,7 +367,7 @@ def rank_memory(
         batch=batch_memory(config, in_flight * tokens),
         activations=activations,
         logits=logits,
-        logprobs=logprob_memory(config, stage, tokens, expert_load) + (e * counts.all if config.objective.kl_coefficient else 0),
+        logprobs=logprob_memory(config, stage, tokens, cuda, expert_load) + (e * counts.all if config.objective.kl_coefficient else 0),
         optimizer_step=FP32 * (dense + expert),  # torch's AdamW updates all parameters at once
         kv_cache=decoding * row * kv_bytes_per_token(config, cuda) if local else 0,
         sync=sync_memory(config),

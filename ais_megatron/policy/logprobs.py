@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-CPU_CHUNK_BYTES = 1 << 20
+from ais_megatron.shapes import logprob_chunk
 
 
 def vocab_parallel_logprobs(
@@ -37,7 +37,7 @@ def vocab_parallel_logprobs(
         targets: int64 ``[...]``, token ids in [0, vocab_size).
         vocab_size: size of the vocabulary without padding.
         group: the tensor-parallel group; None for a single rank.
-        chunk_tokens: most tokens of a chunk. On a CPU a chunk also has at most `CPU_CHUNK_BYTES`.
+        chunk_tokens: most tokens of a chunk. On a CPU it is smaller, see `logprob_chunk`.
         entropy_gradient: whether the entropy is differentiable too.
     Returns:
         (logprobs, entropy), each float32 ``[...]``, equal on all ranks of the group, and differentiable.
@@ -45,8 +45,7 @@ def vocab_parallel_logprobs(
     shard = logits.shape[-1]
     offset = (dist.get_rank(group) if group is not None else 0) * shard
     flat = logits.reshape(-1, shard)
-    if flat.device.type == "cpu":
-        chunk_tokens = min(chunk_tokens, max(1, CPU_CHUNK_BYTES // (4 * shard)))
+    chunk_tokens = logprob_chunk(chunk_tokens, shard, flat.device.type)
     logprobs, entropy = _VocabParallelLogprobs.apply(
         flat, targets.reshape(-1), offset, min(shard, max(0, vocab_size - offset)), temperature, group, chunk_tokens, entropy_gradient
     )
