@@ -38,6 +38,7 @@ def export_run(run: Path, out: Path, step: int | None = None, shard_bytes: int =
         written = HFFolder(partial, config.architecture, config.model.dtype, shard_bytes)
         for name, tensor in reader.tensors():
             written.write(name, tensor)
+            del tensor  # before the next one is read
         tokenizer.save(partial)
         written.finish(eos_id=tokenizer.eos_id, pad_id=tokenizer.pad_id)
         partial.replace(out)

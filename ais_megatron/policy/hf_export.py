@@ -13,11 +13,18 @@ import torch.distributed as dist
 from ais_megatron.batch import Bucket
 from ais_megatron.config import Architecture
 from ais_megatron.distributed import LOCAL_ERRORS, rank_consistent
-from ais_megatron.export.hf_folder import HFFolder
+from ais_megatron.export.hf_folder import SHARD_BYTES, HFFolder
 
 
 def save_hf(
-    buckets: Iterable[Bucket], architecture: Architecture, dtype: str, folder: Path, *, eos_id: int | None = None, pad_id: int | None = None
+    buckets: Iterable[Bucket],
+    architecture: Architecture,
+    dtype: str,
+    folder: Path,
+    *,
+    eos_id: int | None = None,
+    pad_id: int | None = None,
+    shard_bytes: int = SHARD_BYTES,
 ) -> None:
     """Write all tensors of `buckets`. All ranks iterate over `buckets`, and the first rank writes.
 
@@ -32,7 +39,7 @@ def save_hf(
     for bucket in buckets:  # continues after a failure, because the other ranks wait in the same gathers
         if is_main and error is None:
             try:
-                written = written or HFFolder(folder, architecture, dtype)
+                written = written or HFFolder(folder, architecture, dtype, shard_bytes)
                 for name, tensor in bucket:
                     written.write(name, tensor)
             except LOCAL_ERRORS as caught:
