@@ -220,7 +220,8 @@ def export(
     config_of(run)
     from ais_megatron.export.run import export_run
 
-    print(f"{out} ({export_run(run, out, step, int(shards_of * 1e9)).name})")
+    export_run(run, out, step, int(shards_of * 1e9))
+    print(out)
 
 
 @app.command()

@@ -7,6 +7,7 @@ import json
 import shutil
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -205,7 +206,8 @@ def made_up(run: Path, tokenizer: Path | None = None, scale: float = 1.0, **size
     state = {name: (scale * torch.randn(shape)).to(torch.bfloat16) for name, shape in shapes.items()}
     folder = checkpoint_files.folder_of(run / "checkpoints", 1)
     folder.mkdir(parents=True)
-    dcp.save(dict(state), checkpoint_id=str(folder), no_dist=True)
+    with warnings.catch_warnings(action="ignore"):  # that there is only one process
+        dcp.save(dict(state), checkpoint_id=str(folder), no_dist=True)
     if tokenizer is None:
         SentencePieceTokenizer.train(["0 1 2 3 4 5 6 7 8 9"], 40, [], folder / "tokenizer.model")
     else:
