@@ -13,6 +13,6 @@ How data flows through the package:
     trainer            runs these steps in this order
 
 The other packages support this flow: config (the configuration), models (the model families), quantization (FP8 and FP4), cluster
-(starting processes, checking machines), planning (memory and time before a run), runs (a run's folder, metrics and report) and
-comparison (several runs side by side).
+(starting processes, checking machines), planning (memory and time before a run), runs (a run's folder, metrics and report), export
+(checkpoints as Hugging Face folders) and comparison (several runs side by side).
 """

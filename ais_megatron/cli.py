@@ -10,6 +10,7 @@ import sys
 import traceback
 from collections.abc import Callable
 from contextlib import closing
+from math import isfinite
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -19,8 +20,8 @@ from ais_megatron.cluster.cuda_environment import prepare_cuda
 from ais_megatron.cluster.exits import CHECK_FAILED, EXIT_REQUEUE, INTERRUPTED, USER_ERROR, Preempted
 from ais_megatron.cluster.gpu_checks import gpu_problems
 from ais_megatron.cluster.launcher import is_launched, ranks_here, run_ranks
-from ais_megatron.config import Config, ConfigError, build_config, load_config
-from ais_megatron.runs.folder import CONFIG_FILE, check_export_folder, check_output_file, check_run_folder
+from ais_megatron.config import Config, ConfigError, load_config
+from ais_megatron.runs.folder import check_export_folder, check_output_file, check_run_folder, config_of
 from ais_megatron.runs.inputs import input_problems
 
 app = typer.Typer(
@@ -65,7 +66,7 @@ def evaluate(
     """Measure pass@1 on the held-out problems, with the rollout engine."""
     if not target.exists():
         raise ConfigError(f"CONFIG|RUN={target}: no such file or folder; give a YAML file or the run.dir of a run")
-    loaded = load_config(_config_of(target) if target.is_dir() else target, overrides or [])
+    loaded = load_config(config_of(target) if target.is_dir() else target, overrides or [])
     if not loaded.rollout.engine_traits.can_evaluate:
         raise ConfigError(
             f"rollout.engine={loaded.rollout.engine}: a recording has no responses of other weights; set rollout.engine=local"
@@ -202,12 +203,25 @@ def plan(
 
 
 @app.command()
-def export(run: RunFolder, out: Annotated[Path, typer.Argument(metavar="OUT", help="folder to create")]) -> None:
-    """Write a run's newest checkpoint as a Hugging Face folder (safetensors, config, tokenizer)."""
-    config = load_config(_config_of(run))
-    one_rank = config.parallel.model_dump() | {"tp": 1, "pp": 1, "cp": 1, "ep": 1, "dp": 1, "sequence_parallel": False}
-    check_export_folder(out)
-    _run_distributed(build_config(config.model_dump() | {"parallel": one_rank}), lambda c: _export(c, run, out))
+def export(
+    run: RunFolder,
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="folder to create")],
+    step: Annotated[int | None, typer.Option(metavar="N", help="export the checkpoint of this step; default: the newest")] = None,
+    shards_of: Annotated[
+        float, typer.Option("--shards-of", metavar="GB", help="most gigabytes of weights in one file; a larger tensor has its own file")
+    ] = 5.0,
+) -> None:
+    """Write a run's checkpoint as a Hugging Face folder (safetensors, config, tokenizer). Needs no GPU, and memory for a few tensors."""
+    if not (isfinite(shards_of) and shards_of * 1e9 >= 1.0):
+        raise ConfigError(
+            f"--shards-of {shards_of:g}: not a size; allowed: more than 0. It is the most gigabytes of one file, for example 5"
+        )
+    check_export_folder(out)  # before torch is imported
+    config_of(run)
+    from ais_megatron.export.run import export_run
+
+    export_run(run, out, step, int(shards_of * 1e9))
+    print(out)
 
 
 @app.command()
@@ -267,13 +281,6 @@ def keys(
     from ais_megatron.config.keys import all_keys, as_markdown, as_text, keys_of
 
     print(as_markdown() if markdown else as_text(keys_of(section) if section else all_keys(), shutil.get_terminal_size().columns))
-
-
-def _config_of(run: Path) -> Path:
-    """The configuration in a run folder; ConfigError if the folder is not one."""
-    if not (run / CONFIG_FILE).is_file():
-        raise ConfigError(f"RUN={run}: is not a run folder, because it has no {CONFIG_FILE}; give the run.dir of a run")
-    return run / CONFIG_FILE
 
 
 def _check_inputs(config: Config) -> None:
@@ -347,19 +354,6 @@ def _evaluate(config: Config, run: Path | None, out: Path | None = None) -> None
         if out is not None:
             out.parent.mkdir(parents=True, exist_ok=True)
             write_json_atomic(out, {"accuracy": accuracy, "num_prompts": config.eval.num_prompts, "samples": config.eval.samples})
-
-
-def _export(config: Config, run: Path, out: Path) -> None:
-    from ais_megatron.policy import checkpoint
-    from ais_megatron.policy.hf_export import save_hf
-    from ais_megatron.session import build_policy
-
-    folder = _newest_checkpoint(run, config)
-    policy, _, tokenizer = build_policy(config, from_checkpoint=True)
-    checkpoint.load(policy, folder, with_optimizer=False)
-    save_hf(policy.export_buckets(2**30), config.architecture, config.model.dtype, out, eos_id=tokenizer.eos_id, pad_id=tokenizer.pad_id)
-    tokenizer.save(out)
-    print(out)
 
 
 def _newest_checkpoint(run: Path, config: Config) -> Path:

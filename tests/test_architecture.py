@@ -18,7 +18,7 @@ FLOORS = [
     {"cluster", "planning"},
     {"distributed", "comparison"},
     {"algorithm", "tasks", "quantization", "tokenizer"},
-    {"prompts"},
+    {"prompts", "export"},
     {"policy", "rollout"},
     {"weight_sync", "sft", "update", "interruption"},
     {"generation"},

@@ -53,7 +53,12 @@ class SGLangConfig(Section):
         1.0, gt=0.0, description="a sync fails if engine and trainer differ by more than this many nats per token on a few probe tokens"
     )
     max_concurrency: PositiveInt = Field(256, description="most requests in flight at one server")
-    request_timeout_s: float = Field(600.0, gt=0.0, description="time limit for one response")
+    request_timeout_s: float = Field(
+        600.0,
+        gt=0.0,
+        description="a server is given up after so many seconds without progress; a response may take longer while its server generates "
+        "tokens, also if it waits in the server's queue. It is also the time limit for one request of a weight sync",
+    )
     startup_timeout_s: float = Field(
         3000.0,
         gt=0.0,

@@ -213,6 +213,12 @@ def row_tokens(config: Config, assumed: Assumptions) -> tuple[int, int]:
     return assumed.prompt_tokens, assumed.response_tokens or config.rollout.max_response_tokens
 
 
+def longest_row(config: Config, assumed: Assumptions) -> int:
+    """Tokens of a typical prompt with the longest response."""
+    prompt, response = row_tokens(config, assumed)
+    return prompt + max(response, config.rollout.max_response_tokens)
+
+
 def active_parameters(a: Architecture) -> int:
     """Number of parameters that multiply one token: only the chosen experts, and the head but not the embedding."""
     dense, expert = layer_counts(a)

@@ -16,7 +16,18 @@ from typing import TYPE_CHECKING
 from pydantic import ValidationError
 
 from ais_megatron.config import Config, ConfigError
-from ais_megatron.planning.cost import GIB, Assumptions, Servers, StepTime, SyncBytes, row_tokens, servers_of, step_time, sync_bytes
+from ais_megatron.planning.cost import (
+    GIB,
+    Assumptions,
+    Servers,
+    StepTime,
+    SyncBytes,
+    longest_row,
+    row_tokens,
+    servers_of,
+    step_time,
+    sync_bytes,
+)
 from ais_megatron.planning.memory import RankMemory, rank_memory, smallest_dp, total_parameters
 
 if TYPE_CHECKING:
@@ -128,31 +139,37 @@ def _rank_problems(config: Config, assumed: Assumptions, ranks: list[RankMemory]
         f"parallel.tp={parallel.tp} pp={parallel.pp} cp={parallel.cp} dp={parallel.dp} ep={parallel.ep} etp={parallel.etp}: a rank of "
         f"stage {worst.stage} needs {worst.peak / GIB:.1f} GiB in phase {phase} ({worst.lasting / GIB:.1f} GiB of them all the time), with "
         f"--margin {assumed.margin:g} {worst.peak / GIB * (1.0 + assumed.margin):.1f}; --gpu-memory-gib {assumed.memory:g} less "
-        f"--reserve-gib {assumed.reserve_gib:g} is {limit:g}. {_remedy(config, phase)}"
+        f"--reserve-gib {assumed.reserve_gib:g} is {limit:g}. {_remedy(config, assumed, phase)}"
     ]
 
 
-def _remedy(config: Config, phase: str) -> str:
+def _remedy(config: Config, assumed: Assumptions, phase: str) -> str:
     if phase == "sync":
         return "Lower rollout.sync_bucket_mb, or raise parallel.tp, pp or dp"
     if phase == "generate":
         return "Lower rollout.max_batch or rollout.max_response_tokens, or set rollout.engine=sglang"
     recompute = "set model.recompute=full, " if config.model.recompute == "none" else ""
     keys = "parallel.tp, pp, ep or dp (--gpus)" if config.architecture.is_moe else "parallel.tp, pp or dp (--gpus)"
+    longest, budget = longest_row(config, assumed), config.train.tokens_per_microbatch
+    if longest > budget:  # then a smaller budget would change nothing
+        return (
+            f"Raise {keys}, {recompute}or lower rollout.max_response_tokens: the longest row has {longest} tokens, more than "
+            f"train.tokens_per_microbatch={budget}, and a row is never split"
+        )
     return f"Raise {keys}, {recompute}or lower train.tokens_per_microbatch"
 
 
 def _server_problems(config: Config, assumed: Assumptions, servers: Servers) -> list[str]:
     if not config.rollout.engine_traits.has_servers:
         return []
-    sglang, row, problems = config.rollout.sglang, sum(row_tokens(config, assumed)), []
+    sglang, row, problems = config.rollout.sglang, longest_row(config, assumed), []
     if servers.gpus % servers.tp:
         problems.append(f"--rollout-gpus {servers.gpus}: must be a multiple of rollout.sglang.tp={servers.tp}")
     if servers.kv_tokens < row:
         problems.append(
             f"rollout.sglang.tp={sglang.tp} mem_fraction={sglang.mem_fraction or 'empty'}: {servers.weights / GIB:.1f} GiB of weights on a "
-            f"server's GPU leave a KV cache of {servers.kv_tokens} tokens, fewer than the {row} tokens of one prompt and its response; "
-            f"--gpu-memory-gib is {assumed.memory:g}. Raise rollout.sglang.tp or rollout.sglang.mem_fraction, or use FP8"
+            f"server's GPU leave a KV cache of {servers.kv_tokens} tokens, fewer than the {row} tokens of a prompt and the longest "
+            f"response; --gpu-memory-gib is {assumed.memory:g}. Raise rollout.sglang.tp or rollout.sglang.mem_fraction, or use FP8"
         )
     return problems
 
@@ -200,7 +217,8 @@ def print_plan(plan: Plan, suggestions: list[Plan]) -> None:
         f"reserve; a layout fits if its peak and a margin of {assumed.margin:.0%} fit; workspaces of {assumed.workspace_gib:g} GiB, "
         f"{assumed.fragmentation:.0%} lost between blocks; {assumed.flops / 1e12:g} TFLOP/s BF16 at MFU {assumed.mfu:g}, "
         f"{assumed.bandwidth / 1e9:g} GB/s at {assumed.decode_efficiency:g} in decoding, NVLink {assumed.nvlink_gb_s:g} and network "
-        f"{assumed.network_gb_s:g} GB/s; prompts of {prompt} and responses of {response} tokens; the busiest experts get "
+        f"{assumed.network_gb_s:g} GB/s; prompts of {prompt} and responses of {response} tokens, the longest of "
+        f"{config.rollout.max_response_tokens}; the busiest experts get "
         f"{assumed.expert_load:g} times the mean.",
         highlight=False,
     )

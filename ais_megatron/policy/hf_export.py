@@ -1,49 +1,51 @@
-"""Writes exported weights as a Hugging Face folder that transformers can load: safetensors shards, index and config.json."""
+"""Writes the weights of a policy on all ranks as a Hugging Face folder, bucket by bucket (`export.hf_folder`).
+
+`export.run` exports a checkpoint, which needs neither a policy nor ranks.
+"""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from pathlib import Path
 
 import torch.distributed as dist
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 
 from ais_megatron.batch import Bucket
 from ais_megatron.config import Architecture
-from ais_megatron.config.hf_config import hf_config
 from ais_megatron.distributed import LOCAL_ERRORS, rank_consistent
+from ais_megatron.export.hf_folder import SHARD_BYTES, HFFolder
 
 
 def save_hf(
-    buckets: Iterable[Bucket], architecture: Architecture, dtype: str, folder: Path, *, eos_id: int | None = None, pad_id: int | None = None
+    buckets: Iterable[Bucket],
+    architecture: Architecture,
+    dtype: str,
+    folder: Path,
+    *,
+    eos_id: int | None = None,
+    pad_id: int | None = None,
+    shard_bytes: int = SHARD_BYTES,
 ) -> None:
-    """Write each bucket as a safetensors file. All ranks iterate over `buckets`, and the first rank writes.
+    """Write all tensors of `buckets`. All ranks iterate over `buckets`, and the first rank writes.
 
     Args:
-        dtype: "bf16" or "fp32", recorded in config.json.
+        dtype: "bf16" or "fp32", the precision of the files.
     Raises:
         RuntimeError: the folder cannot be written. All ranks raise it together.
     """
     is_main = dist.get_rank() == 0
-    files: dict[str, str] = {}
-    total = 0
+    written: HFFolder | None = None
     error: Exception | None = None
-    for number, bucket in enumerate(buckets):  # continues after a failure, because the other ranks wait in the same gathers
-        name = f"model-{number + 1:05d}.safetensors"
-        total += sum(tensor.nbytes for _, tensor in bucket)
-        files |= {key: name for key, _ in bucket}
+    for bucket in buckets:  # continues after a failure, because the other ranks wait in the same gathers
         if is_main and error is None:
             try:
-                folder.mkdir(parents=True, exist_ok=True)
-                save_file({key: tensor.contiguous().cpu() for key, tensor in bucket}, folder / name, metadata={"format": "pt"})
-            except (*LOCAL_ERRORS, SafetensorError) as caught:
+                written = written or HFFolder(folder, architecture, dtype, shard_bytes)
+                for name, tensor in bucket:
+                    written.write(name, tensor)
+            except LOCAL_ERRORS as caught:
                 error = caught
     with rank_consistent():
         if error is not None:
             raise RuntimeError(f"cannot write {folder}: {error}") from error
-        if is_main:
-            index = {"metadata": {"total_size": total}, "weight_map": files}
-            (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
-            (folder / "config.json").write_text(json.dumps(hf_config(architecture, dtype, eos_id, pad_id), indent=2))
+        if written is not None:
+            written.finish(eos_id=eos_id, pad_id=pad_id)

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from ais_megatron.batch import Bucket
 from ais_megatron.config import Architecture
+from ais_megatron.export.parameters import join, split
 from ais_megatron.models.family import EMBEDDING, FINAL_NORM, HEAD, Weight, parameters_of, shape_of
 
 
@@ -128,26 +129,6 @@ def _entry(
     return Entry(stage, megatron_prefix + name.format(slot=slot), parts, slot)
 
 
-def split(entry: Entry, parameter: Tensor, architecture: Architecture) -> list[Tensor]:
-    """This rank's shard of each part. Megatron interleaves Q, K and V by KV group, in weights and biases, and stacks gate and up."""
-    if len(entry.parts) == 1:
-        return [parameter]
-    if len(entry.parts) == 2:
-        return list(parameter.chunk(2))
-    per_group = architecture.num_attention_heads // architecture.num_key_value_heads
-    heads = parameter.view(-1, per_group + 2, architecture.head_dim, *parameter.shape[1:])
-    return [x.flatten(0, 2) for x in heads.split([per_group, 1, 1], dim=1)]
-
-
-def join(entry: Entry, shards: list[Tensor], architecture: Architecture) -> Tensor:
-    """The inverse of `split`."""
-    if len(shards) < 3:
-        return torch.cat(shards)
-    per_group = architecture.num_attention_heads // architecture.num_key_value_heads
-    grouped = [x.view(-1, heads, architecture.head_dim, *x.shape[1:]) for x, heads in zip(shards, (per_group, 1, 1), strict=True)]
-    return torch.cat(grouped, dim=1).flatten(0, 2)
-
-
 def load_hf(model: nn.Module, architecture: Architecture, folder: str | Path, transformer_engine: bool) -> None:
     """Copy this rank's shards from a checkpoint folder (one or many safetensors files) into `model`, in place.
 
@@ -165,7 +146,7 @@ def load_hf(model: nn.Module, architecture: Architecture, folder: str | Path, tr
         target = parameters.pop(entry.parameter)
         shards = [reader.shard(part, layout.tp, layout.tp_rank) for part in _parts_on(entry, layout.ep_rank, architecture, layout.ep)]
         with torch.no_grad():
-            target.copy_(join(entry, shards, architecture))
+            target.copy_(join(shards, architecture))
     assert not parameters, f"parameters without a Hugging Face counterpart: {sorted(parameters)}"
 
 
@@ -268,7 +249,7 @@ def _export(entries: list[Entry], parameters: dict[str, nn.Parameter], architect
     example = next(iter(parameters.values()))
     ranks = layout.tp * layout.ep
     if entries[0].stage == parallel_state.get_pipeline_model_parallel_rank():
-        shards = [shard for e in entries for shard in split(e, parameters[e.parameter].detach(), architecture)]
+        shards = [shard for e in entries for shard in split(parameters[e.parameter].detach(), len(e.parts), architecture)]
         flat = _gather(torch.cat([shard.reshape(-1) for shard in shards]), ranks, layout.group)
     else:
         flat = torch.empty(ranks * sum(sizes), dtype=example.dtype, device=example.device)

@@ -86,6 +86,13 @@ def _unusable(config: Config, error: OSError) -> ConfigError:
     return ConfigError(f"run.dir={config.run.dir}: cannot be used as a run folder ({error}); choose another run.dir")
 
 
+def config_of(run: Path) -> Path:
+    """The configuration in the run folder `run`; ConfigError if the folder is not one."""
+    if not (run / CONFIG_FILE).is_file():
+        raise ConfigError(f"RUN={run}: is not a run folder, because it has no {CONFIG_FILE}; give the run.dir of a run")
+    return run / CONFIG_FILE
+
+
 def check_export_folder(folder: Path) -> None:
     """Check the folder of an export before a model is loaded. Creates nothing.
 

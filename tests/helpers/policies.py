@@ -130,7 +130,7 @@ def exported(rank: int, path: Path, out: Path | None = None, **layout):
     policy = make_policy(config, path)
     weights = {name: tensor.clone() for bucket in policy.export_buckets(30_000) for name, tensor in bucket}
     if out is not None:
-        save_hf(policy.export_buckets(30_000), config.architecture, "fp32", out)
+        save_hf(policy.export_buckets(30_000), config.architecture, "fp32", out, shard_bytes=30_000)
     return weights
 
 

@@ -289,6 +289,30 @@ def test_microbatches_are_rounded_on_cuda_and_a_long_row_is_one() -> None:
     assert memories[0].activations == memories[1].activations, "one row of 4352 either way"
 
 
+def test_responses_of_32k_tokens() -> None:
+    """A row has 256 + 32768 tokens, twice the budget of a microbatch. A token has 36 layers x 2 x 8 heads x 128 bytes of KV cache."""
+    long = ["rollout.max_response_tokens=32768"]
+    eight = Assumptions(rollout_gpus=8)
+    config = with_gpus(load_config(DENSE, [*long, "model.recompute=full"]), 8)
+    plan = make_plan(config, eight)
+    assert not plan.problems
+    assert microbatching(config, 33024, cuda=True) == Microbatching(count=512, rows=1, width=33024, computed=512)
+    vocabulary = 151936 // 4
+    assert plan.ranks[0].logits == 2 * 2 * 33024 * vocabulary + 4 * 4 * 2048 * vocabulary
+    assert plan.servers.kv_per_token == 73728
+    assert plan.servers.kv_tokens == (int(80 * GIB * 0.85) - plan.servers.weights) // 73728
+    assert plan.servers.concurrency == plan.servers.kv_tokens // 33024 == 26
+    waves, step = 5, 26 * (256 + 16384) * 73728 / (3350e9 * 0.6)  # 1024 responses on 8 servers; seconds to read the KV cache
+    assert waves * 32768 * step < plan.time.generate < 1.5 * waves * 32768 * step
+    (problem,) = make_plan(with_gpus(load_config(DENSE, long), 8), eight).problems
+    assert "set model.recompute=full, or lower rollout.max_response_tokens: the longest row has 33024 tokens" in problem
+    small = with_gpus(load_config(DENSE, [*long, "model.recompute=full", "rollout.sglang.mem_fraction=0.13"]), 8)
+    (problem,) = make_plan(small, Assumptions(rollout_gpus=8, response_tokens=4096)).problems
+    assert re.search(r"KV cache of \d+ tokens, fewer than the 33024 tokens of a prompt and the longest response", problem)
+    with pytest.raises(ConfigError, match="max_position_embeddings=40960; lower it"):
+        load_config(DENSE, ["rollout.max_response_tokens=40960"])
+
+
 def test_generation_ahead_overlaps_in_time_and_in_memory() -> None:
     for ahead in (0, 1):
         time = make_plan(with_gpus(load_config(DENSE, [f"rollout.ahead={ahead}"]), 8), Assumptions(rollout_gpus=8)).time

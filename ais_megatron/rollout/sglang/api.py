@@ -12,7 +12,8 @@ import aiohttp
 import orjson
 
 JSON_HEADERS = {"Content-Type": "application/json"}
-PROBE_SECONDS = 30.0  # for requests that do no work; /health itself gives up after 20 s
+PROBE_SECONDS = 30.0  # for connecting, and for requests that do no work; /health itself gives up after 20 s
+ACTIVITY = ("num_running_reqs", "num_waiting_reqs", "num_used_tokens", "total_prefill_uncached_tokens")
 
 
 class Unreachable(RuntimeError):
@@ -28,7 +29,7 @@ class Refused(RuntimeError):
 
 
 class ServerAPI:
-    """The server at `url`. `session` sends the access key, if there is one."""
+    """The server at `url`. `session` sends the access key, if there is one. A request of a weight sync may take `timeout_s`."""
 
     def __init__(self, url: str, session: aiohttp.ClientSession, timeout_s: float) -> None:
         self.url = url
@@ -47,9 +48,16 @@ class ServerAPI:
         """The name that the last update gave its weights; "default" before the first update and after a restart."""
         return (await self._call("GET", "/model_info", PROBE_SECONDS))["weight_version"]
 
+    async def activity(self) -> list[list[int]]:
+        """Numbers for each of the server's schedulers, of which some change while it works: requests that run and wait, tokens in the KV
+        cache, and tokens prefilled since the start. SGLang writes them every few steps, and stops when it hangs."""
+        answer = await self._call("GET", "/v1/loads?include=core", PROBE_SECONDS)
+        return [[load.get(number, 0) for number in ACTIVITY] for load in answer.get("loads", [])]
+
     async def generate(self, **body: Any) -> dict[str, Any]:
-        """Generate one response: `output_ids` and `meta_info`."""
-        return await self._call("POST", "/generate", self._timeout_s, body)
+        """Generate one response: `output_ids` and `meta_info`. There is no time limit, because a long response in a long queue may take
+        hours. The dispatcher watches the server's progress instead."""
+        return await self._call("POST", "/generate", None, body)
 
     async def abort(self, prefix: str) -> None:
         """End all requests whose id begins with `prefix`."""
@@ -96,8 +104,8 @@ class ServerAPI:
         answer = await self._call("POST", "/weights_checker", self._timeout_s, {"action": "checksum"})
         return [part["checksums"] for part in answer["ranks"]]
 
-    async def _call(self, method: str, path: str, timeout_s: float, body: dict[str, Any] | None = None) -> Any:
-        timeout = aiohttp.ClientTimeout(timeout_s)
+    async def _call(self, method: str, path: str, timeout_s: float | None, body: dict[str, Any] | None = None) -> Any:
+        timeout = aiohttp.ClientTimeout(total=timeout_s, sock_connect=PROBE_SECONDS)
         data, headers = (None, None) if body is None else (orjson.dumps(body), JSON_HEADERS)
         try:
             async with self._session.request(method, self.url + path, data=data, headers=headers, timeout=timeout) as response:
@@ -105,7 +113,7 @@ class ServerAPI:
                     raise Refused(response.status, f"{self.url}{path} answered HTTP {response.status}: {_message(await response.text())}")
                 return _parse(await response.read())
         except TimeoutError as error:
-            raise Unreachable(f"{self.url}{path} did not answer within {timeout_s:g} s") from error
+            raise Unreachable(f"{self.url}{path} did not answer within {timeout_s or PROBE_SECONDS:g} s") from error
         except (aiohttp.ClientError, OSError) as error:
             raise Unreachable(f"{self.url}{path}: {error or type(error).__name__}") from error
         except ValueError as error:

@@ -76,6 +76,7 @@ class SGLangEngine:
         self._manifest = Manifest.of(architecture, rollout, dtype)
         self._version = -1
         self._acceptable: set[int] = set()  # versions that a server may have: old and new between an update and the next `generate`
+        self._is_updating = False
         self._closed = False
         self._known: set[str] = set()  # servers that have passed the checks of their first update
         self._unfinished: dict[Any, Generation] = {}  # calls that ended in WeightsLost
@@ -85,11 +86,12 @@ class SGLangEngine:
         self._session = self._run(_open_session(key))
         self._servers = [self._server(url) for url in urls]
         self._updated: list[Server] = []  # servers in the last update
-        doors = [self._server(self._config.router)] if self._config.router else self._servers
-        self._dispatcher = Dispatcher(doors, self._config, self._ask, self._is_current, lambda: len(self._acceptable) > 1, number)
+        router = self._config.router
+        doors = [self._server(router, tuple(server.api for server in self._servers))] if router else self._servers
+        self._dispatcher = Dispatcher(doors, self._config, self._ask, self._is_current, lambda: self._is_updating, number)
 
-    def _server(self, url: str) -> Server:
-        return Server(ServerAPI(url, self._session, self._config.request_timeout_s))
+    def _server(self, url: str, behind: tuple[ServerAPI, ...] = ()) -> Server:
+        return Server(ServerAPI(url, self._session, self._config.request_timeout_s), behind=behind)
 
     @property
     def version(self) -> int:
@@ -175,6 +177,13 @@ class SGLangEngine:
             raise ValueError(f"version={version}: must be 0 or more; -1 means that there are no weights")
         is_first, after_failure, self._version = not self._known and self._version < 0, self._version < 0, -1
         self._acceptable.add(version)
+        self._is_updating = True
+        try:
+            self._update(buckets, version, is_first, after_failure)
+        finally:
+            self._is_updating = False
+
+    def _update(self, buckets: Iterable[Bucket], version: int, is_first: bool, after_failure: bool) -> None:
         transport = self._transport
         if transport is None:
             for _ in buckets:

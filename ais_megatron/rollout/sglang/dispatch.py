@@ -4,11 +4,13 @@ Every request is for one response. It goes to the least loaded server, but prefe
 and so its prefix. A response counts once. It is stored under (prompt, sample). A request is repeated only after its connection is
 closed, and the server drops a request whose connection is closed.
 
-    refused with 5xx           repeated after a pause that doubles, up to MAX_ATTEMPTS times
-    refused with 4xx           an error, because the request is wrong
-    lost connection, time-out  the server is not used until it answers again; other servers do its requests
-    hung                       the same, after two failed health checks in a row
-    other weights than ours    (after a restart) the server is not used until the next sync
+    refused with 5xx         repeated after a pause that doubles, up to MAX_ATTEMPTS times
+    its queue is full        repeated until there is room
+    refused with 4xx         an error, because the request is wrong
+    lost connection          the server is not used until it is healthy again; other servers do its requests
+    no progress              the same. A response may take as long as it likes while its server works, be it on other requests
+    hung                     the same, after two failed health checks in a row
+    other weights than ours  (after a restart) the server is not used until the next sync
 """
 
 from __future__ import annotations
@@ -32,6 +34,8 @@ logger = logging.getLogger(__name__)
 MAX_ATTEMPTS = 5  # of one response; after this many the request itself probably breaks servers
 BACKOFF = 0.1  # seconds, doubled with every attempt
 HEALTH_SECONDS, HEALTH_TIMEOUT = 10.0, 30.0  # between health checks of working servers, and for one check
+PROGRESS_SECONDS = 5.0  # at most, between two looks at a server's progress
+QUEUE_FULL, QUEUE_SECONDS = "queue is full", 1.0  # in SGLang's message if it has --max-queued-requests; then a pause
 OTHER_WEIGHTS = 200  # our own "status": the answer is valid, but not from this run's weights
 Key = tuple[int, int]  # (position in the prompts, sample number)
 
@@ -46,14 +50,46 @@ class Server:
     """It can be reached and has this run's weights."""
     requests: set[asyncio.Task[Any]] = field(default_factory=set)
     """This rank's requests in flight."""
+    behind: tuple[ServerAPI, ...] = ()
+    """The servers that do its work, if it is a router."""
+    has_weights: bool = False
+    """It had this run's weights when it was asked last."""
+    is_doubtful: bool = False
+    """It has failed, and must be healthy before it is used again."""
+    silent_s: float = 0.0
+    """For how long it has been watched without progress. Time in which this process did not look, because it was busy, does not count."""
+    activity: dict[ServerAPI, object] = field(default_factory=dict)
+    """What it reported last about its work."""
 
     def lose(self, why: str) -> None:
         """Stop using this server. Its requests go back to the queue."""
         if self.usable:
             logger.warning("rollout server %s is not used for now: %s", self.api.url, why)
-        self.usable = False
+        self.usable, self.is_doubtful = False, True
         for request in list(self.requests):
             request.cancel()
+
+    def move(self) -> None:
+        """Note that the server makes progress, or need not."""
+        self.silent_s = 0.0
+
+    async def look_for_progress(self, since_s: float) -> None:
+        """Note progress if the server, or one behind it, reports other numbers than at the last look, `since_s` ago."""
+        self.silent_s += since_s
+        for api in self.behind or (self.api,):
+            began = time.monotonic()
+            try:
+                numbers = await api.activity()
+            except Unreachable:
+                self.silent_s += time.monotonic() - began
+                continue
+            except Refused:  # this SGLang does not report its activity; but if it is healthy, it generates tokens
+                if await api.is_healthy(HEALTH_TIMEOUT):
+                    self.move()
+                continue
+            if numbers != self.activity.get(api):
+                self.activity[api] = numbers
+                self.move()
 
 
 @dataclass(eq=False)
@@ -80,7 +116,7 @@ class Dispatcher:
     Args:
         request: asks one server for one response. It gives None if the response was sampled with other weights than this run's.
         is_current: whether a server whose weights have this name may be used now.
-        is_updating: whether an update is in progress. Servers are then paused and do not answer health checks.
+        is_updating: whether an update is in progress. Servers are then paused. They make no progress and do not answer health checks.
         number: this rank's number. Ranks begin with different servers.
     """
 
@@ -95,6 +131,7 @@ class Dispatcher:
     ) -> None:
         self.servers, self._config, self._request, self._number = servers, config, request, number
         self._is_current, self._is_updating = is_current, is_updating
+        self._look_every = min(PROGRESS_SECONDS, config.request_timeout_s / 4)
 
     async def complete(self, generation: Generation) -> None:
         """Fetch all missing responses.
@@ -109,14 +146,14 @@ class Dispatcher:
                 await self._wait_for_a_server()
             queue = deque(missing)
             workers = min(len(queue), self._config.max_concurrency * max(len(self._config.servers), len(self.servers)))
-            watch = asyncio.ensure_future(self._watch())
+            watches = [asyncio.ensure_future(watch) for watch in (self._watch(), self._follow())]
             work = [asyncio.ensure_future(self._work(generation, queue)) for _ in range(workers)]
             try:
                 await asyncio.gather(*work)
             finally:
-                for task in (watch, *work):
+                for task in (*watches, *work):
                     task.cancel()
-                await asyncio.gather(watch, *work, return_exceptions=True)
+                await asyncio.gather(*watches, *work, return_exceptions=True)
 
     async def _work(self, generation: Generation, queue: deque[Key]) -> None:
         """Fetch one missing response after the other, until none is missing or no server is left."""
@@ -125,7 +162,9 @@ class Dispatcher:
             if server is None:
                 return
             key = queue.popleft()
-            request = asyncio.ensure_future(self._request(server, generation.prompts[key[0]], generation.sampling, key[1]))
+            if not server.requests:
+                server.move()  # it had nothing to do
+            request = asyncio.ensure_future(self._ask(server, generation.prompts[key[0]], generation.sampling, key[1]))
             server.requests.add(request)
             try:
                 rollout = await request
@@ -143,6 +182,26 @@ class Dispatcher:
                     generation.done[key] = rollout
             finally:
                 server.requests.discard(request)
+
+    async def _ask(self, server: Server, prompt: Prompt, sampling: SamplingParams, sample: int) -> Rollout | None:
+        """Make one request, however long it takes while the server makes progress.
+
+        Raises:
+            Unreachable: the server has made none for `request_timeout_s`.
+            Refused: the server refused the request.
+        """
+        limit = self._config.request_timeout_s
+        request = asyncio.ensure_future(self._request(server, prompt, sampling, sample))
+        try:
+            while not (await asyncio.wait({request}, timeout=self._look_every))[0]:
+                if server.silent_s > limit:
+                    raise Unreachable(f"{server.api.url} made no progress for {limit:g} s (rollout.sglang.request_timeout_s)")
+            server.move()
+            return request.result()
+        finally:
+            if not request.done():
+                request.cancel()
+                await asyncio.wait({request})  # until the connection is closed
 
     def _choose(self, generation: Generation, key: Key) -> Server | None:
         """The server that has the prompt's other samples, and so its prefix, if it has room. Otherwise the least loaded server."""
@@ -166,6 +225,9 @@ class Dispatcher:
             raise RuntimeError(f"prompt {generation.prompts[key[0]].index}: {error}") from error
         if status == OTHER_WEIGHTS and server.api.url == self._config.router:
             raise WeightsLost(f"a server behind {server.api.url}: {error}")
+        if QUEUE_FULL in str(error) and server.silent_s <= self._config.request_timeout_s:
+            await asyncio.sleep(QUEUE_SECONDS)
+            return
         attempt = generation.attempts[key] = generation.attempts.get(key, 0) + 1
         if attempt >= MAX_ATTEMPTS:
             raise RuntimeError(f"prompt {generation.prompts[key[0]].index}: {attempt} attempts failed, the last one: {error}") from error
@@ -174,14 +236,32 @@ class Dispatcher:
         await asyncio.sleep(min(BACKOFF * 2**attempt, 5.0))
 
     async def look(self) -> None:
-        """Ask every server whether it answers, and whether it has weights that this run may use now."""
+        """Ask every server whether it answers, and whether it has weights that this run may use now. One that has failed must also be
+        healthy, because SGLang answers such questions even if its scheduler hangs."""
         for server, answer in zip(self.servers, await versions_of(self.servers), strict=True):
             if isinstance(answer, Exception):
+                server.has_weights = False
                 server.lose(str(answer))
-            elif self._is_current(answer) or server.api.url == self._config.router:
-                server.usable = True
-            else:
+                continue
+            server.has_weights = self._is_current(answer) or server.api.url == self._config.router
+            if not server.has_weights:
                 server.lose("it does not have the current weights of this run; it gets them at the next sync")
+            elif not server.is_doubtful:
+                server.usable = True
+        doubtful = [server for server in self.servers if server.has_weights and server.is_doubtful]
+        for server, healthy in zip(doubtful, await asyncio.gather(*(s.api.is_healthy() for s in doubtful)), strict=True):
+            server.is_doubtful, server.usable = not healthy, healthy
+
+    async def _follow(self) -> None:
+        """While requests are in flight, note which servers make progress. A pause is no lack of progress."""
+        while True:
+            await asyncio.sleep(self._look_every)
+            busy = [server for server in self.servers if server.requests]
+            if self._is_updating():
+                for server in busy:
+                    server.move()
+            else:
+                await asyncio.gather(*(server.look_for_progress(self._look_every) for server in busy))
 
     async def _watch(self) -> None:
         """While requests are in flight, detect servers that hang, and use servers again that can be reached again."""
@@ -205,7 +285,7 @@ class Dispatcher:
             if any(server.usable for server in self.servers):
                 return
             for server in self.servers:
-                if await server.api.is_healthy():
+                if not server.has_weights and await server.api.is_healthy():
                     raise WeightsLost(f"{server.api.url} answers, but no longer has this run's weights; push them again")
             if time.monotonic() > deadline:
                 raise Unavailable(

@@ -13,12 +13,15 @@ from aiohttp import web
 class FakeServer:
     """Answers each request with `answer(body)`, by default two tokens, the second of them the end of sequence.
 
-    version: what its weights are called. delay_s: before each answer. status: of /generate. is_hung: answers nothing at all.
+    version: what its weights are called. delay_s: of work before each answer. status: of /generate. is_hung: answers nothing at all.
+    is_stuck: no work goes on and it is not healthy, but other questions are answered, as by an SGLang whose scheduler hangs.
+    slots: requests that it works on at the same time. forgets: number of requests that it will never answer. tokens: work done.
     asked: how often a response to each first prompt token was begun. failing: paths that answer with status 503.
     """
 
     def __init__(self, version: str = "default") -> None:
         self.version, self.delay_s, self.status, self.is_hung = version, 0.0, 200, False
+        self.is_stuck, self.slots, self.forgets, self.tokens = False, asyncio.Semaphore(10**6), 0, 0
         self.key: str | None = None
         self.failing: set[str] = set()
         self.asked: Counter[int] = Counter()
@@ -50,7 +53,7 @@ class FakeServer:
 
     async def _open(self) -> None:
         app = web.Application(client_max_size=2**30)
-        app.router.add_route("*", "/{path}", self._handle)
+        app.router.add_route("*", "/{path:.*}", self._handle)
         self._runner = web.AppRunner(app, shutdown_timeout=0.1)
         await self._runner.setup()
         site = web.TCPSite(self._runner, "127.0.0.1", self._port)
@@ -65,10 +68,12 @@ class FakeServer:
             await asyncio.sleep(0.05)
         if self.key is not None and request.headers.get("Authorization") != f"Bearer {self.key}":
             return web.json_response({"error": "Unauthorized"}, status=401)
-        if path in self.failing:
+        if path in self.failing or (self.is_stuck and path == "health"):
             return web.json_response({}, status=503)
         if path == "model_info":
             return web.json_response({"weight_version": self.version})
+        if path == "v1/loads":
+            return web.json_response({"loads": [{"num_running_reqs": self.in_flight, "num_used_tokens": self.tokens}]})
         if path != "generate":
             return web.json_response({"success": True})
         body = await request.json()
@@ -77,7 +82,11 @@ class FakeServer:
         self.in_flight += 1
         self.most_in_flight = max(self.most_in_flight, self.in_flight)
         try:
-            await asyncio.sleep(self.delay_s)
+            if self.forgets:
+                self.forgets -= 1
+                await asyncio.sleep(600)
+            async with self.slots:
+                await self._work()
             while self.is_hung:
                 await asyncio.sleep(0.05)
         finally:
@@ -85,6 +94,14 @@ class FakeServer:
         if self.status != 200:
             return web.json_response({"error": {"message": "no"}}, status=self.status)
         return web.json_response(self.answer(body))
+
+    async def _work(self) -> None:
+        left = self.delay_s
+        while left > 0:
+            await asyncio.sleep(min(left, 0.05))
+            if not self.is_stuck:
+                left -= 0.05
+                self.tokens += 1
 
 
 def response(tokens: list[int], logprobs: list[float | None], version: str, reason: str = "stop", **meta: Any) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import threading
 import time
@@ -43,10 +44,11 @@ def servers() -> Iterator[Callable[[int], list[FakeServer]]]:
 def engine_of() -> Iterator[Callable[..., SGLangEngine]]:
     made: list[SGLangEngine] = []
 
-    def make(fakes: list[FakeServer], kind: str = "dense", key: str | None = None, **sglang: Any) -> SGLangEngine:
+    def make(fakes: list[FakeServer], kind: str = "dense", key: str | None = None, positions: int = 512, **sglang: Any) -> SGLangEngine:
         config = sglang_config(kind, **({"recovery_timeout_s": 1.0, "request_timeout_s": 5.0} | sglang))
         urls = [fake.url for fake in fakes]
-        made.append(SGLangEngine(config.architecture, config.rollout, urls, eos_id=2, dtype=torch.bfloat16, run_id=RUN, key=key))
+        architecture = config.architecture.model_copy(update={"max_position_embeddings": positions})
+        made.append(SGLangEngine(architecture, config.rollout, urls, eos_id=2, dtype=torch.bfloat16, run_id=RUN, key=key))
         made[-1].update_weights([], 0)  # not the rank that pushes: it only learns the version
         return made[-1]
 
@@ -156,6 +158,93 @@ def test_a_hung_server_is_noticed_and_its_work_done_elsewhere(servers, engine_of
     started = time.monotonic()
     assert len(engine.generate(PROMPTS, TWO)) == 12
     assert time.monotonic() - started < 20 and two.asked == Counter({10 + i: 2 for i in range(6)})
+
+
+def test_a_response_of_32k_tokens_takes_its_time(servers, engine_of) -> None:
+    """Its server works for four times as long as it may be silent. The answer has a megabyte."""
+    (server,) = servers(1)
+    tokens = [7 + i % 500 for i in range(32_767)] + [2]
+    logprobs = [-0.5 - i / 7e5 for i in range(32_768)]
+    server.delay_s, server.answer = 8.0, lambda body: response(tokens, logprobs, server.version)
+    engine = engine_of([server], positions=40_000, request_timeout_s=2.0)
+    started = time.monotonic()
+    rollouts = engine.generate(PROMPTS[:2], SamplingParams(1, 32_768))
+    assert time.monotonic() - started >= 8.0
+    assert all(r.token_ids == tuple(tokens) and r.rollout_logprobs == tuple(logprobs) and r.finish_reason == "stop" for r in rollouts)
+    assert server.asked == Counter({10: 1, 11: 1})
+
+
+def test_a_request_may_wait_in_the_servers_queue(servers, engine_of) -> None:
+    (server,) = servers(1)
+    server.delay_s, server.slots = 0.5, asyncio.Semaphore(1)
+    assert len(engine_of([server], request_timeout_s=1.0).generate(PROMPTS, SamplingParams(1, 4))) == 6
+    assert server.asked == Counter({10 + i: 1 for i in range(6)}) and server.most_in_flight == 6
+
+
+def test_a_full_queue_is_no_failure(servers, engine_of, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatch, "QUEUE_SECONDS", 0.01)
+    (server,) = servers(1)
+    full = response([7], [-0.5], server.version, finish_reason={"type": "abort", "message": "The request queue is full."})
+    server.answer = lambda body: full if server.asked[10] < 3 * dispatch.MAX_ATTEMPTS else response([7, 2], [-0.5, -0.5], server.version)
+    (rollout,) = engine_of([server]).generate(PROMPTS[:1], SamplingParams(1, 4))
+    assert rollout.token_ids == (7, 2) and server.asked[10] == 3 * dispatch.MAX_ATTEMPTS
+
+
+def test_a_stuck_server_is_given_up_until_it_is_healthy(servers, engine_of, caplog: pytest.LogCaptureFixture) -> None:
+    one, two = servers(2)
+    one.delay_s = two.delay_s = 0.2
+    one.is_stuck = True
+    engine = engine_of([one, two], request_timeout_s=1.0)
+    assert len(engine.generate(PROMPTS, TWO)) == 12
+    assert f"{one.url} made no progress for 1 s (rollout.sglang.request_timeout_s)" in caplog.text
+    assert two.asked == Counter({10 + i: 2 for i in range(6)})
+    two.stop()
+    with pytest.raises(Unavailable, match="no rollout server has answered for 1 s"):  # it answers questions, but is not healthy
+        engine.generate(PROMPTS, TWO)
+    one.is_stuck = False
+    assert len(engine.generate(PROMPTS, TWO)) == 12
+
+
+def test_a_request_that_an_idle_server_has_lost_is_repeated(servers, engine_of) -> None:
+    (server,) = servers(1)
+    server.forgets = 1
+    assert len(engine_of([server], request_timeout_s=0.5).generate(PROMPTS, TWO)) == 12
+    assert sum(server.asked.values()) == 13
+
+
+def test_a_pause_is_no_lack_of_progress(servers, engine_of) -> None:
+    (server,) = servers(1)
+    server.delay_s = 0.5
+    engine = engine_of([server], request_timeout_s=1.0)
+    got: list[int] = []
+    generation = threading.Thread(target=lambda: got.append(len(engine.generate(PROMPTS, TWO))))
+
+    def buckets() -> Iterator[Any]:
+        server.is_stuck = True
+        time.sleep(2.5)
+        server.is_stuck = False
+        yield from ()
+
+    generation.start()
+    time.sleep(0.2)
+    engine.update_weights(buckets(), 1)
+    generation.join(20)
+    assert got == [12] and sum(server.asked.values()) == 12
+
+
+def test_an_sglang_without_activity_is_asked_for_its_health(servers, engine_of) -> None:
+    (server,) = servers(1)
+    server.failing, server.delay_s = {"v1/loads"}, 2.0
+    assert len(engine_of([server], request_timeout_s=1.0).generate(PROMPTS, TWO)) == 12
+    assert sum(server.asked.values()) == 12 and "health" in server.calls
+
+
+def test_behind_a_router_the_servers_show_the_progress(servers, engine_of) -> None:
+    server, router = servers(2)
+    router.delay_s, router.failing = 2.0, {"v1/loads", "health"}
+    engine = engine_of([server], router=router.url, servers=[server.url], request_timeout_s=1.0)
+    threading.Thread(target=lambda: [time.sleep(0.1) or setattr(server, "tokens", i) for i in range(40)], daemon=True).start()
+    assert len(engine.generate(PROMPTS[:1], TWO)) == 2 and sum(router.asked.values()) == 2
 
 
 def test_all_servers_gone(servers, engine_of) -> None:

@@ -1,0 +1,80 @@
+"""Exports a checkpoint of a run as a Hugging Face folder, tensor by tensor. It needs no GPU, and starts no ranks."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from ais_megatron.config import Config, ConfigError, load_config
+from ais_megatron.export.checkpoint_reader import CheckpointReader
+from ais_megatron.export.hf_folder import SHARD_BYTES, HFFolder, total_bytes
+from ais_megatron.runs import checkpoint_files
+from ais_megatron.runs.folder import check_export_folder, config_of
+from ais_megatron.tokenizer import MODEL_FILE, HFTokenizer, SentencePieceTokenizer, Tokenizer
+
+
+def export_run(run: Path, out: Path, step: int | None = None, shard_bytes: int = SHARD_BYTES) -> Path:
+    """Write a checkpoint of the run in `run` to `out`, which appears only when it is complete. Returns the checkpoint's folder.
+
+    Args:
+        step: which of the kept checkpoints; None: the newest.
+        shard_bytes: the most bytes of tensors in one file.
+    Raises:
+        ConfigError: there is no such run or checkpoint, or `out` cannot be written. Nothing is left under its name.
+        ValueError: the checkpoint is damaged.
+    """
+    check_export_folder(out)
+    config = load_config(config_of(run))
+    folder = _checkpoint(run, step)
+    checkpoint_files.verify(folder, checksums=config.checkpoint.verify == "checksum")
+    reader = CheckpointReader(folder, config.architecture)
+    tokenizer = _tokenizer(folder, config)
+    out = out.absolute()
+    partial = out.with_name(out.name + checkpoint_files.PARTIAL)
+    try:
+        shutil.rmtree(partial, ignore_errors=True)  # of an export that was killed
+        partial.mkdir(parents=True)
+        _check_room(out, config)
+        written = HFFolder(partial, config.architecture, config.model.dtype, shard_bytes)
+        for name, tensor in reader.tensors():
+            written.write(name, tensor)
+            del tensor  # before the next one is read
+        tokenizer.save(partial)
+        written.finish(eos_id=tokenizer.eos_id, pad_id=tokenizer.pad_id)
+        partial.replace(out)
+    except OSError as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise ConfigError(
+            f"OUT={out}: the export of {folder} could not be written ({error}); make room, or choose another folder"
+        ) from error
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    return folder
+
+
+def _checkpoint(run: Path, step: int | None) -> Path:
+    """The checkpoint of `step`, or the newest one."""
+    found = {checkpoint_files.step_of(folder): folder for folder in checkpoint_files.complete_checkpoints(run / "checkpoints")}
+    if not found:
+        raise ConfigError(f"{run}: has no complete checkpoint yet; wait for the next one (checkpoint.every), or for the end of the run")
+    if step is not None and step not in found:
+        raise ConfigError(
+            f"--step {step}: {run} has no checkpoint of this step; it has those of {', '.join(map(str, found))} (checkpoint.keep and "
+            "keep_every say which are kept)"
+        )
+    return found[max(found) if step is None else step]
+
+
+def _tokenizer(folder: Path, config: Config) -> Tokenizer:
+    """The tokenizer that lies in every checkpoint. (The one that the configuration names may have changed since, or be gone.)"""
+    return HFTokenizer(folder) if config.tokenizer.kind == "hf" else SentencePieceTokenizer.load(folder / MODEL_FILE)
+
+
+def _check_room(out: Path, config: Config) -> None:
+    need, free = total_bytes(config.architecture, config.model.dtype), shutil.disk_usage(out.parent).free
+    if need > free:
+        raise ConfigError(
+            f"OUT={out}: the export needs {need / 1e9:,.2f} GB, but the disk has only {free / 1e9:,.2f} GB left; make room, or "
+            "choose another folder"
+        )
