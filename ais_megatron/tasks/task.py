@@ -1,7 +1,7 @@
 """The protocol of tasks: problems, and a verifiable reward, which a program decides and not a model.
 
-A response is free text with exactly one ``<answer>…</answer>``, followed only by white space. The reward has a part for a well-formed
-answer, so that a model that cannot solve anything yet still gets a signal:
+A response is free text that holds an answer (`extraction` says how it is found). The reward has a part for a well-formed answer, which
+is one that the judge can read. So a model that cannot solve anything yet still gets a signal:
 
     value = format_weight * well_formed + (1 - format_weight) * correct        (correct implies well_formed)
 """
@@ -62,10 +62,10 @@ class Task(Protocol):
         """Texts for training a tokenizer. They contain every character of the task's own texts."""
 
 
-def make_reward(format_weight: float, well_formed: bool, correct: bool) -> Reward:
+def make_reward(format_weight: float, well_formed: bool, correct: bool, reason: str = "") -> Reward:
     """The module's equation."""
     assert well_formed or not correct
-    return Reward(format_weight * well_formed + (1.0 - format_weight) * correct, well_formed, correct)
+    return Reward(format_weight * well_formed + (1.0 - format_weight) * correct, well_formed, correct, reason)
 
 
 def extract_answer(response: str, max_chars: int) -> str | None:
