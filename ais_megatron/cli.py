@@ -357,7 +357,7 @@ def _export(config: Config, run: Path, out: Path) -> None:
     folder = _newest_checkpoint(run, config)
     policy, _, tokenizer = build_policy(config, from_checkpoint=True)
     checkpoint.load(policy, folder, with_optimizer=False)
-    save_hf(policy.export_buckets(2**30), config.architecture, config.model.dtype, out, eos_id=tokenizer.eos_id, pad_id=tokenizer.pad_id)
+    save_hf(policy.export_buckets(2**30), config.architecture, config.model.dtype, out, eos_ids=tokenizer.eos_ids, pad_id=tokenizer.pad_id)
     tokenizer.save(out)
     print(out)
 

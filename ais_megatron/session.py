@@ -94,7 +94,7 @@ def build_session(config: Config, from_checkpoint: bool = False) -> Session:
 
 def with_engine(config: Config, policy: Policy, task: Task, tokenizer: Tokenizer) -> Session:
     """A session of this policy with a new engine for `config.rollout`, which has no weights yet."""
-    engine = build_engine(config, eos_id=tokenizer.eos_id, pad_id=tokenizer.pad_id)
+    engine = build_engine(config, eos_ids=tokenizer.eos_ids, pad_id=tokenizer.pad_id)
     with rank_consistent():
         probe = [to_prompt(task.train_problem(i), i, tokenizer) for i in range(NUM_PROBE_PROMPTS)]
     sync = WeightSync(policy, engine, config.rollout, probe)

@@ -75,7 +75,7 @@ def warm_start(config: Config, task: Task, tokenizer: Tokenizer, folder: Path) -
             _say(f"warm start {step + 1}/{config.sft.steps}  loss {metrics['loss']:.3f} nats/token")
     partial = folder.with_name(folder.name + ".partial")
     save_hf(
-        policy.export_buckets(2**30), config.architecture, config.model.dtype, partial, eos_id=tokenizer.eos_id, pad_id=tokenizer.pad_id
+        policy.export_buckets(2**30), config.architecture, config.model.dtype, partial, eos_ids=tokenizer.eos_ids, pad_id=tokenizer.pad_id
     )
     with rank_consistent():
         if dist.get_rank() == 0:

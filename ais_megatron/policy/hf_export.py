@@ -1,9 +1,11 @@
-"""Writes exported weights as a Hugging Face folder that transformers can load: safetensors shards, index and config.json."""
+"""Writes exported weights as a Hugging Face folder that transformers can load: safetensors shards and their index, config.json and
+generation_config.json.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch.distributed as dist
@@ -12,12 +14,18 @@ from safetensors.torch import save_file
 
 from ais_megatron.batch import Bucket
 from ais_megatron.config import Architecture
-from ais_megatron.config.hf_config import hf_config
+from ais_megatron.config.hf_config import generation_config, hf_config
 from ais_megatron.distributed import LOCAL_ERRORS, rank_consistent
 
 
 def save_hf(
-    buckets: Iterable[Bucket], architecture: Architecture, dtype: str, folder: Path, *, eos_id: int | None = None, pad_id: int | None = None
+    buckets: Iterable[Bucket],
+    architecture: Architecture,
+    dtype: str,
+    folder: Path,
+    *,
+    eos_ids: Sequence[int] = (),
+    pad_id: int | None = None,
 ) -> None:
     """Write each bucket as a safetensors file. All ranks iterate over `buckets`, and the first rank writes.
 
@@ -46,4 +54,5 @@ def save_hf(
         if is_main:
             index = {"metadata": {"total_size": total}, "weight_map": files}
             (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
-            (folder / "config.json").write_text(json.dumps(hf_config(architecture, dtype, eos_id, pad_id), indent=2))
+            (folder / "config.json").write_text(json.dumps(hf_config(architecture, dtype, eos_ids, pad_id), indent=2))
+            (folder / "generation_config.json").write_text(json.dumps(generation_config(eos_ids, pad_id), indent=2))

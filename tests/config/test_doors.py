@@ -236,7 +236,7 @@ def refused_engine(rank: int, folder: str) -> str:
 
     os.chdir(folder)
     try:
-        build_engine(config_of(rollout={"engine": "half:Half", "quantization": "none"}), eos_id=1, pad_id=0)
+        build_engine(config_of(rollout={"engine": "half:Half", "quantization": "none"}), eos_ids=(1,), pad_id=0)
     except ValueError as error:
         return str(error)
     return "accepted"
