@@ -16,7 +16,7 @@ from ais_megatron.prompts import Share, held_out_prompts, to_prompt
 from ais_megatron.rollout.build import build_engine
 from ais_megatron.rollout.engine import RolloutEngine, SamplingParams
 from ais_megatron.sft import starting_policy
-from ais_megatron.tasks import Reward, Task, make_task
+from ais_megatron.tasks import Attempt, Reward, Task, judge_all, make_task
 from ais_megatron.tokenizer import Tokenizer, make_tokenizer
 from ais_megatron.weight_sync import WeightSync
 
@@ -35,9 +35,12 @@ class Session:
     share: Share
 
     def score(self, rollouts: list[Rollout]) -> list[Reward]:
-        """The task's reward for each response. A dropped response has the value NaN."""
+        """The task's reward for each response. A response that was dropped or could not be judged has the value NaN."""
         none = Reward(float("nan"), well_formed=False, correct=False)
-        return [none if r.is_dropped else self.task.reward(r.prompt.truth, self.tokenizer.decode(r.token_ids)) for r in rollouts]
+        present = [r for r in rollouts if not r.is_dropped]
+        decode = self.tokenizer.decode
+        rewards = iter(judge_all(self.task, [Attempt(r.prompt.truth, decode(r.token_ids), r.prompt.text, r.prompt.index) for r in present]))
+        return [none if r.is_dropped else next(rewards) for r in rollouts]
 
     @property
     def sampling(self) -> SamplingParams:
@@ -62,7 +65,7 @@ class Session:
         )
         rollouts = [r for r in self.generator.rollouts(prompts, sampling) if not r.is_dropped]
         with rank_consistent():
-            rewards = self.score(rollouts)
+            rewards = [reward for reward in self.score(rollouts) if not reward.is_missing]
         return reduce_metrics({"accuracy": (sum(r.correct for r in rewards), len(rewards))})["accuracy"]
 
 

@@ -55,7 +55,8 @@ def cached_folder(config: Config) -> Path:
 
 def _problems_made_of(task: TaskConfig) -> dict[str, Any]:
     """What determines the worked solutions: the settings, and the source of a class of the user's own. (Rewards do not matter.)"""
-    settings = task.model_dump(mode="json", exclude={"reward"} if task.options else {"reward", "options"})
+    rewards = {key for key in TaskConfig.model_fields if key.startswith("reward")}
+    settings = task.model_dump(mode="json", exclude=rewards if task.options else rewards | {"options"})
     return settings | ({"source": source_digest(task.name)} if is_own(task.name) else {})
 
 

@@ -9,6 +9,7 @@ is one that the judge can read. So a model that cannot solve anything yet still 
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -31,13 +32,32 @@ class Problem:
 
 @dataclass(frozen=True)
 class Reward:
-    """The judgement of a response. `value` is in [0, 1], see the module's equation."""
+    """The judgement of a response."""
 
     value: float
+    """In [0, 1], see the module's equation. NaN: the response could not be judged, so it is neither in the loss nor in the baseline."""
     well_formed: bool
     correct: bool
     reason: str = ""
     """How the answer was found, or why it earns nothing. A person reads it beside the response."""
+
+    @property
+    def is_missing(self) -> bool:
+        """Whether the response could not be judged."""
+        return math.isnan(self.value)
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """A response that is to be judged."""
+
+    truth: Mapping[str, Any]
+    """That of the problem."""
+    response: str
+    prompt: str = ""
+    """The problem's text."""
+    index: int | None = None
+    """The prompt's position in its stream, see `Prompt`; None if it is in none."""
 
 
 class Task(Protocol):
