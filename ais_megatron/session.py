@@ -17,7 +17,7 @@ from ais_megatron.rollout.build import build_engine
 from ais_megatron.rollout.engine import RolloutEngine, SamplingParams
 from ais_megatron.sft import starting_policy
 from ais_megatron.tasks import Attempt, Reward, Task, judge_all, make_task
-from ais_megatron.tokenizer import Tokenizer, make_tokenizer
+from ais_megatron.tokenizer import Tokenizer, make_tokenizer, response_text
 from ais_megatron.weight_sync import WeightSync
 
 NUM_PROBE_PROMPTS = 2  # number of prompts that each server answers after each sync
@@ -38,8 +38,9 @@ class Session:
         """The task's reward for each response. A response that was dropped or could not be judged has the value NaN."""
         none = Reward(float("nan"), well_formed=False, correct=False)
         present = [r for r in rollouts if not r.is_dropped]
-        decode = self.tokenizer.decode
-        rewards = iter(judge_all(self.task, [Attempt(r.prompt.truth, decode(r.token_ids), r.prompt.text, r.prompt.index) for r in present]))
+        texts = [response_text(self.tokenizer, r.prompt.token_ids, r.token_ids) for r in present]
+        attempts = [Attempt(r.prompt.truth, text, r.prompt.text, r.prompt.index) for r, text in zip(present, texts, strict=True)]
+        rewards = iter(judge_all(self.task, attempts))
         return [none if r.is_dropped else next(rewards) for r in rollouts]
 
     @property

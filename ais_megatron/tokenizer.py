@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Literal, Protocol
 
 from ais_megatron.config import Config
 from ais_megatron.config.hf_config import read_eos_ids
+from ais_megatron.tasks.extraction import THINK
 from ais_megatron.tasks.task import Task
 
 if TYPE_CHECKING:
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 
 MODEL_FILE = "tokenizer.model"
 CORPUS_LINES = 2000
+THINK_TAIL = 16  # tokens at the end of a prompt in which its <think> stands, if it has one
 MAX_CHAR_ALPHABET = 64  # with at most this many characters, one piece per character; otherwise word pieces
 
 ModelType = Literal["char", "unigram"]
@@ -165,6 +167,13 @@ class HFTokenizer:
 
     def save(self, folder: str | Path) -> None:
         self._tokenizer.save_pretrained(str(folder))
+
+
+def response_text(tokenizer: Tokenizer, prompt_ids: Sequence[int], response_ids: Sequence[int]) -> str:
+    """A response as it is judged. If the chat template ends every prompt with ``<think>``, the model does not write it. Then the text
+    begins with it all the same, so that a thought that was cut at the limit is not taken for an answer."""
+    opened = tokenizer.decode(prompt_ids[-THINK_TAIL:]).rstrip().endswith(THINK)
+    return THINK * opened + tokenizer.decode(response_ids)
 
 
 def make_tokenizer(config: Config, task: Task) -> Tokenizer:

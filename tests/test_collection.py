@@ -54,7 +54,7 @@ def collected(rank: int, config: Config, tp: int, pp: int, first: int, own_rewar
         generator=Generator(Engine(), None, config.rollout),
         share=share_of_this_rank(),
         sampling=None,
-        tokenizer=SimpleNamespace(encode_prompt=lambda text: [1] * len(text), decode=lambda ids: f"{ids[0] - 1}/{ids[1] - 1}"),
+        tokenizer=SimpleNamespace(encode_prompt=lambda text: [1] * len(text), decode=lambda ids: "/".join(str(i - 1) for i in ids)),
         task=RewardedTask(problems, fails_on, "task.reward=mine:judge", config.task) if own_reward else problems,
         score=(lambda rollouts: Session.score(session, rollouts))
         if own_reward

@@ -10,7 +10,8 @@ import pytest
 
 from ais_megatron.config import Config, TaskConfig, build_config
 from ais_megatron.tasks import make_task
-from ais_megatron.tokenizer import MODEL_FILE, HFTokenizer, SentencePieceTokenizer, make_tokenizer
+from ais_megatron.tasks.extraction import find_answer
+from ais_megatron.tokenizer import MODEL_FILE, HFTokenizer, SentencePieceTokenizer, make_tokenizer, response_text
 
 TAGS = ("<answer>", "</answer>")
 
@@ -155,6 +156,17 @@ def test_hf_tokenizer_applies_its_chat_template_to_prompts_only(tmp_path: Path):
     assert make_tokenizer(config, make_task(TaskConfig(), 0)).vocab_size == 257
     with pytest.raises(ValueError, match=r"vocab_size=64: smaller than the tokenizer's 257 tokens.*kind=hf"):
         make_tokenizer(config_of(tmp_path, kind="hf", path=str(tmp_path / "b")), make_task(TaskConfig(), 0))
+
+
+@pytest.mark.parametrize(("end", "opened"), [("<think>\\n", True), ("<think>", True), ("<think></think>\\n", False), ("", False)])
+def test_a_thought_that_the_prompt_opens_is_a_thought(tmp_path: Path, end: str, opened: bool):
+    template = (
+        "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}{% if add_generation_prompt %}[A]{{ '" + end + "' }}{% endif %}"
+    )
+    tokenizer = HFTokenizer(hf_folder(tmp_path, template, eos_token="<eos>"))
+    text = response_text(tokenizer, tokenizer.encode_prompt("hi"), tokenizer.encode_response("<answer>1</answer>"))
+    assert text == "<think>" * opened + "<answer>1</answer>"
+    assert (find_answer(text, 9).answer is None) == opened
 
 
 def test_all_end_of_sequence_tokens_of_the_generation_config_end_a_response(tmp_path: Path):

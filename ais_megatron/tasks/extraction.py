@@ -6,7 +6,7 @@ after it. A model that is trained from scratch on such a prompt has nothing else
 `find_answer` is for models that write in their own way:
 
 - What is thought is not judged. Everything up to the last ``</think>`` is ignored. If a ``<think>`` after it is not closed, there is no
-  answer, because the response never came to an end of its thoughts.
+  answer, because the response never came to an end of its thoughts. (`response_text` restores a ``<think>`` that stands in the prompt.)
 - A complete ``<answer>…</answer>`` and a ``\boxed{…}`` with balanced braces are both answers. The one that ends last counts. Text after
   it is allowed.
 - Tags that only repeat the prompt ("within <answer> and </answer>") and empty ones are no answers, wherever they stand.
