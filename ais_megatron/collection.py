@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ais_megatron.algorithm.advantages import advantages_of, has_signal
 from ais_megatron.batch import Batch, Prompt, Rollout, assemble
+from ais_megatron.config import TaskConfig
 from ais_megatron.distributed import all_reduce_sum, gather_batch, rank, rank_consistent
 from ais_megatron.policy.policy import model_parallel_group
 from ais_megatron.prompts import training_prompts
@@ -98,11 +99,25 @@ def _sample(session: Session, candidates: _Candidates, first: int, count: int, t
     """Generate and judge this rank's share of the next `count` prompts."""
     with timer.phase("generate"):
         rollouts = session.generator.rollouts(_prompts(session, first, count), session.sampling)
-    with timer.phase("reward"), rank_consistent():
-        candidates.rewards += session.score(rollouts)
-        candidates.rollouts += rollouts
+    with timer.phase("reward"):
+        with rank_consistent():
+            candidates.rewards += session.score(rollouts)
+            candidates.rollouts += rollouts
+        _check_rewards(session.config.task, candidates)
     candidates.owner += [-1] * count
     candidates.signal += [False] * count
+
+
+def _check_rewards(task: TaskConfig, candidates: _Candidates) -> None:
+    """Stop a run if none of the step's responses can be judged. Collective, if such responses are dropped."""
+    if task.reward_errors == "stop":
+        return
+    judged = [reward for reward, rollout in zip(candidates.rewards, candidates.rollouts, strict=True) if not rollout.is_dropped]
+    errors = [reward.reason for reward in judged if reward.is_missing]
+    all_errors, total = all_reduce_sum(torch.tensor([len(errors), len(judged)], dtype=torch.int64)).tolist()
+    with rank_consistent():
+        if errors and all_errors == total:
+            raise RuntimeError(f"task.reward_errors=drop: none of {total} responses could be judged; the first error: {errors[0]}")
 
 
 def _find_signals(candidates: _Candidates, first: int, group_size: int) -> None:
@@ -140,10 +155,12 @@ def _chosen_rows(session: Session, candidates: _Candidates, first: int) -> Batch
 
 
 def _assemble(session: Session, rollouts: list[Rollout], values: Tensor) -> Batch:
-    """Whole groups as a `Batch` with advantages. With `objective.overlong_filter`, responses cut at the limit are not in the loss."""
+    """Whole groups as a `Batch` with advantages. Responses that could not be judged are not in the loss. With
+    `objective.overlong_filter`, those that were cut at the limit are not in it either."""
     objective, group_size = session.config.objective, session.config.rollout.group_size
     advantages = advantages_of(objective.resolved.advantages, values, group_size, objective.std_floor)
     batch = assemble(rollouts, values.nan_to_num(0.0), advantages)
-    if not objective.resolved.overlong_filter:
-        return batch
-    return batch.without(torch.tensor([r.finish_reason == "length" for r in rollouts], dtype=torch.bool))
+    left_out = values.isnan()
+    if objective.resolved.overlong_filter:
+        left_out |= torch.tensor([r.finish_reason == "length" for r in rollouts], dtype=torch.bool)
+    return batch.without(left_out)

@@ -16,8 +16,8 @@ from ais_megatron.prompts import Share, held_out_prompts, to_prompt
 from ais_megatron.rollout.build import build_engine
 from ais_megatron.rollout.engine import RolloutEngine, SamplingParams
 from ais_megatron.sft import starting_policy
-from ais_megatron.tasks import Reward, Task, make_task
-from ais_megatron.tokenizer import Tokenizer, make_tokenizer
+from ais_megatron.tasks import Attempt, Reward, Task, judge_all, make_task
+from ais_megatron.tokenizer import Tokenizer, make_tokenizer, response_text
 from ais_megatron.weight_sync import WeightSync
 
 NUM_PROBE_PROMPTS = 2  # number of prompts that each server answers after each sync
@@ -35,9 +35,13 @@ class Session:
     share: Share
 
     def score(self, rollouts: list[Rollout]) -> list[Reward]:
-        """The task's reward for each response. A dropped response has the value NaN."""
+        """The task's reward for each response. A response that was dropped or could not be judged has the value NaN."""
         none = Reward(float("nan"), well_formed=False, correct=False)
-        return [none if r.is_dropped else self.task.reward(r.prompt.truth, self.tokenizer.decode(r.token_ids)) for r in rollouts]
+        present = [r for r in rollouts if not r.is_dropped]
+        texts = [response_text(self.tokenizer, r.prompt.token_ids, r.token_ids) for r in present]
+        attempts = [Attempt(r.prompt.truth, text, r.prompt.text, r.prompt.index) for r, text in zip(present, texts, strict=True)]
+        rewards = iter(judge_all(self.task, attempts))
+        return [none if r.is_dropped else next(rewards) for r in rollouts]
 
     @property
     def sampling(self) -> SamplingParams:
@@ -62,7 +66,7 @@ class Session:
         )
         rollouts = [r for r in self.generator.rollouts(prompts, sampling) if not r.is_dropped]
         with rank_consistent():
-            rewards = self.score(rollouts)
+            rewards = [reward for reward in self.score(rollouts) if not reward.is_missing]
         return reduce_metrics({"accuracy": (sum(r.correct for r in rewards), len(rewards))})["accuracy"]
 
 
@@ -94,7 +98,7 @@ def build_session(config: Config, from_checkpoint: bool = False) -> Session:
 
 def with_engine(config: Config, policy: Policy, task: Task, tokenizer: Tokenizer) -> Session:
     """A session of this policy with a new engine for `config.rollout`, which has no weights yet."""
-    engine = build_engine(config, eos_id=tokenizer.eos_id, pad_id=tokenizer.pad_id)
+    engine = build_engine(config, eos_ids=tokenizer.eos_ids, pad_id=tokenizer.pad_id)
     with rank_consistent():
         probe = [to_prompt(task.train_problem(i), i, tokenizer) for i in range(NUM_PROBE_PROMPTS)]
     sync = WeightSync(policy, engine, config.rollout, probe)

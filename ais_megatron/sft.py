@@ -55,7 +55,8 @@ def cached_folder(config: Config) -> Path:
 
 def _problems_made_of(task: TaskConfig) -> dict[str, Any]:
     """What determines the worked solutions: the settings, and the source of a class of the user's own. (Rewards do not matter.)"""
-    settings = task.model_dump(mode="json", exclude={"reward"} if task.options else {"reward", "options"})
+    rewards = {key for key in TaskConfig.model_fields if key.startswith("reward")}
+    settings = task.model_dump(mode="json", exclude=rewards if task.options else rewards | {"options"})
     return settings | ({"source": source_digest(task.name)} if is_own(task.name) else {})
 
 
@@ -75,7 +76,7 @@ def warm_start(config: Config, task: Task, tokenizer: Tokenizer, folder: Path) -
             _say(f"warm start {step + 1}/{config.sft.steps}  loss {metrics['loss']:.3f} nats/token")
     partial = folder.with_name(folder.name + ".partial")
     save_hf(
-        policy.export_buckets(2**30), config.architecture, config.model.dtype, partial, eos_id=tokenizer.eos_id, pad_id=tokenizer.pad_id
+        policy.export_buckets(2**30), config.architecture, config.model.dtype, partial, eos_ids=tokenizer.eos_ids, pad_id=tokenizer.pad_id
     )
     with rank_consistent():
         if dist.get_rank() == 0:

@@ -18,6 +18,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Protocol
 
 from ais_megatron.config import Config
+from ais_megatron.config.hf_config import read_eos_ids
+from ais_megatron.tasks.extraction import THINK
 from ais_megatron.tasks.task import Task
 
 if TYPE_CHECKING:
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
 
 MODEL_FILE = "tokenizer.model"
 CORPUS_LINES = 2000
+THINK_TAIL = 16  # tokens at the end of a prompt in which its <think> stands, if it has one
 MAX_CHAR_ALPHABET = 64  # with at most this many characters, one piece per character; otherwise word pieces
 
 ModelType = Literal["char", "unigram"]
@@ -37,7 +40,9 @@ class Tokenizer(Protocol):
     vocab_size: int
     """Number of ids, at most that of the model."""
     eos_id: int
-    """The token that ends a response."""
+    """The token that ends a response, the last one of `encode_response`."""
+    eos_ids: tuple[int, ...]
+    """All tokens at which an engine ends a response. The first one is `eos_id`."""
     pad_id: int
     """The token that pads a batch; may equal `eos_id`."""
 
@@ -48,7 +53,7 @@ class Tokenizer(Protocol):
         """Token ids of a response. The last one is `eos_id`."""
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of any ids, without `eos_id` and `pad_id`. Ids without a meaning become visible garbage."""
+        """The text of any ids, without `eos_ids` and `pad_id`. Ids without a meaning become visible garbage."""
 
     def save(self, folder: str | Path) -> None:
         """Write the tokenizer: MODEL_FILE, or the files of a Hugging Face tokenizer."""
@@ -70,6 +75,7 @@ class SentencePieceTokenizer:
         self.eos_id = self._processor.eos_id()
         if self.eos_id < 0:
             raise ValueError(f"{source}: the model has no end-of-sequence piece; train it with eos_id >= 0")
+        self.eos_ids: tuple[int, ...] = (self.eos_id,)
         pad_id = self._processor.pad_id()
         self.pad_id = pad_id if pad_id >= 0 else self.eos_id
         knows_space = self._processor.unk_id() not in self._processor.encode(" ")  # for example, Sudoku's texts have no spaces
@@ -124,8 +130,10 @@ class SentencePieceTokenizer:
 class HFTokenizer:
     """The tokenizer in a Hugging Face checkpoint folder, used offline. If it has a chat template, the template wraps every prompt."""
 
-    def __init__(self, folder: str | Path) -> None:
-        """Raises ValueError if the folder has no usable tokenizer, or the tokenizer has no end-of-sequence token."""
+    def __init__(self, folder: str | Path, model_folder: str | Path | None = None) -> None:
+        """model_folder: the model's folder, if it is another one. Its files tell which tokens end a response if those in `folder` do not.
+
+        Raises ValueError if the folder has no usable tokenizer, or the tokenizer has no end-of-sequence token."""
         from transformers import AutoTokenizer
 
         if not Path(folder).is_dir():
@@ -140,6 +148,7 @@ class HFTokenizer:
             raise ValueError(f"tokenizer.path={folder}: the tokenizer has no eos_token; set it in tokenizer_config.json")
         self.vocab_size = len(self._tokenizer)
         self.eos_id = int(self._tokenizer.eos_token_id)
+        self.eos_ids = tuple(dict.fromkeys([self.eos_id, *read_eos_ids(folder, model_folder)]))
         pad_id = self._tokenizer.pad_token_id
         self.pad_id = self.eos_id if pad_id is None else int(pad_id)
 
@@ -153,11 +162,18 @@ class HFTokenizer:
         return [*self._tokenizer.encode(text, add_special_tokens=False), self.eos_id]
 
     def decode(self, ids: Sequence[int]) -> str:
-        kept = [int(i) for i in ids if i not in (self.eos_id, self.pad_id)]
+        kept = [int(i) for i in ids if i not in (*self.eos_ids, self.pad_id)]
         return self._tokenizer.decode(kept, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
     def save(self, folder: str | Path) -> None:
         self._tokenizer.save_pretrained(str(folder))
+
+
+def response_text(tokenizer: Tokenizer, prompt_ids: Sequence[int], response_ids: Sequence[int]) -> str:
+    """A response as it is judged. If the chat template ends every prompt with ``<think>``, the model does not write it. Then the text
+    begins with it all the same, so that a thought that was cut at the limit is not taken for an answer."""
+    opened = tokenizer.decode(prompt_ids[-THINK_TAIL:]).rstrip().endswith(THINK)
+    return THINK * opened + tokenizer.decode(response_ids)
 
 
 def make_tokenizer(config: Config, task: Task) -> Tokenizer:
@@ -173,7 +189,7 @@ def make_tokenizer(config: Config, task: Task) -> Tokenizer:
     if config.tokenizer.kind == "hf":
         folder = path or config.model.path
         assert folder is not None  # the configuration's own check
-        tokenizer: Tokenizer = HFTokenizer(folder)
+        tokenizer: Tokenizer = HFTokenizer(folder, config.model.path)
     elif path is not None:
         tokenizer = SentencePieceTokenizer.load(path)
     else:

@@ -174,17 +174,19 @@ def _rollout_metrics(session: Session, collected: Collected, step: int, seconds:
     """
     present = [not r.is_dropped for r in collected.rollouts]
     rollouts = [r for r in collected.rollouts if not r.is_dropped]
-    rewards, values = collected.rewards, collected.values[present]
-    n = len(rollouts)
+    rewards = [reward for reward in collected.rewards if not reward.is_missing]
+    values = collected.values[~collected.values.isnan()]
+    n, judged = len(rollouts), len(rewards)
     spans = [span for r in rollouts for span in r.versions_by_token]
     tokens = sum(len(r.token_ids) for r in rollouts)
     group_size = session.config.rollout.group_size
     means = reduce_metrics(
         {
-            "reward_mean": (float(values.sum()), n),
-            "reward_square": (float(values.square().sum()), n),
-            "accuracy": (sum(r.correct for r in rewards), n),
-            "well_formed": (sum(r.well_formed for r in rewards), n),
+            "reward_mean": (float(values.sum()), judged),
+            "reward_square": (float(values.square().sum()), judged),
+            "accuracy": (sum(r.correct for r in rewards), judged),
+            "well_formed": (sum(r.well_formed for r in rewards), judged),
+            "reward_errors": (n - judged, 1.0 / torch.distributed.get_world_size()),
             "response_length_mean": (tokens, n),
             "finished_fraction": (sum(r.finish_reason == "stop" for r in rollouts), n),
             "staleness": (sum((step - version) * count for version, count in spans), tokens),

@@ -60,7 +60,7 @@ def main() -> None:
     config = build_config({"model": {"architecture": MODEL}, "rollout": {"quantization": "none"}})
     sizes = config.architecture.model_dump(exclude={"model_type", "rope_theta", "initializer_range"})
     model = Qwen3ForCausalLM(Qwen3Config(**sizes)).bfloat16().eval()
-    engine = LocalEngine(config.architecture, config.rollout, eos_id=EOS, pad_id=0, device="cpu")
+    engine = LocalEngine(config.architecture, config.rollout, eos_ids=(EOS,), pad_id=0, device="cpu")
     engine.update_weights([bucket(model)], 0)
     prompts = [Prompt(i, "", tuple(3 + (37 * i + j) % 500 for j in range(16)), {}) for i in range(PROMPTS)]
     sampling = SamplingParams(GROUP, TOKENS)
@@ -75,7 +75,7 @@ def main() -> None:
             server = RealServer(Path(folder), arguments.sglang_python, MODEL, quantization="none")
         try:
             if server is not None:
-                remote = server.connect("tensor", eos_id=EOS)
+                remote = server.connect("tensor", eos_ids=(EOS,))
                 remote.update_weights([bucket(model)], 0)
                 ways["SGLang"] = lambda: count(remote.generate(prompts, sampling))
             rates: dict[str, list[float]] = {name: [] for name in ways}

@@ -43,7 +43,7 @@ class RealServer:
         config, urls = self._config(transport=transport, sync_dir=str(self._folder / "sync")), [self._server.url]
         way = make_transport(config, torch.device("cpu"), self._run_id)
         client = SGLangEngine(
-            config.architecture, config.rollout, urls, eos_id=eos_id, dtype=torch.bfloat16, run_id=self._run_id, transport=way
+            config.architecture, config.rollout, urls, eos_ids=(eos_id,), dtype=torch.bfloat16, run_id=self._run_id, transport=way
         )
         self._clients.append(client)
         return client

@@ -38,7 +38,7 @@ BODY = {"rid": "0", "input_ids": list(range(32)), "sampling_params": {"max_new_t
 def make_engine(url: str) -> SGLangEngine:
     sglang = {"servers": [url], "max_concurrency": CONNECTIONS}
     config = build_config({"model": {"architecture": ARCHITECTURE}, "rollout": {"engine": "sglang", "sglang": sglang}})
-    engine = SGLangEngine(config.architecture, config.rollout, [url], eos_id=2, dtype=torch.bfloat16, run_id=RUN)
+    engine = SGLangEngine(config.architecture, config.rollout, [url], eos_ids=(2,), dtype=torch.bfloat16, run_id=RUN)
     engine.update_weights([], 0)  # not the rank that pushes: it only learns the version
     return engine
 

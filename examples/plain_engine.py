@@ -30,10 +30,10 @@ class PlainEngine:
 
     takes_updates_while_generating = False
 
-    def __init__(self, config: Config, *, eos_id: int, pad_id: int) -> None:
+    def __init__(self, config: Config, *, eos_ids: tuple[int, ...], pad_id: int) -> None:
         if config.rollout.quantization != "none" or config.rollout.kv_cache_is_fp8:
             raise ValueError(f"rollout.quantization={config.rollout.quantization}: PlainEngine quantises nothing; set it to none")
-        self._architecture, self._eos_id, self._version = config.architecture, eos_id, -1
+        self._architecture, self._eos_ids, self._version = config.architecture, torch.tensor(eos_ids, device=device()), -1
         dtype = torch.bfloat16 if config.model.dtype == "bf16" else torch.float32
         self._manifest = Manifest.of(config.architecture, config.rollout, dtype)
         settings = hf_config(config.architecture, config.model.dtype)
@@ -78,7 +78,7 @@ class PlainEngine:
             chosen, chosen_logprobs = choose_tokens(logits, draws[:, position], sampling)
             tokens = torch.cat([tokens, chosen[:, None]], dim=1)
             logprobs.append(chosen_logprobs)
-            if bool((tokens[:, start:] == self._eos_id).any(1).all()):
+            if bool(torch.isin(tokens[:, start:], self._eos_ids).any(1).all()):
                 break
         return [
             self._cut(prompt, ids, values)
@@ -87,8 +87,9 @@ class PlainEngine:
 
     def _cut(self, prompt: Prompt, ids: list[int], values: list[float]) -> Rollout:
         """A response ends with its first end-of-sequence token."""
-        ended = self._eos_id in ids
-        length = ids.index(self._eos_id) + 1 if ended else len(ids)
+        ends = torch.isin(torch.tensor(ids), self._eos_ids.cpu()).nonzero()
+        ended = len(ends) > 0
+        length = int(ends[0]) + 1 if ended else len(ids)
         return Rollout(prompt, tuple(ids[:length]), tuple(values[:length]), "stop" if ended else "length", self._version)
 
     def probe(self, prompts: Sequence[Prompt], sampling: SamplingParams) -> list[list[Rollout]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -9,7 +10,8 @@ import pytest
 
 from ais_megatron.config import Config, TaskConfig, build_config
 from ais_megatron.tasks import make_task
-from ais_megatron.tokenizer import MODEL_FILE, HFTokenizer, SentencePieceTokenizer, make_tokenizer
+from ais_megatron.tasks.extraction import find_answer
+from ais_megatron.tokenizer import MODEL_FILE, HFTokenizer, SentencePieceTokenizer, make_tokenizer, response_text
 
 TAGS = ("<answer>", "</answer>")
 
@@ -154,6 +156,40 @@ def test_hf_tokenizer_applies_its_chat_template_to_prompts_only(tmp_path: Path):
     assert make_tokenizer(config, make_task(TaskConfig(), 0)).vocab_size == 257
     with pytest.raises(ValueError, match=r"vocab_size=64: smaller than the tokenizer's 257 tokens.*kind=hf"):
         make_tokenizer(config_of(tmp_path, kind="hf", path=str(tmp_path / "b")), make_task(TaskConfig(), 0))
+
+
+@pytest.mark.parametrize(("end", "opened"), [("<think>\\n", True), ("<think>", True), ("<think></think>\\n", False), ("", False)])
+def test_a_thought_that_the_prompt_opens_is_a_thought(tmp_path: Path, end: str, opened: bool):
+    template = (
+        "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}{% if add_generation_prompt %}[A]{{ '" + end + "' }}{% endif %}"
+    )
+    tokenizer = HFTokenizer(hf_folder(tmp_path, template, eos_token="<eos>"))
+    text = response_text(tokenizer, tokenizer.encode_prompt("hi"), tokenizer.encode_response("<answer>1</answer>"))
+    assert text == "<think>" * opened + "<answer>1</answer>"
+    assert (find_answer(text, 9).answer is None) == opened
+
+
+def test_all_end_of_sequence_tokens_of_the_generation_config_end_a_response(tmp_path: Path):
+    folder = hf_folder(tmp_path / "a", eos_token="<eos>", pad_token="<pad>")
+    eos, pad = HFTokenizer(folder).eos_id, HFTokenizer(folder).pad_id
+    for name, written, expected in [
+        ("config.json", 65, (eos, 65)),  # without a generation_config.json, as in transformers
+        ("generation_config.json", [66, eos, 67], (eos, 66, 67)),
+        ("generation_config.json", 66, (eos, 66)),
+        ("generation_config.json", None, (eos,)),
+    ]:
+        (folder / name).write_text(json.dumps({"eos_token_id": written}))
+        assert HFTokenizer(folder).eos_ids == expected
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [65, 66]}))
+    tokenizer = HFTokenizer(folder)
+    assert tokenizer.decode([72, 65, 73, 66, pad, eos]) == tokenizer.decode([72, 73])
+    assert tokenizer.encode_response("x")[-1] == eos
+    elsewhere = hf_folder(tmp_path / "b", eos_token="<eos>", pad_token="<pad>")
+    assert HFTokenizer(elsewhere, model_folder=folder).eos_ids == (eos, 65, 66)
+    for bad, message in [("{", "not a valid JSON object"), ('{"eos_token_id": ["2"]}', r"eos_token_id=\['2'\] must be a token id")]:
+        (folder / "generation_config.json").write_text(bad)
+        with pytest.raises(ValueError, match=rf"generation_config\.json: {message}"):
+            HFTokenizer(folder)
 
 
 def test_unusable_hf_folders(tmp_path: Path):

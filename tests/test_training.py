@@ -134,6 +134,7 @@ def test_export_and_eval_of_a_run(finished: tuple[Path, str], tmp_path: Path) ->
     assert str(out) in run("export", folder / "run", out)
     model = AutoModelForCausalLM.from_pretrained(out)
     tokenizer = SentencePieceTokenizer.load(out / MODEL_FILE)
+    assert json.loads((out / "generation_config.json").read_text()) == {"eos_token_id": 1, "pad_token_id": 0}
     assert model.dtype is torch.bfloat16 and model.generation_config.eos_token_id == tokenizer.eos_id
     logits = model(torch.tensor([tokenizer.encode_prompt("3 2 1=6:")])).logits
     assert torch.isfinite(logits).all()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +25,13 @@ def rope_parameters(architecture: Architecture) -> dict[str, object]:
     return {**kind, "rope_theta": architecture.rope_theta}
 
 
-def hf_config(architecture: Architecture, dtype: str, eos_id: int | None = None, pad_id: int | None = None) -> dict[str, object]:
+def hf_config(architecture: Architecture, dtype: str, eos_ids: Sequence[int] = (), pad_id: int | None = None) -> dict[str, object]:
     """The content of config.json.
 
     Args:
         dtype: "bf16" or "fp32", the precision of the weights.
-        eos_id, pad_id: token ids of the tokenizer, or None.
+        eos_ids: the tokens that end a response, or none.
+        pad_id: the tokenizer's, or None.
     """
     return {
         **architecture.model_dump(exclude={"rope_scaling"} | (set() if architecture.is_moe else MOE_KEYS)),
@@ -37,9 +39,35 @@ def hf_config(architecture: Architecture, dtype: str, eos_id: int | None = None,
         "architectures": [architecture.family.hf_class],
         "rope_parameters": rope_parameters(architecture),
         "dtype": {"bf16": "bfloat16", "fp32": "float32"}[dtype],
-        "eos_token_id": eos_id,
-        "pad_token_id": pad_id,
+        **generation_config(eos_ids, pad_id),
     }
+
+
+def generation_config(eos_ids: Sequence[int], pad_id: int | None) -> dict[str, object]:
+    """The content of generation_config.json. One end-of-sequence token is a number there, and several are a list."""
+    return {"eos_token_id": list(eos_ids) if len(eos_ids) > 1 else next(iter(eos_ids), None), "pad_token_id": pad_id}
+
+
+def read_eos_ids(*folders: str | Path | None) -> list[int]:
+    """The tokens that end a response: ``eos_token_id`` of the first generation_config.json in `folders`, or of the first config.json if
+    there is none, as in transformers. Empty if there is neither.
+
+    Raises:
+        ValueError: the file is not valid JSON, or its ``eos_token_id`` is neither an integer nor a list of integers.
+    """
+    places = [Path(folder) / name for name in ("generation_config.json", "config.json") for folder in folders if folder is not None]
+    path = next((path for path in places if path.is_file()), None)
+    if path is None:
+        return []
+    try:
+        raw = json.loads(path.read_text())
+        found = raw.get("eos_token_id")
+    except (ValueError, AttributeError) as error:
+        raise ValueError(f"{path}: not a valid JSON object ({error})") from error
+    ids = found if isinstance(found, list) else [] if found is None else [found]
+    if any(type(i) is not int or i < 0 for i in ids):
+        raise ValueError(f"{path}: eos_token_id={found!r} must be a token id, or a list of them")
+    return ids
 
 
 def read_architecture(folder: str | Path) -> Architecture:

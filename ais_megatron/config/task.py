@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
+from urllib.parse import urlsplit
 
 from pydantic import Field, field_validator, model_validator
 
@@ -28,14 +29,46 @@ BUILTIN_TASKS = {
 }
 
 
+def is_url(reward: str) -> bool:
+    """Whether `task.reward` is a service."""
+    return reward.lower().startswith(("http:", "https:"))
+
+
+def _check_url(reward: str) -> None:
+    try:
+        parts = urlsplit(reward)
+        is_valid = bool(parts.hostname) and parts.port != 0 and not any(character.isspace() for character in reward)
+    except ValueError:
+        is_valid = False
+    if not is_valid:
+        raise ValueError(f"task.reward={reward!r}: not a URL; write for example http://127.0.0.1:8000/reward")
+    if parts.username is not None or parts.password is not None:
+        raise ValueError(
+            f"task.reward: the URL of {parts.hostname} has a name or a password, which would be written into the run folder; leave them "
+            "out, and put a bearer token into the environment variable AIS_REWARD_KEY"
+        )
+
+
 class TaskConfig(Section):
     name: str = Field(
         "countdown", description="countdown, sudoku, gsm8k, math500, or a class of your own as module:Class (docs/extending.md)"
     )
     reward: str | None = Field(
         None,
-        description="a function of your own, as module:function, that judges the answers in place of the task (docs/extending.md); "
-        "empty: the task judges",
+        description="a function of your own, as module:function, or a service, as http(s)://..., that judges the answers in place of the "
+        "task (docs/extending.md); empty: the task judges",
+    )
+    reward_concurrency: PositiveInt = Field(32, description="async functions and services: most responses that one rank has judged at once")
+    reward_timeout_s: float = Field(
+        30.0, gt=0.0, description="async functions and services: longest time for one response; plain functions have no limit"
+    )
+    reward_retries: int = Field(
+        3, ge=0, description="services: further tries after a connection error, a timeout, HTTP 429 or HTTP 5xx, at growing intervals"
+    )
+    reward_errors: Literal["stop", "drop"] = Field(
+        "stop",
+        description="what happens if your own reward raises, returns NaN or does not answer. stop: the run ends, and names the response. "
+        "drop: the response is left out of the loss and of its group's baseline",
     )
     options: dict[str, Any] = Field({}, description="options for your own class or function; built-in tasks have none")
     train_path: str | None = Field(
@@ -60,7 +93,9 @@ class TaskConfig(Section):
     @field_validator("reward")
     @classmethod
     def _known_reward(cls, reward: str | None) -> str | None:
-        if reward is not None:
+        if reward is not None and is_url(reward):
+            _check_url(reward)
+        elif reward is not None:
             doors.check("task.reward", reward, "function")
         return reward
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ais_megatron.config import Architecture
-from ais_megatron.config.hf_config import hf_config
+from ais_megatron.config.hf_config import generation_config, hf_config
 from ais_megatron.models import family
 
 SHARD_BYTES = 5 * 10**9
@@ -87,7 +88,7 @@ class HFFolder:
             stream.write(flat.numpy().data)
         self._missing.discard(name)
 
-    def finish(self, *, eos_id: int | None = None, pad_id: int | None = None) -> None:
+    def finish(self, *, eos_ids: Sequence[int] = (), pad_id: int | None = None) -> None:
         """Write the index and the configuration after the last tensor, and wait until the weights are on the disk."""
         assert not self._missing, f"these tensors were not written: {sorted(self._missing)}"
         files = {name: place.file for name, place in self._places.items()}
@@ -97,9 +98,8 @@ class HFFolder:
         if len(set(files.values())) > 1:
             total = itemsize(self._dtype) * sum(prod(place.shape) for place in self._places.values())
             self._write_json(INDEX_FILE, {"metadata": {"total_size": total}, "weight_map": files})
-        self._write_json("config.json", hf_config(self._architecture, self._dtype, eos_id, pad_id))
-        ids = {"eos_token_id": eos_id, "pad_token_id": pad_id}
-        self._write_json("generation_config.json", {key: value for key, value in ids.items() if value is not None})
+        self._write_json("config.json", hf_config(self._architecture, self._dtype, eos_ids, pad_id))
+        self._write_json("generation_config.json", generation_config(eos_ids, pad_id))
 
     def _write_json(self, name: str, content: dict[str, object]) -> None:
         (self._folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

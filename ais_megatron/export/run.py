@@ -40,7 +40,7 @@ def export_run(run: Path, out: Path, step: int | None = None, shard_bytes: int =
             written.write(name, tensor)
             del tensor  # before the next one is read
         tokenizer.save(partial)
-        written.finish(eos_id=tokenizer.eos_id, pad_id=tokenizer.pad_id)
+        written.finish(eos_ids=tokenizer.eos_ids, pad_id=tokenizer.pad_id)
         partial.replace(out)
     except OSError as error:
         shutil.rmtree(partial, ignore_errors=True)
@@ -68,7 +68,7 @@ def _checkpoint(run: Path, step: int | None) -> Path:
 
 def _tokenizer(folder: Path, config: Config) -> Tokenizer:
     """The tokenizer that lies in every checkpoint. (The one that the configuration names may have changed since, or be gone.)"""
-    return HFTokenizer(folder) if config.tokenizer.kind == "hf" else SentencePieceTokenizer.load(folder / MODEL_FILE)
+    return HFTokenizer(folder, config.model.path) if config.tokenizer.kind == "hf" else SentencePieceTokenizer.load(folder / MODEL_FILE)
 
 
 def _check_room(out: Path, config: Config) -> None:

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch.distributed as dist
@@ -22,7 +22,7 @@ def save_hf(
     dtype: str,
     folder: Path,
     *,
-    eos_id: int | None = None,
+    eos_ids: Sequence[int] = (),
     pad_id: int | None = None,
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
@@ -48,4 +48,4 @@ def save_hf(
         if error is not None:
             raise RuntimeError(f"cannot write {folder}: {error}") from error
         if written is not None:
-            written.finish(eos_id=eos_id, pad_id=pad_id)
+            written.finish(eos_ids=eos_ids, pad_id=pad_id)

@@ -15,7 +15,7 @@ from ais_megatron.rollout.recording import RecordingEngine
 from ais_megatron.rollout.replay import ReplayEngine
 
 
-def build_engine(config: Config, *, eos_id: int, pad_id: int) -> RolloutEngine:
+def build_engine(config: Config, *, eos_ids: tuple[int, ...], pad_id: int) -> RolloutEngine:
     """An engine without weights. With `rollout.save_dir` it records what it generates. Collective.
 
     If `rollout.sglang.servers` is empty, the first rank starts servers on its host. It stops them when its engine is closed or its
@@ -27,14 +27,14 @@ def build_engine(config: Config, *, eos_id: int, pad_id: int) -> RolloutEngine:
         RuntimeError: a server does not start. All ranks raise either error together.
     """
     name = config.rollout.engine
-    engine = _own_engine(config, eos_id, pad_id) if doors.is_own(name) else BUILDERS[name](config, eos_id, pad_id)
+    engine = _own_engine(config, eos_ids, pad_id) if doors.is_own(name) else BUILDERS[name](config, eos_ids, pad_id)
     if config.rollout.save_dir is None:
         return engine
     with rank_consistent():
         return RecordingEngine(engine, Path(config.rollout.save_dir), rank(), continues=config.run.resume)
 
 
-def _own_engine(config: Config, eos_id: int, pad_id: int) -> RolloutEngine:
+def _own_engine(config: Config, eos_ids: tuple[int, ...], pad_id: int) -> RolloutEngine:
     """An engine of the user's own class. Raises ValueError if it lacks members of `RolloutEngine`."""
     name = config.rollout.engine
     with rank_consistent():
@@ -44,21 +44,21 @@ def _own_engine(config: Config, eos_id: int, pad_id: int) -> RolloutEngine:
             raise ValueError(
                 f"rollout.engine={name!r}: the class lacks {', '.join(missing)}; see RolloutEngine in ais_megatron/rollout/engine.py"
             )
-        return engine_class(config, eos_id=eos_id, pad_id=pad_id)
+        return engine_class(config, eos_ids=eos_ids, pad_id=pad_id)
 
 
-def _local_engine(config: Config, eos_id: int, pad_id: int) -> RolloutEngine:
+def _local_engine(config: Config, eos_ids: tuple[int, ...], pad_id: int) -> RolloutEngine:
     with rank_consistent():
-        return LocalEngine(config.architecture, config.rollout, eos_id=eos_id, pad_id=pad_id, device=device(), dtype=_dtype(config))
+        return LocalEngine(config.architecture, config.rollout, eos_ids=eos_ids, pad_id=pad_id, device=device(), dtype=_dtype(config))
 
 
-def _replay_engine(config: Config, eos_id: int, pad_id: int) -> RolloutEngine:
+def _replay_engine(config: Config, eos_ids: tuple[int, ...], pad_id: int) -> RolloutEngine:
     assert config.rollout.replay_dir is not None  # a configuration without it was refused
     with rank_consistent():
         return ReplayEngine(Path(config.rollout.replay_dir))
 
 
-def _sglang_engine(config: Config, eos_id: int, pad_id: int) -> RolloutEngine:
+def _sglang_engine(config: Config, eos_ids: tuple[int, ...], pad_id: int) -> RolloutEngine:
     from ais_megatron.rollout.sglang.access_key import read_or_create_key
     from ais_megatron.rollout.sglang.client import SGLangEngine
     from ais_megatron.rollout.sglang.pool import ServerPool
@@ -81,7 +81,7 @@ def _sglang_engine(config: Config, eos_id: int, pad_id: int) -> RolloutEngine:
             config.architecture,
             config.rollout,
             urls,
-            eos_id=eos_id,
+            eos_ids=eos_ids,
             dtype=_dtype(config),
             run_id=run_id,
             key=key,
@@ -95,5 +95,5 @@ def _dtype(config: Config) -> torch.dtype:
     return torch.bfloat16 if config.model.dtype == "bf16" else torch.float32
 
 
-# (config, eos_id, pad_id) -> engine. `config.engines.ENGINES` has the properties that are needed before an engine exists.
+# (config, eos_ids, pad_id) -> engine. `config.engines.ENGINES` has the properties that are needed before an engine exists.
 BUILDERS = {"local": _local_engine, "sglang": _sglang_engine, "replay": _replay_engine}

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from importlib import import_module
 
 from ais_megatron.config import BUILTIN_TASKS, TaskConfig, doors
+from ais_megatron.config.task import is_url
 from ais_megatron.tasks.own_reward import RewardedTask
+from ais_megatron.tasks.reward_service import RewardService
 from ais_megatron.tasks.streams import StreamTask
-from ais_megatron.tasks.task import Problem, Reward, Task
+from ais_megatron.tasks.task import Attempt, Problem, Reward, Task
 
 TASKS: dict[str, type[StreamTask]] = {
     name: getattr(import_module(f"{__name__}.{builtin.module}"), builtin.attribute) for name, builtin in BUILTIN_TASKS.items()
 }
 MEMBERS = ("name", "special_pieces", "train_problem", "test_problems", "reward", "tokenizer_corpus")  # members of the protocol `Task`
 
-__all__ = ["TASKS", "Problem", "Reward", "Task", "make_task"]
+__all__ = ["TASKS", "Attempt", "Problem", "Reward", "Task", "judge_all", "make_task"]
 
 
 def make_task(config: TaskConfig, seed: int) -> Task:
@@ -29,9 +32,16 @@ def make_task(config: TaskConfig, seed: int) -> Task:
         if not doors.is_own(config.name):
             return task
         judge = task.reward
-        return RewardedTask(task, lambda truth, response, _: judge(truth, response), f"task.name={config.name}", config.options)
-    function = doors.load("task.reward", config.reward)
-    return RewardedTask(task, function, f"task.reward={config.reward}", config.options)
+        return RewardedTask(task, lambda truth, response, _: judge(truth, response), f"task.name={config.name}", config)
+    function = RewardService(config.reward, config) if is_url(config.reward) else doors.load("task.reward", config.reward)
+    return RewardedTask(task, function, f"task.reward={config.reward}", config)
+
+
+def judge_all(task: Task, attempts: Sequence[Attempt]) -> list[Reward]:
+    """The task's rewards, at once if the task can judge many responses at once. Raises as `RewardedTask.rewards`."""
+    if isinstance(task, RewardedTask):
+        return task.rewards(attempts)
+    return [task.reward(attempt.truth, attempt.response) for attempt in attempts]
 
 
 def _own_task(config: TaskConfig, seed: int) -> Task:

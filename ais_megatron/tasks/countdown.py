@@ -18,9 +18,10 @@ from collections.abc import Callable, Mapping, Sequence
 from fractions import Fraction
 from typing import Any
 
+from ais_megatron.tasks.extraction import find_only_answer
 from ais_megatron.tasks.reading import Row
 from ais_megatron.tasks.streams import StreamTask
-from ais_megatron.tasks.task import Problem, Reward, extract_answer, make_reward, wrap_answer
+from ais_megatron.tasks.task import Problem, Reward, make_reward, wrap_answer
 
 MAX_ANSWER_CHARS = 64  # limits the parser's depth and the size of every integer
 _BINARY: dict[type[ast.operator], Callable[[Fraction, Fraction], Fraction]] = {
@@ -68,17 +69,22 @@ class Countdown(StreamTask):
         return make_problem((x, y, z), target) if target is not None and 1 <= target <= top else None
 
     def reward(self, problem_truth: Mapping[str, Any], response: str) -> Reward:
-        answer = extract_answer(response, MAX_ANSWER_CHARS)
-        tree = _parse(answer) if answer is not None else None
+        found = find_only_answer(response, MAX_ANSWER_CHARS)
+        if found.answer is None:
+            return make_reward(self.config.format_weight, False, False, found.reason)
+        said = f"answer {found.answer} from {found.reason}"
+        tree = _parse(found.answer)
         if tree is None:
-            return make_reward(self.config.format_weight, False, False)
+            return make_reward(self.config.format_weight, False, False, f"{said}; it is not an arithmetic expression")
         numbers: list[int] = []
         try:
             value = _evaluate(tree, numbers)
         except ZeroDivisionError:
-            return make_reward(self.config.format_weight, True, False)
-        correct = value == problem_truth["target"] and sorted(numbers) == sorted(problem_truth["numbers"])
-        return make_reward(self.config.format_weight, True, correct)
+            return make_reward(self.config.format_weight, True, False, f"{said}; it divides by zero")
+        target, given = problem_truth["target"], problem_truth["numbers"]
+        if sorted(numbers) != sorted(given):
+            return make_reward(self.config.format_weight, True, False, f"{said}; it must use each of {given} exactly once")
+        return make_reward(self.config.format_weight, True, value == target, f"{said}; it is {_shown(value)}, expected {target}")
 
 
 def make_problem(numbers: Sequence[int], target: int) -> Problem | None:
@@ -170,6 +176,11 @@ def _evaluate(node: ast.expr, numbers: list[int]) -> Fraction:
     assert isinstance(node, ast.Constant) and isinstance(node.value, int)
     numbers.append(node.value)
     return Fraction(node.value)
+
+
+def _shown(value: Fraction) -> str:
+    text = str(value)
+    return text if len(text) <= 20 else "a number that is too long to show"
 
 
 def _positive_int(row: Row, column: str, text: str) -> int:

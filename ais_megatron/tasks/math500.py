@@ -1,8 +1,8 @@
 r"""MATH-500 (arXiv:2103.03874, the split of arXiv:2305.20050): competition problems with LaTeX answers.
 
-Two answers are equal if their normalised LaTeX is the same text, or if math-verify considers them the same mathematical object (in a
-child process, see `equivalence`). If a row has no column ``answer``, as in MATH's training files, the answer is in
-the last ``\boxed{…}`` of their ``solution``.
+The answer stands in ``<answer>…</answer>`` or ``\boxed{…}``, see `extraction.find_answer`. Two answers are equal if their normalised
+LaTeX is the same text, or if math-verify considers them the same mathematical object (in a child process, see `equivalence`). If a row
+has no column ``answer``, as in MATH's training files, the answer is in the last ``\boxed{…}`` of their ``solution``.
 """
 
 from __future__ import annotations
@@ -12,9 +12,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from ais_megatron.tasks.equivalence import are_equivalent
+from ais_megatron.tasks.extraction import find_answer, last_boxed
 from ais_megatron.tasks.reading import Row
 from ais_megatron.tasks.streams import StreamTask
-from ais_megatron.tasks.task import Problem, Reward, extract_answer, make_reward, wrap_answer
+from ais_megatron.tasks.task import Problem, Reward, make_reward, wrap_answer
 
 MAX_ANSWER_CHARS = 512
 INSTRUCTION = "\nReason step by step, then write the final answer as LaTeX within <answer> and </answer>."
@@ -35,10 +36,15 @@ class Math500(StreamTask):
         return Problem(row.text("problem").strip() + INSTRUCTION, {"answer": answer}, f"{solution}\n{wrap_answer(answer)}")
 
     def reward(self, problem_truth: Mapping[str, Any], response: str) -> Reward:
-        answer = extract_answer(response, MAX_ANSWER_CHARS)
-        if answer is None or not answer.isprintable() and not answer.replace("\n", "").isprintable():
-            return make_reward(self.config.format_weight, False, False)
-        return make_reward(self.config.format_weight, True, is_equal(problem_truth["answer"], answer))
+        found = find_answer(response, MAX_ANSWER_CHARS)
+        if found.answer is None:
+            return make_reward(self.config.format_weight, False, False, found.reason)
+        if not found.answer.replace("\n", "").isprintable():
+            return make_reward(self.config.format_weight, False, False, f"{found.reason} has characters that cannot be printed")
+        gold = problem_truth["answer"]
+        correct = is_equal(gold, found.answer)
+        said = f"answer {found.answer} from {found.reason}; {'equal to' if correct else 'expected'} {gold}"
+        return make_reward(self.config.format_weight, True, correct, said)
 
 
 def is_equal(gold: str, answer: str) -> bool:
@@ -53,13 +59,13 @@ def is_equal(gold: str, answer: str) -> bool:
 
 
 def strip_wrapping(answer: str) -> str:
-    r"""Remove an outer ``\boxed{}``, ``$``, ``\( \)`` or ``\[ \]``, in any nesting, and a final full stop."""
+    r"""Remove an outer ``\boxed{}``, ``**``, ``$``, ``\( \)`` or ``\[ \]``, in any nesting, and a final full stop."""
     answer, before = answer.strip(), None
     while answer != before:
         before = answer
-        if answer.startswith(r"\boxed{") and last_boxed(answer) == answer[7:-1]:
+        if answer.startswith(r"\boxed{") and last_boxed(answer) == answer[7:-1].strip():
             answer = answer[7:-1]
-        for left, right in (("$$", "$$"), ("$", "$"), (r"\(", r"\)"), (r"\[", r"\]")):
+        for left, right in (("**", "**"), ("$$", "$$"), ("$", "$"), (r"\(", r"\)"), (r"\[", r"\]")):
             if answer.startswith(left) and answer.endswith(right) and not answer.endswith("\\" + right):
                 inner = answer[len(left) : -len(right)]
                 answer = inner if len(answer) > len(left) and left not in inner else answer
@@ -70,14 +76,3 @@ def strip_wrapping(answer: str) -> str:
 def normalize(answer: str) -> str:
     """Remove what only changes the look of LaTeX: spacing, sizes of brackets and fractions, currency signs."""
     return re.sub(r"\s+", "", _REPLACED.sub(lambda match: _SAME_LOOK[match[0]], answer))
-
-
-def last_boxed(text: str) -> str | None:
-    r"""The contents of the last ``\boxed{…}`` with balanced braces, or None."""
-    start = text.rfind(r"\boxed{")
-    depth = 0
-    for position in range(start + 6, len(text)) if start >= 0 else ():
-        depth += {"{": 1, "}": -1}.get(text[position], 0)
-        if depth == 0:
-            return text[start + 7 : position].strip()
-    return None

@@ -16,9 +16,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from ais_megatron.config import TaskConfig
+from ais_megatron.tasks.extraction import find_only_answer
 from ais_megatron.tasks.reading import Row
 from ais_megatron.tasks.streams import StreamTask
-from ais_megatron.tasks.task import Problem, Reward, extract_answer, make_reward, wrap_answer
+from ais_megatron.tasks.task import Problem, Reward, make_reward, wrap_answer
 
 CELLS = 16
 MAX_EMPTY_CELLS = 12  # a 4x4 grid needs at least four givens for a unique solution
@@ -67,10 +68,14 @@ class Sudoku(StreamTask):
         return _make_problem(puzzle, grid) if len(solutions(puzzle)) == 1 else None
 
     def reward(self, problem_truth: Mapping[str, Any], response: str) -> Reward:
-        answer = extract_answer(response, CELLS)
-        if answer is None or re.fullmatch("[1-4]{16}", answer) is None:
-            return make_reward(self.config.format_weight, well_formed=False, correct=False)
-        return make_reward(self.config.format_weight, True, is_solution(problem_truth["puzzle"], answer))
+        found = find_only_answer(response, CELLS)
+        if found.answer is None:
+            return make_reward(self.config.format_weight, False, False, found.reason)
+        said = f"answer {found.answer} from {found.reason}"
+        if re.fullmatch("[1-4]{16}", found.answer) is None:
+            return make_reward(self.config.format_weight, False, False, f"{said}; expected 16 digits from 1 to 4")
+        solved = is_solution(problem_truth["puzzle"], found.answer)
+        return make_reward(self.config.format_weight, True, solved, f"{said}; it {'solves' if solved else 'does not solve'} the puzzle")
 
 
 def is_solution(puzzle: str, answer: str) -> bool:

@@ -1,7 +1,7 @@
 """The protocol of tasks: problems, and a verifiable reward, which a program decides and not a model.
 
-A response is free text with exactly one ``<answer>…</answer>``, followed only by white space. The reward has a part for a well-formed
-answer, so that a model that cannot solve anything yet still gets a signal:
+A response is free text that holds an answer (`extraction` says how it is found). The reward has a part for a well-formed answer, which
+is one that the judge can read. So a model that cannot solve anything yet still gets a signal:
 
     value = format_weight * well_formed + (1 - format_weight) * correct        (correct implies well_formed)
 """
@@ -9,6 +9,7 @@ answer, so that a model that cannot solve anything yet still gets a signal:
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -31,13 +32,32 @@ class Problem:
 
 @dataclass(frozen=True)
 class Reward:
-    """The judgement of a response. `value` is in [0, 1], see the module's equation."""
+    """The judgement of a response."""
 
     value: float
+    """In [0, 1], see the module's equation. NaN: the response could not be judged, so it is neither in the loss nor in the baseline."""
     well_formed: bool
     correct: bool
     reason: str = ""
     """How the answer was found, or why it earns nothing. A person reads it beside the response."""
+
+    @property
+    def is_missing(self) -> bool:
+        """Whether the response could not be judged."""
+        return math.isnan(self.value)
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """A response that is to be judged."""
+
+    truth: Mapping[str, Any]
+    """That of the problem."""
+    response: str
+    prompt: str = ""
+    """The problem's text."""
+    index: int | None = None
+    """The prompt's position in its stream, see `Prompt`; None if it is in none."""
 
 
 class Task(Protocol):
@@ -62,10 +82,10 @@ class Task(Protocol):
         """Texts for training a tokenizer. They contain every character of the task's own texts."""
 
 
-def make_reward(format_weight: float, well_formed: bool, correct: bool) -> Reward:
+def make_reward(format_weight: float, well_formed: bool, correct: bool, reason: str = "") -> Reward:
     """The module's equation."""
     assert well_formed or not correct
-    return Reward(format_weight * well_formed + (1.0 - format_weight) * correct, well_formed, correct)
+    return Reward(format_weight * well_formed + (1.0 - format_weight) * correct, well_formed, correct, reason)
 
 
 def extract_answer(response: str, max_chars: int) -> str | None:

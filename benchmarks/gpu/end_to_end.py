@@ -203,6 +203,7 @@ class NumberTokenizer:
 
     def __init__(self, vocab_size: int) -> None:
         self.vocab_size, self.eos_id, self.pad_id = vocab_size, vocab_size - 1, 0
+        self.eos_ids: tuple[int, ...] = (self.eos_id,)
 
     def encode_prompt(self, text: str) -> list[int]:
         return [int(word) for word in text.split()]

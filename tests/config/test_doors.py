@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import json
+import socket
 import subprocess
 import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from ais_megatron.algorithm import objectives
 from ais_megatron.algorithm.objectives import check_objective, surrogate
+from ais_megatron.cluster.ports import free_port
 from ais_megatron.config import Config, ConfigError, TaskConfig, build_config, doors, dump_config, load_config
 from ais_megatron.config.algorithm import ObjectiveConfig, ObjectivePreset
 from ais_megatron.sft import cached_folder
@@ -236,7 +242,7 @@ def refused_engine(rank: int, folder: str) -> str:
 
     os.chdir(folder)
     try:
-        build_engine(config_of(rollout={"engine": "half:Half", "quantization": "none"}), eos_id=1, pad_id=0)
+        build_engine(config_of(rollout={"engine": "half:Half", "quantization": "none"}), eos_ids=(1,), pad_id=0)
     except ValueError as error:
         return str(error)
     return "accepted"
@@ -280,6 +286,57 @@ def test_every_example_trains(ranks: RankPool, tmp_path: Path, name: str) -> Non
     assert [row["step"] for row in rows] == [1, 2] and all(row["grad_norm"] > 0.0 for row in rows)
     assert all(0.0 <= row["reward_mean"] <= 1.0 for row in rows)
     assert load_config(tmp_path / "run" / "config.yaml") == load_config(tmp_path / "config.yaml")
+
+
+@contextmanager
+def example_service() -> Iterator[str]:
+    """The URL of examples/reward_service.py, which runs as docs/extending.md says."""
+    port = free_port()
+    process = subprocess.Popen([sys.executable, "-m", "examples.reward_service", "--port", str(port)], cwd=ROOT, stdout=subprocess.DEVNULL)
+    try:
+        deadline = time.monotonic() + 120
+        while True:
+            try:
+                socket.create_connection(("127.0.0.1", port), timeout=1).close()
+                break
+            except OSError:
+                assert process.poll() is None and time.monotonic() < deadline, "the service does not start"
+                time.sleep(0.1)
+        yield f"http://127.0.0.1:{port}/reward"
+    finally:
+        process.terminate()
+        process.wait()
+
+
+def test_the_example_service_judges_and_trains(ranks: RankPool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AIS_REWARD_KEY", "secret")
+    with example_service() as url:
+        task = make_task(TaskConfig(reward=url, options={"penalty": 0.25}), 0)
+        truth = {"numbers": [7, 5, 2], "target": 24}
+        assert task.reward(truth, "<answer>(7+5)*2</answer>").value == 0.75
+        assert task.reward({"numbers": [7, 5, 2], "target": 14}, "<answer>7+5+2</answer>").reason.endswith("it is 14, expected 14")
+        monkeypatch.delenv("AIS_REWARD_KEY")
+        with pytest.raises(RuntimeError, match="answered HTTP 401: .* set the environment variable AIS_REWARD_KEY to a valid key"):
+            make_task(TaskConfig(reward=url), 0).reward(truth, "")
+    with example_service() as url:
+        ranks.run(2, trained, config=load_config(write(tmp_path, task={"reward": url}, train={"steps": 1})))
+    (row,) = rows_of(tmp_path)
+    assert row["grad_norm"] > 0.0 and row["reward_errors"] == 0
+
+
+def half_fail(truth: Mapping[str, Any], response: str, options: Mapping[str, Any]) -> float:
+    assert len(response) % 2
+    return 0.5 + len(response) / 1000
+
+
+def test_metrics_leave_out_what_could_not_be_judged(ranks: RankPool, tmp_path: Path) -> None:
+    task = {"reward": f"{__name__}:half_fail", "reward_errors": "drop"}
+    ranks.run(
+        2, trained, config=load_config(write(tmp_path, task=task, train={"steps": 1}, rollout={"prompts_per_step": 8, "group_size": 4}))
+    )
+    (row,) = rows_of(tmp_path)
+    assert row["num_responses"] == 32 and 0 < row["reward_errors"] < 32
+    assert 0.5 < row["reward_mean"] < 0.6 and row["well_formed"] == 1.0 and row["grad_norm"] > 0.0
 
 
 def test_examples_by_hand() -> None:

@@ -37,7 +37,7 @@ class Engines:
 
     def make(self, rollout: dict[str, Any] = BF16, dtype: torch.dtype = torch.float32, **changes: Any) -> LocalEngine:
         architecture = Architecture(**(self._architecture | changes))
-        return LocalEngine(architecture, RolloutConfig(**rollout), eos_id=EOS, pad_id=0, device="cpu", dtype=dtype)
+        return LocalEngine(architecture, RolloutConfig(**rollout), eos_ids=(EOS,), pad_id=0, device="cpu", dtype=dtype)
 
     def weights(self, dtype: torch.dtype = torch.float32, seed: int = 0, **changes: Any) -> list[tuple[str, Tensor]]:
         """Random, peaked enough for the responses to differ in length, and tokens in their experts."""

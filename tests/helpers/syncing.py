@@ -21,7 +21,7 @@ PROMPTS = [Prompt(i, "", tuple(range(3 + i, 3 + i + length)), {}) for i, length 
 def make_engine(config, dtype: torch.dtype):  # noqa: ANN001, ANN201
     from ais_megatron.rollout.local.engine import LocalEngine
 
-    return LocalEngine(config.architecture, config.rollout, eos_id=1, pad_id=0, device="cpu", dtype=dtype)
+    return LocalEngine(config.architecture, config.rollout, eos_ids=(1,), pad_id=0, device="cpu", dtype=dtype)
 
 
 def pushed_state(rank: int, path: Path, quantization: str, parallel: dict[str, object] | None = None, **layout):  # noqa: ANN201

@@ -101,7 +101,8 @@ def test_a_written_config_is_read_back_and_is_transformers_own(model_type: str, 
     if model_type == "llama":
         extra = {"rope_scaling": LLAMA3_ROPE}
     architecture = Architecture(**DENSE, model_type=model_type, **extra)
-    (tmp_path / "config.json").write_text(json.dumps(hf_config(architecture, "bf16", eos_id=2)))
+    assert hf_config(architecture, "bf16", eos_ids=(2,))["eos_token_id"] == 2
+    (tmp_path / "config.json").write_text(json.dumps(hf_config(architecture, "bf16", eos_ids=(2, 3))))
     assert read_architecture(tmp_path) == architecture
     theirs = transformers.AutoConfig.from_pretrained(tmp_path)
     assert theirs.head_dim == 16 if hasattr(theirs, "head_dim") else model_type == "qwen2"

@@ -9,7 +9,8 @@ import os
 import secrets
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +85,9 @@ def connect(tmp_path: Path) -> Iterator[Callable[..., SGLangEngine]]:
     """
     made: list[SGLangEngine] = []
 
-    def make(server: RunningServer, transport: str = "tensor", urls: list[str] | None = None, **sglang: Any) -> SGLangEngine:
+    def make(
+        server: RunningServer, transport: str = "tensor", urls: list[str] | None = None, eos_ids: Sequence[int] = (EOS,), **sglang: Any
+    ) -> SGLangEngine:
         section = server.config.rollout.sglang.model_dump() | {"transport": transport, "sync_dir": str(tmp_path / "sync")} | sglang
         rollout = server.config.rollout.model_dump() | {"sglang": section}
         config = build_config(server.config.model_dump() | {"rollout": rollout})
@@ -94,7 +97,7 @@ def connect(tmp_path: Path) -> Iterator[Callable[..., SGLangEngine]]:
                 config.architecture,
                 config.rollout,
                 urls or [server.url],
-                eos_id=EOS,
+                eos_ids=eos_ids,
                 dtype=torch.bfloat16,
                 run_id=run_id,
                 key=server.key,
@@ -111,7 +114,7 @@ def connect(tmp_path: Path) -> Iterator[Callable[..., SGLangEngine]]:
 def local(config: Config, seed: int = 0, factor: float = 1.0, **changes: Any) -> LocalEngine:
     """The embedded engine with the same weights; `changes` of the rollout section make it differ on purpose."""
     config = build_config(config.model_dump() | {"rollout": config.rollout.model_dump() | {"engine": "local"} | changes})
-    engine = LocalEngine(config.architecture, config.rollout, eos_id=EOS, pad_id=0, device="cpu")
+    engine = LocalEngine(config.architecture, config.rollout, eos_ids=(EOS,), pad_id=0, device="cpu")
     engine.update_weights(buckets(config, seed, factor), 0)
     return engine
 
@@ -176,6 +179,21 @@ def test_the_server_agrees_with_the_local_engine(sglang_server, connect, kind: s
     assert same.median() < (0.15 if server.architecture.tie_word_embeddings else 0.1) and same.mean() < 0.95 * unquantised.mean()
     others = distance(engine, local(server.config, seed=1))
     assert others.median() > 1.0, "and this is what other weights look like"
+
+
+def test_any_end_of_sequence_token_ends_a_response_and_stays_in_it(sglang_server, connect) -> None:
+    server = sglang_server("dense", "fp8_e4m3")
+    engine = connect(server)
+    engine.update_weights(buckets(server.config), 0)
+    tokens = Counter(token for r in engine.generate(PROMPTS, SAMPLING) for token in r.token_ids[:-1])
+    other = tokens.most_common(1)[0][0]
+    engine = connect(server, eos_ids=(EOS, other))
+    engine.update_weights(buckets(server.config), 0)
+    rollouts = engine.generate(PROMPTS, SAMPLING)
+    assert not any(r.is_dropped for r in rollouts), "the last token has a log-probability too"
+    assert all(not {EOS, other} & set(r.token_ids[:-1]) for r in rollouts)
+    assert any(r.token_ids[-1] == other for r in rollouts)
+    assert all(r.finish_reason == ("stop" if r.token_ids[-1] in (EOS, other) else "length") for r in rollouts)
 
 
 def test_scales_are_those_that_were_pushed(sglang_server, connect) -> None:

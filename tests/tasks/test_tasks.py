@@ -199,6 +199,15 @@ def test_sudoku_solver_knows_all_grids_and_accepts_any_completion():
         ("-1080", 0.1),
         ("1080.5", 0.1),
         ("108", 0.1),
+        (r"\boxed{\$1,080}", 1.0),
+        (r"1{,}080\text{ eggs}", 1.0),
+        (r"$1\,080$", 1.0),
+        ("**1080**", 1.0),
+        ("#### 1080", 1.0),
+        (r"1080\%", 1.0),
+        (r"1080\sqrt{x}", 0.0),
+        (r"\frac{1080}{x}", 0.0),
+        (r"1080\text{ or }1081", 0.0),
         ("10,80", 0.0),
         ("1080 or 1081", 0.0),
         ("1e3", 0.0),
@@ -209,6 +218,33 @@ def test_sudoku_solver_knows_all_grids_and_accepts_any_completion():
 )
 def test_gsm8k_reward(answer: str, expected: float):
     assert value("gsm8k", answer, test_path=None) == pytest.approx(expected)
+
+
+def test_gsm8k_says_how_it_judged():
+    task = task_of("gsm8k")
+    judged = {
+        "<answer>1080</answer>": "answer 1080 from the <answer> pair; it is 1080, expected 1080",
+        r"\boxed{7} or rather \boxed{\$8}": r"answer \$8 from the last of 2 \boxed{}; it is 8, expected 1080",
+        "<answer>7 or 8</answer>": "answer 7 or 8 from the <answer> pair; it is not exactly one number",
+        "So the answer is\n#### 1080": r"no <answer> pair and no \boxed{}",
+    }
+    assert {response: task.reward(TRUTHS["gsm8k"], response).reason for response in judged} == judged
+
+
+def test_puzzles_say_how_they_judged_and_keep_the_strict_rule():
+    task, truth = task_of("countdown"), TRUTHS["countdown"]
+    judged = {
+        "<answer>93+30-100</answer>": "answer 93+30-100 from the only <answer> pair; it is 23, expected 23",
+        "<answer>93/30*100</answer>": "answer 93/30*100 from the only <answer> pair; it is 310, expected 23",
+        "<answer>23</answer>": "answer 23 from the only <answer> pair; it must use each of [100, 93, 30] exactly once",
+        "<answer>93/(30-30)</answer>": "answer 93/(30-30) from the only <answer> pair; it divides by zero",
+        "<answer>ninety</answer>": "answer ninety from the only <answer> pair; it is not an arithmetic expression",
+        "<answer>93+30-100</answer>.": "the response does not end with its only <answer> pair, of 1 to 64 characters",
+    }
+    assert {response: task.reward(truth, response).reason for response in judged} == judged
+    sudoku, puzzle = task_of("sudoku"), TRUTHS["sudoku"]
+    assert "; it solves the puzzle" in sudoku.reward(puzzle, "<answer>3142243142131324</answer>").reason
+    assert "; expected 16 digits from 1 to 4" in sudoku.reward(puzzle, "<answer>314224314213132</answer>").reason
 
 
 def test_read_number_reads_signs_decimals_and_separators():
@@ -244,6 +280,7 @@ def test_math500_equality(gold: str, answer: str, equal: bool):
 
 def test_latex_wrapping():
     assert strip_wrapping(r" $\boxed{\(5\)}$. ") == "5"
+    assert strip_wrapping(r"**\boxed{\boxed{ 5 }}**") == "5"
     assert strip_wrapping(r"\boxed{5}+\boxed{6}") == r"\boxed{5}+\boxed{6}"
     assert strip_wrapping("$") == "$"
     assert last_boxed(r"\boxed{1} then \boxed{\frac{1}{2}} end") == r"\frac{1}{2}"
@@ -270,8 +307,13 @@ def test_hostile_responses_score_nothing_quickly(name: str):
         "<answer>" + "(" * mega + "</answer>",
         "<answer>" + " " * mega + "</answer>",
         "<answer>" + "9" * mega + "</answer>",
-        "<answer>٤٢</answer><answer>",
+        "٤٢</answer><answer>",
         "<answer>\x00\u200b</answer>",
+        "<answer></answer>" * 60_000,
+        r"\boxed{" * 150_000 + "}" * 1000,
+        r"\boxed" + "{" * mega,
+        "<answer>" + r"\boxed{ " * 60_000 + "}" * 60_000 + "</answer>",
+        "<think></think>" * 60_000 + "<think>",
     ]
     started = time.process_time()
     assert [task.reward(truth, response).value for response in hostile] == [0.0] * len(hostile)

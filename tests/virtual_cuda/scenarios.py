@@ -218,7 +218,7 @@ def engine_and_files(rank: int, layout: str, weights: Path, folder: Path) -> dic
         flat.copy_into(torch.empty(flat.nbytes, dtype=torch.uint8, device=device()))
         num_bytes += flat.nbytes
     manifest.check_complete()
-    engine = LocalEngine(config.architecture, config.rollout, eos_id=1, pad_id=0, device=device(), dtype=torch.float32)
+    engine = LocalEngine(config.architecture, config.rollout, eos_ids=(1,), pad_id=0, device=device(), dtype=torch.float32)
     engine.update_weights(weight_stream(policy, config.rollout, scales), 0)
     prompts = [Prompt(i, "", tuple(range(3, 8 + i)), {}) for i in range(3)]
     rollouts = engine.generate(prompts, SamplingParams(2, 6, TEMPERATURE, seed=3))

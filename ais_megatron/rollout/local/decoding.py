@@ -39,7 +39,8 @@ class Model:
     """float32 ``[num_layers, 2]`` of an FP8 cache; None for a cache that is not quantised."""
     dtype: torch.dtype
     device: torch.device
-    eos_id: int
+    eos_ids: Tensor
+    """int64 ``[number of tokens that end a response]``."""
     pad_id: int
     routing: RoutingRecord | None = None
     """The experts of the latest forward pass; None if they are not recorded."""
@@ -107,14 +108,14 @@ def plan_waves(prompts: Sequence[Prompt], num_samples: int, max_batch: int) -> l
 def decode_wave(model: Model, prompts: Sequence[Prompt], rows: Sequence[SampleId], sampling: SamplingParams) -> Responses:
     """Sample the responses of `rows`."""
     state, cache, routed = _prefill(model, prompts, rows, sampling)
-    tokens = torch.full((len(rows), sampling.max_tokens), model.eos_id, device=model.device)
+    tokens = model.eos_ids[0].repeat(len(rows), sampling.max_tokens)
     logprobs = torch.zeros(len(rows), sampling.max_tokens, dtype=torch.float32, device=model.device)
     every = 1 if model.device.type == "cpu" else _GPU_CHECK_STEPS
     for step in range(sampling.max_tokens):
         chosen, chosen_logprobs = choose_tokens(state.logits, state.draws[:, step], sampling)
         tokens[state.origin, step] = chosen
         logprobs[state.origin, step] = chosen_logprobs
-        state.ended |= chosen == model.eos_id
+        state.ended |= torch.isin(chosen, model.eos_ids)
         remaining = sampling.max_tokens - step - 1
         if not remaining:
             break

@@ -37,7 +37,7 @@ class LocalEngine:
     Args:
         architecture: of the model. No weights are loaded; all of them arrive through `update_weights`.
         rollout: its quantization, kv_cache, max_batch and return_routed_experts are used.
-        eos_id: the token that ends a response.
+        eos_ids: the tokens that end a response. The one that was sampled stays in the response.
         pad_id: any valid token. It pads prompts that are shorter than others in the wave, and no token attends to it.
         dtype: bfloat16 or float32, for activations and for weights that are not quantised.
     Raises:
@@ -51,7 +51,7 @@ class LocalEngine:
         architecture: Architecture,
         rollout: RolloutConfig,
         *,
-        eos_id: int,
+        eos_ids: Sequence[int],
         pad_id: int,
         device: torch.device | str,
         dtype: torch.dtype = torch.bfloat16,
@@ -70,7 +70,7 @@ class LocalEngine:
         self._kv_is_fp8 = rollout.kv_cache_is_fp8
         causal_lm, self._quantizer, routing = _build(architecture, rollout, device, dtype)
         scales = self._kv_scales if self._kv_is_fp8 else None
-        self._model = Model(causal_lm, architecture, scales, dtype, device, eos_id, pad_id, routing)
+        self._model = Model(causal_lm, architecture, scales, dtype, device, torch.tensor(eos_ids, device=device), pad_id, routing)
         weights, optional = self._tensors()
         self._destinations = weights | optional
         self._manifest = Manifest(*({name: (tuple(t.shape), t.dtype) for name, t in part.items()} for part in (weights, optional)))
@@ -106,7 +106,7 @@ class LocalEngine:
     def _collect(self, prompts: Sequence[Prompt], wave: Sequence[SampleId], responses: Responses) -> dict[SampleId, Rollout]:
         """Cut each row after its first end-of-sequence token, and its routing also before its prompt."""
         tokens, logprobs, routed = responses.tokens, responses.logprobs, responses.routed_experts
-        is_end = tokens == self._model.eos_id
+        is_end = torch.isin(tokens, self._model.eos_ids.cpu())
         stopped = is_end.any(-1)
         lengths = torch.where(stopped, is_end.int().argmax(-1) + 1, tokens.shape[1])
         bad = ~torch.isfinite(logprobs) & (torch.arange(tokens.shape[1]) < lengths[:, None])

@@ -44,7 +44,7 @@ class SGLangEngine:
     """A `RolloutEngine`, which documents the methods, on running SGLang servers.
 
     Args:
-        eos_id: the token that ends a response.
+        eos_ids: the tokens that end a response.
         dtype: of weights that are not quantised.
         run_id: the random part of this run's version names; the same on every rank.
         key: the servers' access key, or None.
@@ -61,7 +61,7 @@ class SGLangEngine:
         rollout: RolloutConfig,
         urls: Sequence[str],
         *,
-        eos_id: int,
+        eos_ids: Sequence[int],
         dtype: torch.dtype,
         run_id: str,
         key: str | None = None,
@@ -71,7 +71,7 @@ class SGLangEngine:
     ) -> None:
         self._on_close = on_close
         self._architecture, self._rollout, self._config = architecture, rollout, rollout.sglang
-        self._format = ResponseFormat(architecture, eos_id, rollout.return_routed_experts, run_id)
+        self._format = ResponseFormat(architecture, eos_ids, rollout.return_routed_experts, run_id)
         self._transport = transport
         self._manifest = Manifest.of(architecture, rollout, dtype)
         self._version = -1

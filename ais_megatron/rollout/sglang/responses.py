@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import base64
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -23,13 +24,13 @@ class ResponseFormat:
     """Requests and answers of one run.
 
     Args:
-        eos_id: the token that ends a response.
+        eos_ids: the tokens that end a response.
         with_routing: whether to ask for the experts of every token (MoE).
         run_id: the run whose weights are accepted.
     """
 
-    def __init__(self, architecture: Architecture, eos_id: int, with_routing: bool, run_id: str) -> None:
-        self._architecture, self._eos_id, self._with_routing, self._run_id = architecture, eos_id, with_routing, run_id
+    def __init__(self, architecture: Architecture, eos_ids: Sequence[int], with_routing: bool, run_id: str) -> None:
+        self._architecture, self._eos_ids, self._with_routing, self._run_id = architecture, list(eos_ids), with_routing, run_id
 
     def request(self, prompt: Prompt, sampling: SamplingParams, sample: int) -> dict[str, Any]:
         """The body of /generate, except for the request's id."""
@@ -40,7 +41,7 @@ class ResponseFormat:
                 "temperature": sampling.temperature,
                 "top_p": sampling.top_p,
                 "top_k": sampling.top_k or -1,
-                "stop_token_ids": [self._eos_id],
+                "stop_token_ids": self._eos_ids,
                 "sampling_seed": response_seed(sampling, prompt.index, sample),  # used only with --enable-deterministic-inference
             },
             "return_logprob": True,
@@ -82,8 +83,9 @@ class ResponseFormat:
             stand_in, version = prompt.token_ids[-1:], min(version for version, _ in known)
             return Rollout(prompt, stand_in, (0.0,), DROPPED, version, self._routing(None, len(prompt.token_ids)))
         routed = self._routing(meta.get("routed_experts"), len(prompt.token_ids) + len(tokens) - 1)
-        # The engine reports the end-of-sequence token as a stop, even if it was also the last token allowed.
-        finish = "stop" if tokens[-1] == self._eos_id else "length"
+        # A response that ends with an end-of-sequence token has stopped, even if that was also the last token allowed. The server may know
+        # more of these tokens from the model's own files.
+        finish = "stop" if tokens[-1] in self._eos_ids or reason == "stop" else "length"
         return Rollout(prompt, tokens, logprobs, finish, min(version for version, _ in versions), routed, versions)
 
     def _routing(self, text: str | None, rows: int) -> Tensor | None:

@@ -6,10 +6,12 @@ import pytest
 import torch
 
 from ais_megatron.batch import Prompt
+from ais_megatron.config import Architecture, RolloutConfig
 from ais_megatron.quantization.fp8 import E4M3, dequantize_block, quantize_block, quantize_bucket
 from ais_megatron.quantization.kv_scales import KVScales
 from ais_megatron.rollout.engine import SamplingParams
 from ais_megatron.rollout.local import kv_cache
+from ais_megatron.rollout.local.engine import LocalEngine
 from ais_megatron.rollout.local.kv_cache import KVCache
 from ais_megatron.rollout.local.quantized_linear import InputQuantizer, QuantizedLinear
 from ais_megatron.rollout.sampling import choose_tokens, uniform_draws
@@ -52,6 +54,19 @@ def test_responses_do_not_depend_on_the_batch():
     assert fewer[0].token_ids == tokens[0][0][:10]
     other_seed = small_waves.generate(prompts[:1], SamplingParams(3, 20, seed=6))
     assert [r.token_ids for r in other_seed] != tokens[0]
+
+
+def test_any_end_of_sequence_token_ends_a_response_and_stays_in_it():
+    ids, prompts, sampling = (EOS, 5, 9), make_prompts([5, 2, 11, 8]), SamplingParams(3, 20, seed=5)
+    engine = LocalEngine(Architecture(**DENSE), RolloutConfig(**BF16), eos_ids=ids, pad_id=0, device="cpu", dtype=torch.float32)
+    engine.update_weights([make_weights()], 0)
+    ends = set()
+    for longer, rollout in zip(fitted().generate(prompts, sampling), engine.generate(prompts, sampling), strict=True):
+        length = next((i + 1 for i, token in enumerate(longer.token_ids) if token in ids), 20)
+        assert rollout.token_ids == longer.token_ids[:length] and len(rollout.rollout_logprobs) == length
+        assert rollout.finish_reason == ("stop" if rollout.token_ids[-1] in ids else "length")
+        ends.add(rollout.token_ids[-1])
+    assert ends >= set(ids)
 
 
 def test_greedy_takes_the_likeliest_token():

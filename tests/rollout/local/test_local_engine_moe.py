@@ -253,7 +253,7 @@ def test_routed_experts_of_a_dense_model_are_an_error():
         build_config({"model": {"architecture": DENSE}, "rollout": ROUTED})
     build_config({"model": {"architecture": SMALL}, "rollout": ROUTED | {"max_response_tokens": 8}})
     with pytest.raises(ValueError, match="rollout.return_routed_experts=true: model_type=qwen3 "):
-        LocalEngine(Architecture(**DENSE), RolloutConfig(**ROUTED), eos_id=EOS, pad_id=0, device="cpu")
+        LocalEngine(Architecture(**DENSE), RolloutConfig(**ROUTED), eos_ids=(EOS,), pad_id=0, device="cpu")
 
 
 def test_corrupt_weights_are_named_by_prompt():

@@ -8,6 +8,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from typing import Any
 
 import pytest
@@ -48,7 +49,7 @@ def engine_of() -> Iterator[Callable[..., SGLangEngine]]:
         config = sglang_config(kind, **({"recovery_timeout_s": 1.0, "request_timeout_s": 5.0} | sglang))
         urls = [fake.url for fake in fakes]
         architecture = config.architecture.model_copy(update={"max_position_embeddings": positions})
-        made.append(SGLangEngine(architecture, config.rollout, urls, eos_id=2, dtype=torch.bfloat16, run_id=RUN, key=key))
+        made.append(SGLangEngine(architecture, config.rollout, urls, eos_ids=(2,), dtype=torch.bfloat16, run_id=RUN, key=key))
         made[-1].update_weights([], 0)  # not the rank that pushes: it only learns the version
         return made[-1]
 
@@ -87,6 +88,24 @@ def test_what_the_response_says_becomes_the_rollout(servers, engine_of) -> None:
     assert rollout.finish_reason == "length"
     assert rollout.weight_version == 0 and rollout.version_spans == ((0, 1), (1, 2))
     assert torch.equal(rollout.routed_experts, routing.view(4, 2, 2).to(torch.int8))
+
+
+@pytest.mark.parametrize(
+    ("last", "reason", "expected"),
+    [(2, "stop", "stop"), (4, "stop", "stop"), (4, "length", "stop"), (9, "length", "length"), (9, "stop", "stop")],
+)
+def test_any_end_of_sequence_token_ends_a_response(servers, last: int, reason: str, expected: str) -> None:
+    """9 is none of ours. If the server stops there, the model's own files say that it ends a response."""
+    (server,) = servers(1)
+    server.answer = lambda body: response([7, last], [-0.5, -0.25], f"{RUN}-0", reason)
+    config = sglang_config("dense", recovery_timeout_s=1.0)
+    with closing(
+        SGLangEngine(config.architecture, config.rollout, [server.url], eos_ids=(2, 4), dtype=torch.bfloat16, run_id=RUN)
+    ) as engine:
+        engine.update_weights([], 0)
+        (rollout,) = engine.generate(PROMPTS[:1], SamplingParams(1, 2))
+    assert server.bodies[0]["sampling_params"]["stop_token_ids"] == [2, 4]
+    assert (rollout.token_ids, rollout.rollout_logprobs, rollout.finish_reason) == ((7, last), (-0.5, -0.25), expected)
 
 
 @pytest.mark.parametrize("bad", [[None, -1.0], [float("inf"), -1.0], []])
@@ -307,7 +326,7 @@ def test_the_start_waits_for_all_servers_and_says_so(servers, monkeypatch: pytes
     two.stop()
     config = sglang_config(device="cuda", startup_timeout_s=0.5)
     urls = [one.url, two.url]
-    options = dict(eos_id=2, dtype=torch.bfloat16, run_id=RUN, transport=Nothing())
+    options = dict(eos_ids=(2,), dtype=torch.bfloat16, run_id=RUN, transport=Nothing())
     engine = SGLangEngine(config.architecture, config.rollout, urls, **options)
     try:
         with pytest.raises(Unavailable, match=rf"{two.url}.*gave up after 0.5 s; .* raise rollout.sglang.startup_timeout_s"):
@@ -324,7 +343,7 @@ def test_after_a_failed_update_servers_have_to_be_healthy(servers) -> None:
     """One hangs in the broadcast that failed: it still answers /model_info."""
     one, two = servers(2)
     config = sglang_config(recovery_timeout_s=5.0)
-    options = dict(eos_id=2, dtype=torch.bfloat16, run_id=RUN, transport=Nothing())
+    options = dict(eos_ids=(2,), dtype=torch.bfloat16, run_id=RUN, transport=Nothing())
     engine = SGLangEngine(config.architecture, config.rollout, [one.url, two.url], **options)
     engine._known = {one.url, two.url}
     two.failing = {"health"}
