@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch.distributed as dist
 
@@ -15,6 +16,7 @@ from ais_megatron.policy.policy import Policy, data_parallel_group, initialize_p
 from ais_megatron.prompts import Share, held_out_prompts, to_prompt
 from ais_megatron.rollout.build import build_engine
 from ais_megatron.rollout.engine import RolloutEngine, SamplingParams
+from ais_megatron.runs.samples import TokenTexts
 from ais_megatron.sft import starting_policy
 from ais_megatron.tasks import Reward, Task, make_task
 from ais_megatron.tokenizer import Tokenizer, make_tokenizer
@@ -38,6 +40,11 @@ class Session:
         """The task's reward for each response. A dropped response has the value NaN."""
         none = Reward(float("nan"), well_formed=False, correct=False)
         return [none if r.is_dropped else self.task.reward(r.prompt.truth, self.tokenizer.decode(r.token_ids)) for r in rollouts]
+
+    @cached_property
+    def texts(self) -> TokenTexts:
+        """The texts of single tokens, for `samples.jsonl`."""
+        return TokenTexts(self.tokenizer.decode, anchor=self.tokenizer.encode_response("1")[0])
 
     @property
     def sampling(self) -> SamplingParams:
