@@ -23,7 +23,7 @@ from typing import Any
 
 from ais_megatron.cluster.exits import Preempted
 from ais_megatron.config import Config, ConfigError
-from ais_megatron.runs.folder import METRICS_FILE, encode_json, write_text_atomic
+from ais_megatron.runs.folder import EVALUATIONS_FILE, METRICS_FILE, encode_json, write_text_atomic
 from ais_megatron.runs.samples import SAMPLES_FILE, Sample, divergence
 
 PHASES = ("generate", "reward", "logprobs", "diagnose", "train", "calibrate", "sync", "evaluate", "checkpoint")
@@ -329,7 +329,15 @@ def read_metrics(run_dir: Path) -> list[MetricsRow]:
     Raises:
         ValueError: a line before the last is not a row. The message names file and line.
     """
-    path = Path(run_dir) / METRICS_FILE
+    return _read_rows(Path(run_dir) / METRICS_FILE)
+
+
+def read_evaluations(run_dir: Path) -> list[MetricsRow]:
+    """The rows of ``evaluations.jsonl``, one for each set of each evaluation, from step 0 on. Otherwise as `read_metrics`."""
+    return _read_rows(Path(run_dir) / EVALUATIONS_FILE)
+
+
+def _read_rows(path: Path) -> list[MetricsRow]:
     return [row for _, _, row in _parse_rows(path)] if path.exists() else []
 
 
