@@ -11,7 +11,7 @@ from ais_megatron.runs.metrics import PHASES, MetricsRow
 from ais_megatron.runs.summary import is_number
 
 POSITIONS = "divergence_by_position"
-_EVALUATION = re.compile(r"eval/(.+)/(pass@\d+)")
+TRUNCATED = "truncated_fraction"
 
 
 @dataclass(frozen=True)
@@ -70,12 +70,6 @@ LEARNING = (
         (("reward_mean", "reward"), ("accuracy", "correct"), ("well_formed", "well-formed")),
     ),
     Chart("Response length", "Tokens per sampled response, on average.", (("response_length_mean", "tokens"),), zero=True),
-    Chart(
-        "Truncation",
-        "The share of responses that ended by themselves. The others were cut at rollout.max_response_tokens.",
-        (("finished_fraction", "finished"),),
-        percent=True,
-    ),
     Chart("Entropy", "Of the policy's distribution over the next token, at the sampling temperature, in nats.", (("entropy", "entropy"),)),
     Chart(
         "Groups without a signal",
@@ -110,31 +104,42 @@ THROUGHPUT = Chart(
 )
 
 
+Points = dict[int, tuple[float, float | None]]  # value and standard error by step
+
+
 def held_out(run: Run) -> dict[str, Any] | None:
     """pass@k of each set, with bands of one standard error. Runs of earlier versions have one set without an error."""
-    sets: dict[str, dict[int, tuple[float, float | None]]] = {}
-    for row in run.evaluations:
-        for key in row:
-            if re.fullmatch(r"pass@\d+", key) and is_number(row[key]):
-                sets.setdefault(_set_name(row["set"], key), {})[row["step"]] = (row[key], row.get(f"{key}_se"))
-    for row in run.rows:
-        for key in row:
-            if (found := _EVALUATION.fullmatch(key)) and is_number(row[key]):
-                sets.setdefault(_set_name(found[1], found[2]), {}).setdefault(row["step"], (row[key], row.get(f"{key}_se")))
-    if not sets:
-        points = {step: (value, None) for step, value in held_out_points(run).items()}
-        sets = {"held-out problems, pass@1": points} if points else {}
-    series = []
-    for name, values in sets.items():
-        steps = sorted(values)
-        series.append(
-            {"name": name, "always": True, "x": steps, "y": [values[s][0] for s in steps], "error": [values[s][1] for s in steps]}
-        )
+    curves = _evaluated(run, r"pass@\d+")
+    if not curves and (points := held_out_points(run)):
+        curves = {"held-out problems, pass@1": {step: (value, None) for step, value in points.items()}}
+    series = [_series(name, points) for name, points in curves.items()]
     return {"kind": "lines", "series": series, "percent": True} if series else None
 
 
-def _set_name(name: str, figure: str) -> str:
-    return f"{name}, {figure}"
+def truncation(run: Run) -> dict[str, Any] | None:
+    """The share of responses that were cut at the limit, in training and on each set."""
+    series = [{"key": TRUNCATED, "name": "training", "always": True}] if run.has("finished_fraction") else []
+    series += [_series(name.removesuffix(f", {TRUNCATED}"), points) for name, points in _evaluated(run, TRUNCATED).items()]
+    return {"kind": "lines", "series": series, "percent": True, "zero": True} if series else None
+
+
+def _evaluated(run: Run, figure: str) -> dict[str, Points]:
+    """The figures that match a pattern, as a curve for each "set, figure"."""
+    curves: dict[str, Points] = {}
+    for row in run.evaluations:
+        for key in row:
+            if re.fullmatch(figure, key) and is_number(row[key]):
+                curves.setdefault(f"{row['set']}, {key}", {})[row["step"]] = (row[key], row.get(f"{key}_se"))
+    for row in run.rows:  # a run without a file of evaluations may have them here
+        for key in row:
+            if (found := re.fullmatch(rf"eval/(.+)/({figure})", key)) and is_number(row[key]):
+                curves.setdefault(f"{found[1]}, {found[2]}", {}).setdefault(row["step"], (row[key], row.get(f"{key}_se")))
+    return curves
+
+
+def _series(name: str, points: Points) -> dict[str, Any]:
+    steps = sorted(points)
+    return {"name": name, "always": True, "x": steps, "y": [points[s][0] for s in steps], "error": [points[s][1] for s in steps]}
 
 
 def held_out_points(run: Run) -> dict[int, float]:
@@ -194,9 +199,12 @@ def phases(run: Run) -> dict[str, Any] | None:
 
 
 def columns(run: Run) -> dict[str, list[float | None]]:
-    """Every numeric column of the run, one value per row. ``time/other`` is what no phase accounts for."""
+    """Every numeric column of the run, one value per row, and two that follow from them: the truncated share of the training responses, and
+    as ``time/other`` the seconds of a step that no phase accounts for."""
     names = sorted({key for row in run.rows for key, value in row.items() if is_number(value) and key != "step"})
     found: dict[str, list[float | None]] = {name: [row[name] if is_number(row.get(name)) else None for row in run.rows] for name in names}
+    if "finished_fraction" in found:
+        found[TRUNCATED] = [None if value is None else 1.0 - value for value in found["finished_fraction"]]
     inside = [f"time/{name}" for name in PHASES if name not in ("evaluate", "checkpoint")]  # time/step ends before these two
     if "time/step" in found:
         found["time/other"] = [

@@ -75,9 +75,9 @@ _CONTROLS = """<div class="controls" role="search" aria-label="Filter of the sam
 <label class="check"><input id="marked" type="checkbox"> underline repeats</label>
 </div>
 <div class="shades"><label class="check"><input id="shaded" type="checkbox" checked> Shade tokens by log ratio</label>
-<span>engine more certain <span id="low"></span></span><span class="ramp" role="img"
+<span>engine gave more probability <span id="low"></span></span><span class="ramp" role="img"
 aria-label="Red: the engine gave the token more probability. Blue: the trainer did."></span>
-<span><span id="high"></span> trainer more certain</span> <label>scale <select id="scale"></select></label></div>
+<span><span id="high"></span> trainer did</span> <label>scale <select id="scale"></select></label></div>
 <p class="note"><strong id="count" aria-live="polite"></strong> <span id="spoken" class="note" aria-live="polite" hidden></span></p>
 <div id="list"></div>"""
 
@@ -146,7 +146,10 @@ def _page(run_dir: Path, run: Run, samples: Sequence[Sample], samples_note: str)
         seconds = math.fsum(row["time/step"] for row in run.rows if is_number(row.get("time/step")))
         summary = summarize(run.rows, None, None, seconds)
         subtitle += f". The run has not finished (no {SUMMARY_FILE}): wall time is the sum of its steps"
-    figures = [f"<div><dt>{html.escape(name)}</dt><dd>{html.escape(text)}</dd></div>" for name, text in summary_lines(summary)]
+    figures = [
+        f"<div><dt>{html.escape(name)}</dt><dd>{html.escape(text).replace(' nats/token', ' <small>nats/token</small>')}</dd></div>"
+        for name, text in summary_lines(summary)
+    ]
     cards = _Cards(run)
     sections = [
         _learning(cards),
@@ -195,7 +198,7 @@ class _Cards:
         kind = 'class="chart wide"' if wide else 'class="chart"'
         if spec is None:
             text = f"Left out: no row of {METRICS_FILE} has {missing}."
-            return f"<section {kind}><h3>{html.escape(heading)}</h3><p>{html.escape(text)}</p></section>"
+            return f'<section class="chart missing"><h3>{html.escape(heading)}</h3><p>{html.escape(text)}</p></section>'
         self.specs.append(spec)
         number = len(self.specs) - 1
         return f'<section {kind} data-chart="{number}"><h3>{html.escape(heading)}</h3><p>{html.escape(caption)}</p></section>'
@@ -215,7 +218,11 @@ def _learning(cards: _Cards) -> str:
         charts.held_out(cards.run),
         "eval/<set>/pass@1 or held_out_accuracy",
     )
-    return _section("learning", "Learning", "", [held_out, *(cards.of(chart) for chart in charts.LEARNING)])
+    truncation = cards.card(
+        "Truncation", "Share of responses that were cut at the length limit.", charts.truncation(cards.run), "finished_fraction"
+    )
+    reward, length, *others = (cards.of(chart) for chart in charts.LEARNING)
+    return _section("learning", "Learning", "", [reward, held_out, length, truncation, *others])
 
 
 def _mismatch(cards: _Cards) -> str:

@@ -148,22 +148,22 @@ function lines(svg, width, spec) {
   frame(svg, width, x, y, spec);
   if (spec.reference !== undefined)
     draw(svg, "line", { x1: PAD.left, x2: width - PAD.right, y1: y(spec.reference), y2: y(spec.reference), stroke: "var(--soft)", "stroke-dasharray": "5 4" });
-  spec.series.forEach((series, number) => {
+  spec.series.forEach((series, n) => {
     const usable = series.x.map((_, i) => i).filter((i) => !spec.log || series.y[i] > 0);
     const at = (ys) => usable.map((i) => `${x(series.x[i]).toFixed(1)},${y(ys[i]).toFixed(1)}`).join(" ");
     if (series.error && series.error.some((e) => e)) {
       const up = usable.map((i) => `${x(series.x[i])},${y(series.y[i] + (series.error[i] || 0))}`);
       const down = usable.map((i) => `${x(series.x[i])},${y(series.y[i] - (series.error[i] || 0))}`).reverse();
-      draw(svg, "polygon", { points: [...up, ...down].join(" "), fill: colour(number), opacity: 0.18 });
+      draw(svg, "polygon", { points: [...up, ...down].join(" "), fill: colour(n), opacity: 0.18 });
       if (usable.length === 1)
         for (const i of usable)
-          draw(svg, "line", { x1: x(series.x[i]), x2: x(series.x[i]), y1: y(series.y[i] - series.error[i]), y2: y(series.y[i] + series.error[i]), stroke: colour(number), "stroke-width": 2 });
+          draw(svg, "line", { x1: x(series.x[i]), x2: x(series.x[i]), y1: y(series.y[i] - series.error[i]), y2: y(series.y[i] + series.error[i]), stroke: colour(n), "stroke-width": 2 });
     }
     const many = usable.length >= SMOOTHED_POINTS;
-    draw(svg, "polyline", { points: at(series.y), fill: "none", stroke: colour(number), "stroke-width": many ? 1 : 2, opacity: many ? 0.35 : 1, "stroke-linejoin": "round" });
-    if (many) draw(svg, "polyline", { points: at(movingAverage(series.y)), fill: "none", stroke: colour(number), "stroke-width": 2.2, "stroke-linejoin": "round" });
+    draw(svg, "polyline", { points: at(series.y), fill: "none", stroke: colour(n), "stroke-width": many ? 1 : 2, opacity: many ? 0.35 : 1, "stroke-linejoin": "round" });
+    if (many) draw(svg, "polyline", { points: at(movingAverage(series.y)), fill: "none", stroke: colour(n), "stroke-width": 2.2, "stroke-linejoin": "round" });
     if (usable.length <= MARKED_POINTS)
-      for (const i of usable) draw(svg, "circle", { cx: x(series.x[i]), cy: y(series.y[i]), r: 3, fill: colour(number) });
+      for (const i of usable) draw(svg, "circle", { cx: x(series.x[i]), cy: y(series.y[i]), r: 3, fill: colour(n) });
   });
   const xs = [...new Set(points)].sort((a, b) => a - b), form = formOf(spec);
   return {
@@ -201,7 +201,7 @@ function stack(svg, width, spec) {
     let base = 0;
     sums.forEach((s, n) => {
       const top = base + s[b], gap = bins.length > 60 ? 0 : Math.min(3, (x(1) - x(0)) * 0.12);
-      if (s[b] > 0) draw(svg, "rect", { x: x(b) + gap / 2, width: Math.max(0.5, x(1) - x(0) - gap), y: y(top), height: Math.max(0, y(base) - y(top)), fill: colour(n) });
+      if (s[b] > 0) draw(svg, "rect", { x: x(b) + gap / 2, width: Math.max(0.5, x(1) - x(0) - gap), y: y(top), height: Math.max(0, y(base) - y(top)), fill: colour(n), "shape-rendering": gap ? "auto" : "crispEdges" });
       base = top;
     });
   });
@@ -261,7 +261,7 @@ function mount(card, spec) {
     });
   }
   const plot = make("div", { class: "plot", tabindex: "0", role: "img", "aria-label": spoken(card, spec) });
-  card.append(legend, plot);
+  card.append(...(legend.childNodes.length ? [legend, plot] : [plot]));
   let drawn = null, at = -1;
 
   function redraw() {

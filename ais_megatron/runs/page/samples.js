@@ -5,7 +5,7 @@
 const SAMPLES = DATA.samples;
 const PAGE = 12; // responses that are shown before "more" is asked for
 const FIRST_TOKENS = 1500; // of a long response, before all are asked for
-const NGRAM = 4, REPETITIVE = DATA.repetitive, SCALES = [0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5];
+const NGRAM = 4, REPETITIVE = DATA.repetitive, SCALES = [0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5];
 // Characters that a reader would not see, or that would turn the text around.
 const INVISIBLE = /[\u0000-\u0009\u000b-\u001f\u007f-\u009f\u00ad\u061c\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff]/g;
 const ODD = /[\ufffd\u2047\u0000-\u0008\u000b\u000c\u000e-\u001f\u007f-\u009f\ue000-\uf8ff]/;
@@ -36,7 +36,7 @@ function usualScale() {
   const all = [];
   for (const sample of SAMPLES) for (const ratio of ratiosOf(sample) || []) all.push(Math.abs(ratio));
   all.sort((a, b) => a - b);
-  const high = all.length ? all[Math.floor(0.99 * (all.length - 1))] : 0.1;
+  const high = all.length ? all[Math.floor(0.97 * (all.length - 1))] : 0.1;
   return SCALES.find((scale) => scale >= high) || SCALES[SCALES.length - 1];
 }
 
@@ -153,7 +153,9 @@ function card(sample) {
   const node = make("article", { class: "sample" }, header, facts);
   if (sample.reason) node.append(make("p", { class: "reason" }, make("strong", {}, "Reason: "), visible(sample.reason)));
   const brief = visible(sample.prompt).replace(/\s+/g, " ").slice(0, 160);
-  node.append(make("details", {}, make("summary", {}, `Prompt: ${brief}`), make("div", { class: "prompt text" }, visible(sample.prompt))), box);
+  if (sample.prompt.length <= 160 && !sample.prompt.includes("\n")) node.append(make("p", { class: "asked" }, make("strong", {}, "Prompt: "), visible(sample.prompt)));
+  else node.append(make("details", {}, make("summary", {}, `Prompt: ${brief}`), make("div", { class: "prompt text" }, visible(sample.prompt))));
+  node.append(box);
   if (sample.tokens.length > FIRST_TOKENS) {
     const button = make("button", { class: "more", type: "button" }, `Show all ${sample.tokens.length.toLocaleString("en-US")} tokens`);
     button.addEventListener("click", () => { addTokens(box, FIRST_TOKENS); shade(box); button.remove(); });
