@@ -231,14 +231,19 @@ def _mismatch(cards: _Cards) -> str:
         "strongly importance weights correct for it."
     )
     by_position = charts.positions(cards.run) or (None, None)
-    profile = "The same figure against the position. A cache whose error accumulates shows as a rise towards later tokens."
+    profile = "The same bins from left to right. A KV cache whose error accumulates shows as a rise towards later tokens."
     return _section(
         "mismatch",
         "Engine and trainer",
         note,
         [
             *(cards.of(chart) for chart in charts.MISMATCH),
-            cards.card("D by position in the response", "Over the steps, in bins that double in size.", by_position[0], charts.POSITIONS),
+            cards.card(
+                "D by position in the response",
+                "In nats per token, over the steps. Bins double in size: token 1, tokens 2 and 3, 4 to 7, and so on.",
+                by_position[0],
+                charts.POSITIONS,
+            ),
             cards.card("D along the response", profile, by_position[1], charts.POSITIONS),
         ],
     )

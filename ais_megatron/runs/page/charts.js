@@ -120,10 +120,13 @@ function frame(svg, width, x, y, spec) {
   }
   const labels = spec.labels;
   const marks = labels ? labels.map((_, i) => i) : x.ticks(Math.max(2, Math.min(8, width / 80))).filter(Number.isInteger);
-  for (const value of marks) draw(svg, "text", { x: x(value), y: bottom + 17, "text-anchor": "middle" }, labels ? labels[value] : value);
+  for (const value of marks) draw(svg, "text", { x: x(value), y: bottom + 17, "text-anchor": "middle" }, labels ? firstOf(labels[value]) : value);
   draw(svg, "line", { x1: PAD.left, x2: width - PAD.right, y1: bottom, y2: bottom, stroke: "var(--line)" });
   draw(svg, "text", { x: width - PAD.right, y: HEIGHT - 2, "text-anchor": "end" }, spec.xName || "step");
 }
+
+// Of a bin such as "4–7", because whole bins do not fit beside one another.
+const firstOf = (label) => label.split("–")[0];
 
 function stepScale(low, high, width, margin) {
   return linear(low - margin, high === low ? high + Math.max(margin, 0.5) : high + margin, PAD.left, width - PAD.right);
@@ -234,7 +237,7 @@ function heat(svg, width, spec) {
   cells.forEach((column, b) => column.forEach((value, r) => {
     if (value !== null) draw(svg, "rect", { x: x(b), width: x(1) - x(0) + 0.4, y: y(r + 1), height: y(0) - y(1) + 0.4, fill: ramp(share(value)), "shape-rendering": "crispEdges" });
   }));
-  spec.labels.forEach((label, r) => draw(svg, "text", { x: PAD.left - 7, y: y(r + 0.5) + 4, "text-anchor": "end" }, label));
+  spec.labels.forEach((label, r) => draw(svg, "text", { x: PAD.left - 7, y: y(r + 0.5) + 4, "text-anchor": "end" }, firstOf(label)));
   const every = Math.ceil(bins.length / Math.max(2, Math.min(8, width / 80)));
   bins.forEach(([from], b) => { if (b % every === 0) draw(svg, "text", { x: x(b + 0.5), y: HEIGHT - PAD.bottom + 17, "text-anchor": "middle" }, spec.steps[from]); });
   draw(svg, "text", { x: width - PAD.right, y: HEIGHT - 2, "text-anchor": "end" }, "step");
