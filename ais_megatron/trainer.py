@@ -130,14 +130,18 @@ def _wants_samples(config: Config, step: int) -> bool:
 
 
 def _samples(session: Session, collected: Collected, outcome: Update, step: int) -> list[Sample]:
-    """The first responses that this rank both generated and trained on, so their texts and all their log-probabilities are here."""
+    """The first responses that this rank both generated and trained on, so their texts and all their log-probabilities are here. A response
+    outside the loss has no log-probabilities of the trainer."""
+    batch, old = collected.batch, outcome.old_logprobs
     both = [(i, row) for i, row in enumerate(collected.rows) if row is not None and not collected.rollouts[i].is_dropped]
     samples = []
     for i, row in both[: session.config.metrics.samples]:
-        rollout, start = collected.rollouts[i], len(collected.rollouts[i].prompt.token_ids)
-        old = None if outcome.old_logprobs is None else outcome.old_logprobs[row, start : start + len(rollout.token_ids)].tolist()
-        advantage = float(collected.batch.advantages[row])
-        samples.append(sample_of(step, rollout, collected.rewards[i], advantage, old, session.tokenizer.decode, session.texts))
+        rollout = collected.rollouts[i]
+        start = len(rollout.prompt.token_ids)
+        response = slice(start, start + len(rollout.token_ids))
+        known = old[row, response].tolist() if old is not None and bool(batch.loss_mask[row, response].all()) else None
+        advantage = float(batch.advantages[row])
+        samples.append(sample_of(step, rollout, collected.rewards[i], advantage, known, session.tokenizer.decode, session.texts))
     return samples
 
 

@@ -186,9 +186,10 @@ def position_label(number: int) -> str:
 
 
 def _range(values: Sequence[float]) -> tuple[float, float]:
-    """The ends of a colour scale: without the extreme hundredths, which would leave one colour for all others."""
+    """The ends of a colour scale. The extreme hundredths, and what is tiny beside the rest, would leave one colour for all others."""
     ordered = sorted(values)
-    return ordered[len(ordered) // 100], ordered[-1 - len(ordered) // 100]
+    high = ordered[-1 - len(ordered) // 100]
+    return max(ordered[len(ordered) // 100], high / 300.0), high
 
 
 def phases(run: Run) -> dict[str, Any] | None:

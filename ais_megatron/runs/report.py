@@ -222,7 +222,12 @@ def _learning(cards: _Cards) -> str:
         "Truncation", "Share of responses that were cut at the length limit.", charts.truncation(cards.run), "finished_fraction"
     )
     reward, length, *others = (cards.of(chart) for chart in charts.LEARNING)
-    return _section("learning", "Learning", "", [reward, held_out, length, truncation, *others])
+    return _section(
+        "learning",
+        "Learning",
+        "Point at a chart to read its values. If a run has many steps, the thick line is a moving average.",
+        [reward, held_out, length, truncation, *others],
+    )
 
 
 def _mismatch(cards: _Cards) -> str:
@@ -260,7 +265,7 @@ def _time(cards: _Cards) -> str:
     return _section(
         "time",
         "Time",
-        "",
+        "Of the main rank, which waits for the others wherever ranks communicate.",
         [
             cards.card("Where the time goes", parts, spec, "time/<phase>", wide=True),
             cards.of(charts.THROUGHPUT),

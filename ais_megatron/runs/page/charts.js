@@ -4,7 +4,7 @@
 const DATA = JSON.parse(document.getElementById("data").textContent);
 const SVG = "http://www.w3.org/2000/svg"; // the name of a namespace, nothing is loaded from there
 const COLOURS = 10, HEIGHT = 230, PAD = { left: 58, right: 14, top: 10, bottom: 34 };
-const MARKED_POINTS = 40, SMOOTHED_POINTS = 60, MOST_COLUMNS = 120;
+const MARKED_POINTS = 40, SMOOTHED_POINTS = 60, MOST_COLUMNS = 120, DECADES = 1e4;
 
 function make(tag, attributes, ...children) {
   const node = document.createElement(tag);
@@ -98,6 +98,7 @@ function logarithmic(low, high, from, to) {
 
 function valueScale(values, spec, from, to) {
   let low = Math.min(...values), high = Math.max(...values);
+  if (spec.log && low > 0) low = Math.max(low, high / DECADES); // smaller values lie on the axis
   if (spec.log && low > 0) return high > low * 1.5 ? logarithmic(low / 1.15, high * 1.15, from, to) : logarithmic(low / 2, high * 2, from, to);
   if (spec.zero) low = Math.min(0, low);
   if (high === low) { const room = Math.abs(high) * 0.1 || 1; high += room; if (!spec.zero || low !== 0) low -= room; }
@@ -147,7 +148,8 @@ function lines(svg, width, spec) {
   const x = stepScale(Math.min(...points), Math.max(...points), width, spec.labels ? 0.3 : 0);
   const values = spec.series.flatMap((s) => s.y.flatMap((v, i) => (s.error && s.error[i] ? [v - s.error[i], v + s.error[i]] : [v])));
   const shown = spec.log ? values.filter((v) => v > 0) : values;
-  const y = valueScale((shown.length ? shown : [0, 1]).concat(spec.reference !== undefined ? [spec.reference] : []), spec, HEIGHT - PAD.bottom, PAD.top);
+  const scale = valueScale((shown.length ? shown : [0, 1]).concat(spec.reference !== undefined ? [spec.reference] : []), spec, HEIGHT - PAD.bottom, PAD.top);
+  const y = Object.assign((value) => Math.min(scale(value), HEIGHT - PAD.bottom), { ticks: scale.ticks });
   frame(svg, width, x, y, spec);
   if (spec.reference !== undefined)
     draw(svg, "line", { x1: PAD.left, x2: width - PAD.right, y1: y(spec.reference), y2: y(spec.reference), stroke: "var(--soft)", "stroke-dasharray": "5 4" });
