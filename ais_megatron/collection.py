@@ -37,6 +37,8 @@ class Collected:
     """Their rewards."""
     values: Tensor
     """The values of `rewards`."""
+    rows: list[int | None]
+    """The row of `batch` that holds each of `rollouts`. None if it trains on another data-parallel rank, or was not chosen."""
     next_prompt: int
     """The position in the stream after this batch."""
     prompts_sampled: int
@@ -82,7 +84,8 @@ def collect(session: Session, first: int, timer: PhaseTimer) -> Collected:
     with timer.phase("reward"):
         batch = _chosen_rows(session, candidates, first) if objective.resolved.dynamic_sampling else _own_rows(session, candidates)
     sampled = len(candidates.owner)
-    return Collected(batch, candidates.rollouts, candidates.rewards, candidates.values, first + sampled, sampled)
+    rows = _rows_of(session, candidates, first)
+    return Collected(batch, candidates.rollouts, candidates.rewards, candidates.values, rows, first + sampled, sampled)
 
 
 def next_prompts(session: Session, first: int) -> tuple[list[Prompt], SamplingParams]:
@@ -139,8 +142,8 @@ def _own_rows(session: Session, candidates: _Candidates) -> Batch:
 
 def _chosen_rows(session: Session, candidates: _Candidates, first: int) -> Batch:
     """This data-parallel rank's part of the chosen groups, wherever they were generated. Every rank receives all groups once."""
-    size, share = session.config.rollout.group_size, session.share
-    chosen = candidates.choose(session.config.rollout.prompts_per_step)
+    size = session.config.rollout.group_size
+    chosen, mine = candidates.choose(session.config.rollout.prompts_per_step), _mine(session, candidates)
     with rank_consistent():
         keep = set(chosen)
         rows = [i for i, r in enumerate(candidates.rollouts) if r.prompt.index - first in keep]
@@ -148,10 +151,27 @@ def _chosen_rows(session: Session, candidates: _Candidates, first: int) -> Batch
     everything = gather_batch(local, None)
     # The gathered groups are ordered by rank and then by position. This finds the place of each chosen group.
     stands = {group: place for place, group in enumerate(sorted(chosen, key=lambda group: candidates.owner[group]))}
-    low, high = (len(chosen) * (share.dp_rank + i) // share.dp_size for i in (0, 1))
-    places = torch.tensor([stands[group] for group in chosen[low:high]], dtype=torch.int64)
+    places = torch.tensor([stands[group] for group in mine], dtype=torch.int64)
     index = (places[:, None] * size + torch.arange(size)).view(-1)
     return everything.rows(index, int(everything.lengths[index].max()))
+
+
+def _mine(session: Session, candidates: _Candidates) -> list[int]:
+    """The candidates in this data-parallel rank's part of the batch, in the order of their rows."""
+    config, share = session.config, session.share
+    wanted = config.rollout.prompts_per_step
+    # Without dynamic sampling there is one candidate for each prompt of the batch, in the order of the stream.
+    chosen = candidates.choose(wanted) if config.objective.resolved.dynamic_sampling else list(range(wanted))
+    low, high = (len(chosen) * (share.dp_rank + i) // share.dp_size for i in (0, 1))
+    return chosen[low:high]
+
+
+def _rows_of(session: Session, candidates: _Candidates, first: int) -> list[int | None]:
+    """See `Collected.rows`. Nothing is communicated, because the place of a group follows from its position in the stream."""
+    size = session.config.rollout.group_size
+    start = {group: size * place for place, group in enumerate(_mine(session, candidates))}
+    starts = [start.get(r.prompt.index - first) for r in candidates.rollouts]
+    return [None if row is None else row + i % size for i, row in enumerate(starts)]
 
 
 def _assemble(session: Session, rollouts: list[Rollout], values: Tensor) -> Batch:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch.distributed as dist
 
@@ -15,6 +16,7 @@ from ais_megatron.policy.policy import Policy, data_parallel_group, initialize_p
 from ais_megatron.prompts import Share, held_out_prompts, to_prompt
 from ais_megatron.rollout.build import build_engine
 from ais_megatron.rollout.engine import RolloutEngine, SamplingParams
+from ais_megatron.runs.samples import TokenTexts
 from ais_megatron.sft import starting_policy
 from ais_megatron.tasks import Attempt, Reward, Task, judge_all, make_task
 from ais_megatron.tokenizer import Tokenizer, make_tokenizer, response_text
@@ -42,6 +44,11 @@ class Session:
         attempts = [Attempt(r.prompt.truth, text, r.prompt.text, r.prompt.index) for r, text in zip(present, texts, strict=True)]
         rewards = iter(judge_all(self.task, attempts))
         return [none if r.is_dropped else next(rewards) for r in rollouts]
+
+    @cached_property
+    def texts(self) -> TokenTexts:
+        """The texts of single tokens, for `samples.jsonl`."""
+        return TokenTexts(self.tokenizer.decode, anchor=self.tokenizer.encode_response("1")[0])
 
     @property
     def sampling(self) -> SamplingParams:

@@ -9,6 +9,7 @@ import time
 from contextlib import closing
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -29,9 +30,10 @@ from ais_megatron.quantization.kv_scales import KVScales
 from ais_megatron.runs.folder import SUMMARY_FILE, open_run_folder, write_json_atomic
 from ais_megatron.runs.metrics import PhaseTimer, Sinks, read_metrics
 from ais_megatron.runs.report import write_report
+from ais_megatron.runs.samples import Sample, sample_of
 from ais_megatron.runs.summary import print_table, summarize
 from ais_megatron.session import Session, build_session
-from ais_megatron.update import lagged_update, update
+from ais_megatron.update import Update, lagged_update, update
 
 
 def train(config: Config) -> Path:
@@ -64,7 +66,7 @@ def train(config: Config) -> Path:
         while state.step < config.train.steps:
             stop_if_asked(saver, state)
             try:
-                row, state, outage = train_step(session, state, timer)
+                row, state, outage, samples = train_step(session, state, timer)
             except Unavailable as error:  # there are no rollouts, so the policy is still that of `state`
                 saver.save_now(state)
                 raise _resumable(error, checkpoints) from error
@@ -72,6 +74,7 @@ def train(config: Config) -> Path:
             if not outage and (is_last or (config.eval.every and done % config.eval.every == 0)):
                 with timer.phase("evaluate"):
                     row["held_out_accuracy"] = session.held_out_accuracy()
+            sinks.log_samples(samples)
             sinks.log(done, row | timer.take())  # before the checkpoint, because a run that resumes after it must find this row
             if outage:
                 saver.save_now(state)
@@ -85,10 +88,13 @@ def train(config: Config) -> Path:
     return run_dir
 
 
-def train_step(session: Session, state: TrainingState, timer: PhaseTimer) -> tuple[dict[str, float], TrainingState, Unavailable | None]:
+def train_step(
+    session: Session, state: TrainingState, timer: PhaseTimer
+) -> tuple[dict[str, Any], TrainingState, Unavailable | None, list[Sample]]:
     """One step, from prompts to an engine with the new weights.
 
-    Returns the metrics of the step, the state after it, and the error if the engine could not get the new weights any more.
+    Returns the metrics of the step, the state after it, the error if the engine could not get the new weights any more, and the
+    responses to record (`metrics.samples_every`), on the main rank.
 
     Raises:
         Unavailable: no engine can generate rollouts. The step has changed nothing.
@@ -99,11 +105,13 @@ def train_step(session: Session, state: TrainingState, timer: PhaseTimer) -> tup
     if config.rollout.ahead and state.step + 1 < config.train.steps:
         session.generator.start(*next_prompts(session, collected.next_prompt))
     learn = lagged_update if config.ais.lag else update
-    outcome = learn(policy, collected.batch, state.ais, timer)  # logprobs -> diagnostics -> alpha -> loss -> weights
+    wants_samples = _wants_samples(config, state.step + 1)
+    outcome = learn(policy, collected.batch, state.ais, timer, wants_samples)  # logprobs -> diagnostics -> alpha -> loss -> weights
     with timer.phase("calibrate"):
         calibration = policy.calibrate(collected.batch) if config.calibration.mode == "fresh" else outcome.calibration
     with timer.phase("sync"):
         outage = _push(session, _scales(config, calibration), version=state.step + 1)
+    samples = _samples(session, collected, outcome, state.step + 1) if wants_samples and rank() == 0 else []
     seconds = time.perf_counter() - began
     row = {
         "alpha": outcome.alpha,
@@ -113,7 +121,28 @@ def train_step(session: Session, state: TrainingState, timer: PhaseTimer) -> tup
         **_calibration_metrics(calibration),
         "time/step": seconds,
     }
-    return row, replace(state, step=state.step + 1, next_prompt=collected.next_prompt, ais=outcome.state), outage
+    return row, replace(state, step=state.step + 1, next_prompt=collected.next_prompt, ais=outcome.state), outage, samples
+
+
+def _wants_samples(config: Config, step: int) -> bool:
+    every = config.metrics.samples_every
+    return bool(every) and (step in (1, config.train.steps) or step % every == 0)
+
+
+def _samples(session: Session, collected: Collected, outcome: Update, step: int) -> list[Sample]:
+    """The first responses that this rank both generated and trained on, so their texts and all their log-probabilities are here. A response
+    outside the loss has no log-probabilities of the trainer."""
+    batch, old = collected.batch, outcome.old_logprobs
+    both = [(i, row) for i, row in enumerate(collected.rows) if row is not None and not collected.rollouts[i].is_dropped]
+    samples = []
+    for i, row in both[: session.config.metrics.samples]:
+        rollout = collected.rollouts[i]
+        start = len(rollout.prompt.token_ids)
+        response = slice(start, start + len(rollout.token_ids))
+        known = old[row, response].tolist() if old is not None and bool(batch.loss_mask[row, response].all()) else None
+        advantage = float(batch.advantages[row])
+        samples.append(sample_of(step, rollout, collected.rewards[i], advantage, known, session.tokenizer.decode, session.texts))
+    return samples
 
 
 def _push(session: Session, scales: KVScales | None, version: int) -> Unavailable | None:

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from torch import Tensor
+
 from ais_megatron.algorithm import ais
 from ais_megatron.algorithm.ais import AISState
 from ais_megatron.algorithm.correction import Correction
@@ -32,10 +34,12 @@ class Update:
     calibration: Calibration
     state: AISState
     """For the next batch."""
+    old_logprobs: Tensor | None
+    """float32 ``[batch, seq]`` on the CPU, at the sampling temperature, 0 outside the loss. None after a `lagged_update` that was not asked to keep them."""
 
 
-def update(policy: Policy, batch: Batch, state: AISState, timer: PhaseTimer) -> Update:
-    """`train.updates_per_batch` optimizer steps with this batch's own alpha."""
+def update(policy: Policy, batch: Batch, state: AISState, timer: PhaseTimer, keep_logprobs: bool = False) -> Update:
+    """`train.updates_per_batch` optimizer steps with this batch's own alpha. The log-probabilities are kept in any case."""
     config = policy.config
     with timer.phase("logprobs"):
         old_logprobs, calibration = policy.logprobs_and_calibration(batch)
@@ -46,16 +50,16 @@ def update(policy: Policy, batch: Batch, state: AISState, timer: PhaseTimer) -> 
         scaler, state = ais.loss_scaler(diagnostics, config, state)
     with timer.phase("train"):
         metrics = policy.train_step(batch, old_logprobs, scaler, reference_logprobs)
-    return Update(scaler.alpha, diagnostics, metrics, calibration, state)
+    return Update(scaler.alpha, diagnostics, metrics, calibration, state, old_logprobs)
 
 
-def lagged_update(policy: Policy, batch: Batch, state: AISState, timer: PhaseTimer) -> Update:
+def lagged_update(policy: Policy, batch: Batch, state: AISState, timer: PhaseTimer, keep_logprobs: bool = False) -> Update:
     """One optimizer step with the previous batch's alpha (alpha_min for the first batch)."""
     with timer.phase("logprobs"):
         reference_logprobs = policy.reference_logprobs(batch)
     with timer.phase("train"):
         scaler = ais.lagged_loss_scaler(policy.config, state)
-        metrics, diagnostics, calibration = policy.lagged_train_step(batch, scaler, reference_logprobs)
+        metrics, diagnostics, calibration, old_logprobs = policy.lagged_train_step(batch, scaler, reference_logprobs, keep_logprobs)
     with timer.phase("diagnose"):
         _, state = ais.step(state, diagnostics, policy.config.ais)
-    return Update(scaler.alpha, diagnostics, metrics, calibration, state)
+    return Update(scaler.alpha, diagnostics, metrics, calibration, state, old_logprobs)

@@ -89,7 +89,7 @@ def main() -> None:
         shares: dict[str, list[float]] = {"ais": [], "lagged": [], "fresh": []}
         for number in range(rounds + 1):
             timer = PhaseTimer()
-            row, state, _ = train_step(session, state, timer)
+            row, state, *_ = train_step(session, state, timer)
             taken, step, fresh, mixing = timer.take(), row["time/step"], in_calibrate.take(), factors.take()
             if number:
                 shares["ais"].append((taken["time/diagnose"] + mixing) / (step - fresh))

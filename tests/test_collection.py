@@ -63,6 +63,8 @@ def collected(rank: int, config: Config, tp: int, pp: int, first: int, own_rewar
     result = collect(session, first, PhaseTimer())
     responses = [tuple(row[length - 2 : length].tolist()) for row, length in zip(result.batch.tokens, result.batch.lengths, strict=True)]
     generated = [r.prompt.index for r in result.rollouts[::2]]
+    for rollout, row in zip(result.rollouts, result.rows, strict=True):
+        assert responses[row] == rollout.token_ids if row is not None else rollout.token_ids not in responses
     return session.share.dp_rank, responses, result.batch.advantages, result.batch.loss_mask.any(1), result.next_prompt, generated
 
 

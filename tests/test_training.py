@@ -20,12 +20,12 @@ from ais_megatron.cli import app
 from ais_megatron.config import build_config, load_config
 from tests.helpers.paths import ROOT
 from tests.helpers.ranks import RankPool
-from tests.helpers.runs import assert_same_rows, command, refusal, rows_of, run, small, trained, write
+from tests.helpers.runs import assert_same_rows, command, refusal, rows_of, run, samples_of, small, trained, write
 
 ROW_KEYS = set(
     "step alpha weight_reliability weight_reliability_raw divergence_severity variance_amplification k1_kl ppl_ratio chi2_token "
     "is_weight_mean is_weight_min is_weight_max fraction_truncated prob_diff_mean prob_diff_max reward_mean reward_std accuracy "
-    "fraction_rejected mean_weight prompts_sampled reference_kl "
+    "divergence_by_position fraction_rejected mean_weight prompts_sampled reference_kl "
     "response_length_mean finished_fraction zero_signal_groups loss entropy grad_norm lr clip_fraction policy_ratio_mean "
     "num_response_tokens tokens_per_second staleness mixed_version_fraction "
     "dropped_fraction q_amax kv_saturated_fraction time/generate time/reward time/logprobs "
@@ -55,9 +55,20 @@ def test_the_run_folder_holds_what_scripts_rely_on(finished: tuple[Path, str]) -
         *("mean_divergence_severity", "tokens_per_second", "wall_seconds"),
     }
     assert [path.name for path in sorted((run_dir / "checkpoints").iterdir())] == ["step_000002", "step_000003"]
-    assert (run_dir / "report" / "index.html").is_file() and list((run_dir / "report").glob("*.png"))
+    assert [path.name for path in (run_dir / "report").iterdir()] == ["index.html"]
+    samples = samples_of(folder)
+    assert [sample["step"] for sample in samples] == [1] * 4 + [3] * 4, "the first and the last step, what the main rank generated"
+    assert_samples_fit(samples)
     assert "held-out pass@1 at the end" in output and str(run_dir / "report" / "index.html") in output
     assert "Warning" not in output, output
+
+
+def assert_samples_fit(samples: list[dict[str, object]]) -> None:
+    for sample in samples:
+        assert sample["length"] == len(sample["tokens"]) == len(sample["rollout_logprobs"]) == len(sample["old_logprobs"])
+        assert "".join(sample["tokens"]) == sample["response"] and sample["reward"] >= 0.0
+        ratios = [old - new for old, new in zip(sample["old_logprobs"], sample["rollout_logprobs"], strict=True)]
+        assert 0.0 < max(map(abs, ratios)) < 0.5, "an FP8 engine is close to its trainer; a wrong row or column is not"
 
 
 def test_figures_of_a_row_fit_together(finished: tuple[Path, str]) -> None:
@@ -88,6 +99,7 @@ def test_a_run_is_not_overwritten_but_continued(finished: tuple[Path, str], rank
     ranks.run(2, trained, config=load_config(config, ["run.resume=true"]))
     assert [row["step"] for row in rows_of(tmp_path)] == [1, 2, 3]
     assert_same_rows(tmp_path, folder)
+    assert samples_of(tmp_path) == samples_of(folder), "the samples of step 3 were cut and written again"
 
 
 @pytest.mark.slow
@@ -115,6 +127,7 @@ def test_what_a_method_remembers_survives_a_resume(
     if method["objective"]["name"] == "dapo":
         assert any(row["prompts_sampled"] > 4 for row in rows), "groups without a signal must have been replaced"
     else:
+        assert_samples_fit(samples_of(whole))  # log pi_old comes from the training pass
         assert rows[0]["alpha"] == 0.1 and rows[0]["policy_ratio_mean"] == 1.0 and rows[1]["reference_kl"] > 0.0
     shutil.copytree(whole / "run", again / "run")
     shutil.rmtree(again / "run" / "checkpoints" / "step_000004")

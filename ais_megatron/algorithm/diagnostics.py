@@ -4,7 +4,9 @@
     D   = mean(exp(l) - 1 - l)               divergence severity, the k3 estimator of KL(mu || pi_old), nats per token
     nu  = sum (wbar A)^2 / sum A^2           variance amplification
 
-w and wbar are those of the correction's level: one per token, or one per response, which all its tokens have.
+w and wbar are those of the correction's level: one per token, or one per response, which all its tokens have. D is also measured by
+position in the response, because the error of a KV cache can grow along it. A bin holds twice as many positions as the one before it: the
+tokens 1, 2 to 3, 4 to 7, and so on.
 
 Source: AIS (arXiv 2605.13907), its three diagnostics. Ratios are computed only from global sums, because the mean of the ranks' ratios
 is a different number. Everything is float64 from before the exponential on, because at l = 1e-3 float32 gets D wrong by 12 %.
@@ -86,7 +88,9 @@ class Extremes(NamedTuple, Generic[Value]):
     largest_prob_diff: Value
 
 
-NUM_SUMS, NUM_EXTREMES = len(Sums._fields), len(Extremes._fields)
+NUM_BINS = 18  # bin b has the tokens 2**b to 2**(b+1) - 1 of a response, counted from 1; the last bin has all later ones too
+NUM_SUMS = len(Sums._fields) + 2 * NUM_BINS  # after the `Sums`: number of tokens, and sum of exp(l) - 1 - l, in each bin
+NUM_EXTREMES = len(Extremes._fields)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,6 +141,8 @@ class Diagnostics:
     """Its variance over responses, unbiased."""
     signal_gap_covariance: float = 0.0
     """Its covariance with g0."""
+    divergence_by_position: tuple[float, ...] = ()
+    """D in each bin of positions, up to the longest response."""
 
 
 def diagnose(
@@ -179,8 +185,8 @@ def split(vector: Tensor) -> Diagnostics:
 def statistics(
     old_logprobs: Tensor, rollout_logprobs: Tensor, advantages: Tensor, loss_mask: Tensor, correction: Correction
 ) -> tuple[Tensor, Tensor]:
-    """The statistics of whole rows of a batch: the `Sums`, float64 ``[NUM_SUMS]``, and the `Extremes`, ``[NUM_EXTREMES]`` (-inf without
-    tokens)."""
+    """The statistics of whole rows of a batch: the `Sums` and the sums by position, float64 ``[NUM_SUMS]``, and the `Extremes`,
+    ``[NUM_EXTREMES]`` (-inf without tokens)."""
     if advantages.dim() == 1:
         advantages = advantages[:, None]
     advantages = advantages.expand_as(loss_mask)
@@ -207,6 +213,7 @@ def _of_rows(old: Tensor, rollout: Tensor, advantages: Tensor, loss_mask: Tensor
     present = lengths > 0
     totals = torch.stack([_response_sums(x, lengths) for x in (log_ratio, adv, weighted_adv - adv)])
     mean_log_ratio, g0, gap = totals[:, present] / lengths[present]
+    k3 = excess - log_ratio
     sums = Sums(
         tokens=lengths.sum().double(),
         sequences=present.sum().double(),
@@ -214,7 +221,7 @@ def _of_rows(old: Tensor, rollout: Tensor, advantages: Tensor, loss_mask: Tensor
         w_trunc_sq=w_trunc.dot(w_trunc),
         w=w.sum(),
         w_sq=w.dot(w),
-        k3=(excess - log_ratio).sum(),
+        k3=k3.sum(),
         log_ratio=log_ratio.sum(),
         weighted_adv_sq=weighted_adv.dot(weighted_adv),
         adv_sq=adv.dot(adv),
@@ -230,11 +237,22 @@ def _of_rows(old: Tensor, rollout: Tensor, advantages: Tensor, loss_mask: Tensor
         g0_gap=g0.dot(gap),
         gap_sq=gap.dot(gap),
     )
+    vector = torch.cat([torch.stack(sums), _by_position(k3, lengths)])
     if not len(w):
-        return torch.stack(sums), w.new_full((NUM_EXTREMES,), -math.inf)
+        return vector, w.new_full((NUM_EXTREMES,), -math.inf)
     smallest, largest = w.aminmax()
     extremes = Extremes(largest_w=largest, minus_smallest_w=-smallest, largest_prob_diff=prob_diff.max().double())
-    return torch.stack(sums), torch.stack(extremes)
+    return vector, torch.stack(extremes)
+
+
+def _by_position(values: Tensor, lengths: Tensor) -> Tensor:
+    """float64 ``[2 * NUM_BINS]``: the number of tokens in each bin of positions, and the sums of their ``[tokens]`` values."""
+    starts = 2 ** torch.arange(NUM_BINS, device=lengths.device) - 1
+    sizes = starts + 1
+    sizes[-1] = torch.iinfo(sizes.dtype).max
+    # A response is a few segments of tokens, one per bin, so one segmented sum gives all bins in a fixed order of summation.
+    counts = (lengths[:, None] - starts).clamp(min=0).minimum(sizes)
+    return torch.cat([counts.sum(0).double(), _response_sums(values, counts.view(-1)).view(-1, NUM_BINS).sum(0)])
 
 
 class _Weighed(NamedTuple):
@@ -277,7 +295,8 @@ def from_statistics(sums: Tensor, extremes: Tensor) -> Diagnostics:
     Raises:
         ValueError: a sum is not finite, because a log-probability is not finite.
     """
-    t: Sums[float] = Sums._make(sums.tolist())
+    num_fields = len(Sums._fields)
+    t: Sums[float] = Sums._make(sums[:num_fields].tolist())
     if bad := [name for name, value in t._asdict().items() if not math.isfinite(value)]:
         raise ValueError(f"log-probabilities of this batch are not finite (sums of {', '.join(bad)}); the policy or the rollout is corrupt")
     n, responses = t.tokens, t.sequences
@@ -285,6 +304,7 @@ def from_statistics(sums: Tensor, extremes: Tensor) -> Diagnostics:
         return Diagnostics()
     extreme: Extremes[float] = Extremes._make(extremes.tolist())
     gap, spread = t.gap / responses, max(responses - 1.0, 1.0)
+    by_position = zip(*sums[num_fields:].view(2, NUM_BINS).tolist(), strict=True)
     return Diagnostics(
         num_tokens=n,
         num_sequences=responses,
@@ -306,6 +326,7 @@ def from_statistics(sums: Tensor, extremes: Tensor) -> Diagnostics:
         signal_gap=gap,
         signal_gap_variance=max(0.0, t.gap_sq - responses * gap**2) / spread,
         signal_gap_covariance=(t.g0_gap - t.g0 * gap) / spread,
+        divergence_by_position=tuple(k3 / count for count, k3 in by_position if count),
     )
 
 

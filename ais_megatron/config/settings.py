@@ -13,7 +13,9 @@ OFF = BeforeValidator(lambda value: "off" if value is False else value)  # YAML 
 
 
 class RunConfig(Section):
-    dir: str = Field("runs/default", description="run folder: config.yaml, metrics.jsonl, checkpoints/, report/, summary.json")
+    dir: str = Field(
+        "runs/default", description="run folder: config.yaml, metrics.jsonl, samples.jsonl, checkpoints/, report/, summary.json"
+    )
     seed: int = Field(0, description="random seed of weights, puzzles, prompt order and sampling")
     resume: bool = Field(
         False, description="true: continue from the newest checkpoint in run.dir. false: start a new run; run.dir must not hold one yet"
@@ -163,3 +165,10 @@ class MetricsConfig(Section):
         "off", description="log every step to Weights & Biases. offline: write to disk, for a later upload"
     )
     wandb_project: str = Field("ais_megatron", description="name of the Weights & Biases project")
+    samples_every: int = Field(
+        10,
+        ge=0,
+        description="number of steps between those whose responses are written to samples.jsonl, with rewards, reasons and the "
+        "log-probabilities of engine and trainer; also those of the first and the last step; 0: none",
+    )
+    samples: PositiveInt = Field(16, description="number of responses of such a step; about 20 bytes per token")

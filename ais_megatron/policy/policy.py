@@ -200,16 +200,19 @@ class Policy:
         return means | {"skipped_updates": sum(r["skipped_updates"] for r in results)} | self.routing_metrics
 
     def lagged_train_step(
-        self, batch: Batch, scaler: LossScaler, reference_logprobs: Tensor | None = None
-    ) -> tuple[dict[str, float], Diagnostics, Calibration]:
+        self, batch: Batch, scaler: LossScaler, reference_logprobs: Tensor | None = None, keep_logprobs: bool = False
+    ) -> tuple[dict[str, float], Diagnostics, Calibration, Tensor | None]:
         """One optimizer step whose own forward pass gives old_logprobs, this batch's diagnostics and the ranges of Q, K and V.
 
-        Nothing is computed twice, and the policy ratio is exactly 1. Returns and raises as `train_step`."""
+        Nothing is computed twice, and the policy ratio is exactly 1. Returns and raises as `train_step`. With `keep_logprobs` it also
+        returns old_logprobs, as `logprobs` does."""
         running = RunningStatistics(Correction.of(self.config))
+        kept = torch.zeros(pad_columns(batch, self.seq_multiple).tokens.shape) if keep_logprobs else None
         with self._recording():
-            metrics, reduced = self._update(batch, None, scaler, reference_logprobs, running)
+            metrics, reduced = self._update(batch, None, scaler, reference_logprobs, running, kept)
         calibration = self._recorded()
-        return metrics | self.routing_metrics, split(reduced), calibration
+        old_logprobs = None if kept is None else self._from_last_stage(kept)[:, : batch.tokens.shape[1]]
+        return metrics | self.routing_metrics, split(reduced), calibration, old_logprobs
 
     def _update(
         self,
@@ -218,8 +221,10 @@ class Policy:
         scaler: LossScaler,
         reference_logprobs: Tensor | None,
         running: RunningStatistics | None = None,
+        kept: Tensor | None = None,
     ) -> tuple[dict[str, float], Tensor]:
-        """One optimizer step. If old_logprobs is None, those of the forward pass are used, and `running` records them."""
+        """One optimizer step. If old_logprobs is None, those of the forward pass are used, and `running` records them. The last stage
+        also writes them to `kept`, float32 ``[batch, padded seq]``, if it is given."""
         batch = pad_columns(batch, self.seq_multiple)
         width = batch.tokens.shape[1]
         old_logprobs, reference_logprobs = (
@@ -233,6 +238,8 @@ class Policy:
 
         def loss_function(rows: Batch, index: Tensor, logprobs: Tensor, entropy: Tensor) -> tuple[Tensor, Tensor, Tensor]:
             old = logprobs.detach() if old_logprobs is None else _cut(old_logprobs, index, logprobs)
+            if kept is not None:
+                kept[index, : old.shape[1]] = old.cpu()
             reference = None if reference_logprobs is None else _cut(reference_logprobs, index, logprobs)
             if running is not None:
                 running.add(old, rows.rollout_logprobs, rows.advantages, rows.loss_mask)

@@ -22,6 +22,7 @@ from ais_megatron.config import Config, ConfigError, dump_config
 
 CONFIG_FILE = "config.yaml"
 METRICS_FILE = "metrics.jsonl"
+EVALUATIONS_FILE = "evaluations.jsonl"
 SUMMARY_FILE = "summary.json"
 
 # Packages whose version can change a result. Those that are not installed are not recorded.

@@ -1,4 +1,5 @@
-"""A run's metrics: the seconds of each phase, one line of ``metrics.jsonl`` per step, and what the terminal shows.
+"""A run's metrics: the seconds of each phase, one line of ``metrics.jsonl`` per step, and what the terminal shows. And its samples, in
+``samples.jsonl``, which is written in the same way (see `samples`).
 
 ``metrics.jsonl`` is always written. It is the only record that is read again, by `read_metrics`, `report` and resumed runs.
 TensorBoard and Weights & Biases get copies (``metrics.tensorboard``, ``metrics.wandb``). Every line is a single ``os.write`` to a
@@ -14,7 +15,7 @@ import re
 import sys
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
@@ -22,7 +23,8 @@ from typing import Any
 
 from ais_megatron.cluster.exits import Preempted
 from ais_megatron.config import Config, ConfigError
-from ais_megatron.runs.folder import METRICS_FILE, encode_json, write_text_atomic
+from ais_megatron.runs.folder import EVALUATIONS_FILE, METRICS_FILE, encode_json, write_text_atomic
+from ais_megatron.runs.samples import SAMPLES_FILE, Sample, divergence
 
 PHASES = ("generate", "reward", "logprobs", "diagnose", "train", "calibrate", "sync", "evaluate", "checkpoint")
 WANDB_ID_FILE = "wandb_id"
@@ -99,13 +101,14 @@ class Sinks:
         self._run_dir = Path(run_dir)
         self._is_main = is_main
         self._rows = _RowFile(self._run_dir / METRICS_FILE)
+        self._samples = _RowFile(self._run_dir / SAMPLES_FILE)
         self._console = _Terminal(total=config.train.steps, wants_bar=config.metrics.progress_bar)
         self._tensorboard: Any = None
         self._purge_step: int | None = None
         self._wandb = _start_wandb(config, self._run_dir) if is_main and wandb_mode != "off" else None
 
-    def log(self, step: int, row: Mapping[str, float | int | str | None]) -> None:
-        """Record one step. `row` holds plain numbers and strings. If it contains ``step``, the value must be the same.
+    def log(self, step: int, row: Mapping[str, Any]) -> None:
+        """Record one step. `row` holds numbers, strings and lists of numbers. If it contains ``step``, the value must be the same.
 
         Raises:
             RuntimeError: the line could not be written completely (the disk is full).
@@ -120,11 +123,25 @@ class Sinks:
             self._wandb.log({"step": step, **figures})
         self._console.show(step, figures)
 
+    def log_samples(self, samples: Sequence[Sample]) -> None:
+        """Record the responses of one step. Call it before `log`, so that a step that has a row has its samples too.
+
+        Raises:
+            RuntimeError: as `log`.
+        """
+        if not self._is_main or not samples:
+            return
+        for sample in samples:
+            self._samples.append(sample)
+        if self._wandb is not None:
+            self._wandb.log({"step": samples[0]["step"], "samples": _wandb_table(samples)})
+
     def truncate_after(self, step: int) -> None:
         """Remove the lines after `step`, which a resumed run will repeat, and an incomplete last line."""
         if not self._is_main:
             return
         self._console.completed = self._rows.truncate_after(step)
+        self._samples.truncate_after(step)
         self._close_tensorboard()
         self._purge_step = step + 1  # TensorBoard hides earlier events from this step on
 
@@ -132,6 +149,7 @@ class Sinks:
         """Flush and close everything. A second call does nothing. `failed` marks the Weights & Biases run as failed."""
         self._console.close()
         self._rows.close()
+        self._samples.close()
         self._close_tensorboard()
         if self._wandb is not None:
             run, self._wandb = self._wandb, None
@@ -163,7 +181,8 @@ class Sinks:
 
 
 class _RowFile:
-    """metrics.jsonl. It is opened at the first row, so a run that dies earlier does not prevent a second start in its folder."""
+    """A file of lines with a step each. It is opened at the first row, so a run that dies earlier does not prevent a second start in its
+    folder."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -173,7 +192,7 @@ class _RowFile:
         if self._descriptor is None:
             self.truncate_after(sys.maxsize)  # the new row must not continue an incomplete last line
             self._descriptor = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
-        line = (encode_json(row) + "\n").encode()
+        line = (encode_json(row) + "\n").encode(errors="replace")  # text from outside may have surrogates, which UTF-8 cannot express
         # No fsync: what a process has written survives its death, and a resumed run repeats steps that a machine loses.
         written = os.write(self._descriptor, line)
         if written != len(line):
@@ -184,11 +203,14 @@ class _RowFile:
         self.close()  # the rename below leaves an open descriptor pointing at the old file
         if not self._path.exists():
             return 0
-        kept = [line for line, row in _parse_rows(self._path) if row["step"] <= step]
-        text = "".join(line + "\n" for line in kept)
-        if text.encode() != self._path.read_bytes():
-            write_text_atomic(self._path, text)
-        return len(kept)
+        kept, end = 0, 0
+        for offset, line, row in _parse_rows(self._path):
+            if row["step"] > step:
+                break  # steps only grow
+            kept, end = kept + 1, offset + len(line)
+        if end < self._path.stat().st_size:
+            os.truncate(self._path, end)
+        return kept
 
     def close(self) -> None:
         if self._descriptor is not None:
@@ -239,6 +261,15 @@ class _Terminal:
         if self._bar is not None:
             self._bar.stop()
             self._bar = None
+
+
+def _wandb_table(samples: Sequence[Sample]) -> Any:
+    """The samples of one step as a table, without their tokens."""
+    import wandb
+
+    columns = ["step", "prompt", "response", "reward", "correct", "reason", "advantage", "length", "finish_reason", "repetition", "garbled"]
+    data = [[*(sample[column] for column in columns), divergence(sample)] for sample in samples]
+    return wandb.Table(columns=[*columns, "divergence_severity"], data=data)
 
 
 def step_line(step: int, total: int, figures: Mapping[str, Any]) -> str:
@@ -298,23 +329,33 @@ def read_metrics(run_dir: Path) -> list[MetricsRow]:
     Raises:
         ValueError: a line before the last is not a row. The message names file and line.
     """
-    path = Path(run_dir) / METRICS_FILE
-    return [row for _, row in _parse_rows(path)] if path.exists() else []
+    return _read_rows(Path(run_dir) / METRICS_FILE)
 
 
-def _parse_rows(path: Path) -> list[tuple[str, MetricsRow]]:
-    """Each complete line of `path`, with its row."""
-    *lines, unfinished = path.read_bytes().split(b"\n")
-    parsed = []
-    for number, raw in enumerate(lines, start=1):
-        try:
-            line = raw.decode()
-            row = json.loads(line)
-            if not isinstance(row, dict) or "step" not in row:
-                raise ValueError("it has no step")
-        except ValueError as error:  # also JSONDecodeError and UnicodeDecodeError
-            if number == len(lines) and not unfinished:
-                break  # incomplete although it ends with a line feed: file systems may lose the middle of unflushed data
-            raise ValueError(f"{path}: line {number} is not a row of metrics ({error}); repair or delete this line") from error
-        parsed.append((line, row))
-    return parsed
+def read_evaluations(run_dir: Path) -> list[MetricsRow]:
+    """The rows of ``evaluations.jsonl``, one for each set of each evaluation, from step 0 on. Otherwise as `read_metrics`."""
+    return _read_rows(Path(run_dir) / EVALUATIONS_FILE)
+
+
+def _read_rows(path: Path) -> list[MetricsRow]:
+    return [row for _, _, row in _parse_rows(path)] if path.exists() else []
+
+
+def _parse_rows(path: Path) -> Iterator[tuple[int, bytes, MetricsRow]]:
+    """Each complete line of `path` with its offset in the file and its row. One line is in memory at a time."""
+    offset, size = 0, path.stat().st_size
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            is_last = offset + len(line) >= size
+            if is_last and not line.endswith(b"\n"):
+                return
+            try:
+                row = json.loads(line.decode())
+                if not isinstance(row, dict) or "step" not in row:
+                    raise ValueError("it has no step")
+            except ValueError as error:  # also JSONDecodeError and UnicodeDecodeError
+                if is_last:
+                    return  # incomplete although it ends with a line feed: file systems may lose the middle of unflushed data
+                raise ValueError(f"{path}: line {number} is not a row ({error}); repair or delete this line") from error
+            yield offset, line, row
+            offset += len(line)

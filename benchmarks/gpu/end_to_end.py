@@ -135,7 +135,7 @@ def steps_of(bench: Bench, session: Session, what: str) -> tuple[list[Metrics], 
         if len(steps) >= 2 and bench.seconds_left <= 0:
             bench.skip(f"{what}: {bench.rounds - len(steps)} of {bench.rounds} steps", "no time left")
             break
-        row, state, outage = train_step(session, state, timer)
+        row, state, outage, _ = train_step(session, state, timer)
         assert outage is None, outage  # an embedded engine is never out of reach
         steps.append(row | timer.take())
     peak = peak_so_far(bench)

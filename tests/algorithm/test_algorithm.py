@@ -46,6 +46,21 @@ def test_diagnostics_by_hand() -> None:
     assert (d.prob_diff_mean, d.prob_diff_max) == pytest.approx((p * (1 + 0.5 + 3) / 3, 3 * p), abs=1e-14)
 
 
+def test_divergence_by_position_by_hand() -> None:
+    assert diagnose(*hand_batch(), AT_2).divergence_by_position == pytest.approx(
+        [((2 - 1 - math.log(2)) + (4 - 1 - math.log(4))) / 2, 0.5 - 1 + math.log(2)], abs=1e-14
+    )
+    # Responses of 9 and 3 tokens after prompts of 2 and 5; l = 0.1, 0.2, ... from the first response token on.
+    mask = torch.zeros(2, 11, dtype=torch.bool)
+    mask[0, 2:], mask[1, 5:8] = True, True
+    log_ratio = mask.cumsum(1).double() * 0.1
+    rollout = torch.full((2, 11), -1.0, dtype=torch.float64)
+    k3 = [math.exp(0.1 * t) - 1 - 0.1 * t for t in range(1, 10)]
+    expected = [k3[0], (k3[1] + k3[2]) / 2, sum(k3[3:7]) / 4, sum(k3[7:9]) / 2]
+    d = diagnose(rollout + log_ratio, rollout, torch.ones(2), mask, AT_2)
+    assert d.divergence_by_position == pytest.approx(expected, rel=1e-12)
+
+
 def test_small_divergences_survive() -> None:
     """exp(l) - 1 - l at l = 1e-3 is 5.0017e-7; float32 is off by 12 %."""
     rollout = torch.full((1, 4), -2.0, dtype=torch.float64)

@@ -64,6 +64,10 @@ def rows_of(folder: Path) -> list[dict[str, object]]:
     return [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
 
 
+def samples_of(folder: Path) -> list[dict[str, object]]:
+    return [json.loads(line) for line in (folder / "run" / "samples.jsonl").read_text().splitlines()]
+
+
 def assert_same_rows(ours: Path, theirs: Path) -> None:
     """Every figure that is not a time, equal to the last bit. (Held-out accuracy stands only in a run's last row.)"""
     assert any(row["grad_norm"] > 0.0 for row in rows_of(theirs)), "a run that learns nothing proves nothing"
