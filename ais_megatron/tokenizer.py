@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Protocol
 
 from ais_megatron.config import Config
-from ais_megatron.config.hf_config import read_eos_ids
+from ais_megatron.config.hf_config import generation_config, read_eos_ids
 from ais_megatron.tasks.extraction import THINK
 from ais_megatron.tasks.task import Task
 
@@ -167,6 +167,8 @@ class HFTokenizer:
 
     def save(self, folder: str | Path) -> None:
         self._tokenizer.save_pretrained(str(folder))
+        content = generation_config(self.eos_ids, self.pad_id)  # so that a checkpoint knows them without the model's folder
+        (Path(folder) / "generation_config.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def response_text(tokenizer: Tokenizer, prompt_ids: Sequence[int], response_ids: Sequence[int]) -> str:

@@ -75,7 +75,7 @@ def main() -> None:
             server = RealServer(Path(folder), arguments.sglang_python, MODEL, quantization="none")
         try:
             if server is not None:
-                remote = server.connect("tensor", eos_ids=(EOS,))
+                remote = server.connect("tensor", eos_id=EOS)
                 remote.update_weights([bucket(model)], 0)
                 ways["SGLang"] = lambda: count(remote.generate(prompts, sampling))
             rates: dict[str, list[float]] = {name: [] for name in ways}
