@@ -11,6 +11,7 @@ import json
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
@@ -55,6 +56,7 @@ class ReplayEngine:
             for number, prompt in enumerate(header["prompts"]):
                 self._places[_key(prompt["index"], header["version"])] = (path, number)
         self._contents: dict[Path, _Contents] = {}
+        self._lock = Lock()
 
     @property
     def version(self) -> int:
@@ -122,11 +124,12 @@ class ReplayEngine:
         )
 
     def _open(self, path: Path) -> _Contents:
-        if path not in self._contents:
-            if len(self._contents) >= _OPEN_FILES:
-                del self._contents[next(iter(self._contents))]
-            self._contents[path] = _read_contents(path, self._headers[path])
-        return self._contents[path]
+        with self._lock:  # a step and an evaluation may ask at the same time
+            if path not in self._contents:
+                if len(self._contents) >= _OPEN_FILES:
+                    del self._contents[next(iter(self._contents))]
+                self._contents[path] = _read_contents(path, self._headers[path])
+            return self._contents[path]
 
 
 def _key(index: int, version: int) -> _Key:
