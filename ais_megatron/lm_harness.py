@@ -74,7 +74,8 @@ def run_harness(run: Path, options: HarnessOptions) -> dict[str, Any]:
 def harness_command(model: Path, results: Path, options: HarnessOptions) -> list[str]:
     """The command that measures the Hugging Face folder `model` and writes to the folder `results`."""
     with_template = _has_chat_template(model) if options.chat_template is None else options.chat_template
-    command = [sys.executable, "-m", "lm_eval", "run", "--model", "hf", "--model_args", f"pretrained={model}", "--tasks", options.tasks]
+    arguments = json.dumps({"pretrained": str(model)})  # as JSON, because a path may have a comma
+    command = [sys.executable, "-m", "lm_eval", "run", "--model", "hf", "--model_args", arguments, "--tasks", options.tasks]
     command += ["--batch_size", options.batch_size, "--output_path", str(results)]
     command += ["--limit", f"{options.limit:g}"] if options.limit is not None else []
     command += ["--include_path", str(options.tasks_dir)] if options.tasks_dir is not None else []
