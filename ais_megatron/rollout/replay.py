@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ais_megatron.batch import Bucket, Prompt, Rollout
+from ais_megatron.config.evaluation import PROMPTS_PER_SET
 from ais_megatron.rollout.engine import SamplingParams
 from ais_megatron.rollout.recording import FORMAT, FORMAT_VERSION, SUFFIX
 
@@ -119,7 +120,7 @@ class ReplayEngine:
             return f"{where} prompt {index}, but to {of}; lower train.steps, or keep the recorded rollout and objective settings"
         versions = sorted({version for version, i in self._places if i < 0})
         return (
-            f"{where} held-out prompt {-1 - index} at weight version {self._version}, but at versions {versions}; "
+            f"{where} held-out prompt {(-1 - index) % PROMPTS_PER_SET} at weight version {self._version}, but at versions {versions}; "
             "keep the recorded eval settings and train.steps"
         )
 
