@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -72,7 +73,8 @@ def test_gsm8k_from_local_files(ranks: RankPool, tmp_path: Path) -> None:
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "gsm8k").symlink_to(DATA / "gsm8k")
     arguments = ["eval", tmp_path / "run", "--lm-eval", LOCAL_TASK, "--lm-eval-limit", 2, "--out", tmp_path / "out.json"]
-    done = subprocess.run(command(*arguments), cwd=tmp_path, capture_output=True, text=True, timeout=540, check=False)
+    here = {**os.environ, "PYTHONPATH": str(ROOT)}  # not the package that happens to be installed
+    done = subprocess.run(command(*arguments), cwd=tmp_path, env=here, capture_output=True, text=True, timeout=540, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     figures = json.loads((tmp_path / "out.json").read_text())["lm_eval"]["gsm8k_local"]
     assert figures["exact_match,strict-match"] == 0.0 and 0.0 <= figures["exact_match,flexible-extract"] <= 1.0
