@@ -10,6 +10,7 @@ How data flows through the package:
     algorithm          log-probabilities -> diagnostics -> alpha -> loss scaler
     policy             batch, scaler -> gradients -> new weights, and ranges of K and V
     weight_sync        weights, scales -> quantised -> engine
+    evaluation         held-out problems -> pass@k, between the steps
     trainer            runs these steps in this order
 
 The other packages support this flow: config (the configuration), models (the model families), quantization (FP8 and FP4), cluster

@@ -21,6 +21,7 @@ from ais_megatron.cluster.exits import CHECK_FAILED, EXIT_REQUEUE, INTERRUPTED, 
 from ais_megatron.cluster.gpu_checks import gpu_problems
 from ais_megatron.cluster.launcher import is_launched, ranks_here, run_ranks
 from ais_megatron.config import Config, ConfigError, load_config
+from ais_megatron.lm_harness import HarnessOptions, check_harness, run_harness
 from ais_megatron.runs.folder import check_export_folder, check_output_file, check_run_folder, config_of
 from ais_megatron.runs.inputs import input_problems
 
@@ -62,17 +63,32 @@ def evaluate(
     ],
     overrides: Overrides = None,
     out: Annotated[Path | None, typer.Option(metavar="FILE", help="also write the result to this file, as JSON")] = None,
+    lm_eval: Annotated[
+        str | None,
+        typer.Option(metavar="TASKS", help="instead run lm-evaluation-harness on these tasks: names or YAML files, separated by commas"),
+    ] = None,
+    lm_eval_limit: Annotated[float | None, typer.Option(metavar="N", help="with --lm-eval: number of problems per task")] = None,
+    lm_eval_tasks_dir: Annotated[Path | None, typer.Option(metavar="DIR", help="with --lm-eval: a folder with further tasks")] = None,
+    lm_eval_batch_size: Annotated[str, typer.Option(metavar="N|auto", help="with --lm-eval: number of prompts at a time")] = "8",
+    apply_chat_template: Annotated[
+        bool | None,
+        typer.Option(help="with --lm-eval: wrap prompts in the tokenizer's chat template; default: if there is one", show_default=False),
+    ] = None,
 ) -> None:
-    """Measure pass@1 on the held-out problems, with the rollout engine."""
+    """Measure pass@1 and pass@k on the sets of held-out problems (eval.sets), with the rollout engine."""
     if not target.exists():
         raise ConfigError(f"CONFIG|RUN={target}: no such file or folder; give a YAML file or the run.dir of a run")
+    if out is not None:
+        check_output_file("--out", out)
+    if lm_eval is not None:
+        options = HarnessOptions(lm_eval, lm_eval_limit, lm_eval_tasks_dir, lm_eval_batch_size, apply_chat_template)
+        _run_harness(target, overrides or [], options, out)
+        return
     loaded = load_config(config_of(target) if target.is_dir() else target, overrides or [])
     if not loaded.rollout.engine_traits.can_evaluate:
         raise ConfigError(
             f"rollout.engine={loaded.rollout.engine}: a recording has no responses of other weights; set rollout.engine=local"
         )
-    if out is not None:
-        check_output_file("--out", out)
     if not is_launched():
         _check_inputs(loaded)
     _run_distributed(loaded, lambda config: _evaluate(config, target if target.is_dir() else None, out))
@@ -339,21 +355,45 @@ def _sft(config: Config) -> None:
 
 def _evaluate(config: Config, run: Path | None, out: Path | None = None) -> None:
     from ais_megatron.distributed import rank
+    from ais_megatron.evaluation import Evaluator
     from ais_megatron.runs.folder import write_json_atomic
+    from ais_megatron.runs.summary import scores_table
     from ais_megatron.session import build_session
     from ais_megatron.trainer import begin
 
-    config = config.model_copy(update={"rollout": config.rollout.model_copy(update={"save_dir": None})})  # an evaluation is not recorded
+    # An evaluation is not recorded, and nothing goes on beside it.
+    changes = {"rollout": config.rollout.model_copy(update={"save_dir": None}), "eval": config.eval.model_copy(update={"blocking": True})}
+    config = config.model_copy(update=changes)
     folder = _newest_checkpoint(run, config) if run else None
     session = build_session(config, from_checkpoint=run is not None)
     with closing(session.engine):
         begin(session, folder, with_optimizer=False)
-        accuracy = session.held_out_accuracy()
+        scores = Evaluator(session).evaluate()
     if rank() == 0:
-        print(f"held-out pass@1: {accuracy:.4f}  ({config.eval.num_prompts} problems, {config.eval.samples} responses each)")
+        first, accuracy = config.evaluation_sets[0], scores[0].passes[1].mean
+        name = first.name if config.eval.sets else "held-out"
+        print(f"{name} pass@1: {accuracy:.4f}  ({first.num_prompts} problems, {first.samples} responses each)")
+        print(scores_table({s.name: s.figures for s in scores}), flush=True)
         if out is not None:
             out.parent.mkdir(parents=True, exist_ok=True)
-            write_json_atomic(out, {"accuracy": accuracy, "num_prompts": config.eval.num_prompts, "samples": config.eval.samples})
+            result = {"accuracy": accuracy, "num_prompts": first.num_prompts, "samples": first.samples}
+            write_json_atomic(out, {**result, "sets": {s.name: s.figures for s in scores}})
+
+
+def _run_harness(target: Path, overrides: list[str], options: HarnessOptions, out: Path | None) -> None:
+    from ais_megatron.runs.folder import write_json_atomic
+
+    if not target.is_dir():
+        raise ConfigError(f"CONFIG|RUN={target}: --lm-eval measures the newest checkpoint of a run; give the run.dir of a run")
+    if overrides:
+        raise ConfigError(f"{overrides[0]}: --lm-eval takes no key=value, because the harness has its own settings; leave it out")
+    if is_launched():
+        raise ConfigError("--lm-eval: runs in one process; start it without torchrun or srun")
+    check_harness(load_config(config_of(target)), options)
+    results = run_harness(target, options)
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        write_json_atomic(out, {"lm_eval": results})
 
 
 def _newest_checkpoint(run: Path, config: Config) -> Path:

@@ -38,10 +38,11 @@ def training_prompts(task: Task, tokenizer: Tokenizer, first: int, count: int, s
     return [to_prompt(task.train_problem(first + i), first + i, tokenizer) for i in share.of(count)]
 
 
-def held_out_prompts(task: Task, tokenizer: Tokenizer, num: int, share: Share) -> list[Prompt]:
-    """This rank's part of the held-out prompts. Their indices are negative, so they never share random numbers with training prompts."""
+def held_out_prompts(task: Task, tokenizer: Tokenizer, num: int, share: Share, first_index: int = -1) -> list[Prompt]:
+    """This rank's part of the held-out prompts. Their indices count down from `first_index`. They are negative, so they never share random
+    numbers with training prompts."""
     problems = task.test_problems(num)
-    return [to_prompt(problems[i], -1 - i, tokenizer) for i in share.of(len(problems))]
+    return [to_prompt(problems[i], first_index - i, tokenizer) for i in share.of(len(problems))]
 
 
 def to_prompt(problem: Problem, index: int, tokenizer: Tokenizer) -> Prompt:

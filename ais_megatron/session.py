@@ -10,10 +10,10 @@ import torch.distributed as dist
 from ais_megatron.algorithm.objectives import check_objective
 from ais_megatron.batch import Rollout
 from ais_megatron.config import Config
-from ais_megatron.distributed import rank_consistent, reduce_metrics
+from ais_megatron.distributed import rank_consistent
 from ais_megatron.generation import Generator
 from ais_megatron.policy.policy import Policy, data_parallel_group, initialize_parallel, model_parallel_group
-from ais_megatron.prompts import Share, held_out_prompts, to_prompt
+from ais_megatron.prompts import Share, to_prompt
 from ais_megatron.rollout.build import build_engine
 from ais_megatron.rollout.engine import RolloutEngine, SamplingParams
 from ais_megatron.runs.samples import TokenTexts
@@ -62,19 +62,6 @@ class Session:
             top_k=rollout.top_k,
             seed=self.config.run.seed,
         )
-
-    def held_out_accuracy(self) -> float:
-        """pass@1 on the held-out problems with the engine's current weights, as the mean over `eval.samples` responses each. Collective."""
-        evaluation = self.config.eval
-        with rank_consistent():
-            prompts = held_out_prompts(self.task, self.tokenizer, evaluation.num_prompts, self.share)
-        sampling = SamplingParams(
-            evaluation.samples, self.config.rollout.max_response_tokens, evaluation.temperature, seed=self.config.run.seed
-        )
-        rollouts = [r for r in self.generator.rollouts(prompts, sampling) if not r.is_dropped]
-        with rank_consistent():
-            rewards = [reward for reward in self.score(rollouts) if not reward.is_missing]
-        return reduce_metrics({"accuracy": (sum(r.correct for r in rewards), len(rewards))})["accuracy"]
 
 
 def build_task(config: Config) -> tuple[Task, Tokenizer]:

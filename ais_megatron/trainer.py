@@ -6,6 +6,7 @@ SPMD: every rank runs these lines. Work of a single rank is inside the called fu
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from contextlib import closing
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -19,6 +20,7 @@ from ais_megatron.cluster.watchdog import Watchdog
 from ais_megatron.collection import Collected, collect, next_prompts
 from ais_megatron.config import Config
 from ais_megatron.distributed import Unavailable, device, gather_batch, rank, rank_consistent, reduce_metrics
+from ais_megatron.evaluation import Evaluations
 from ais_megatron.interruption import stop_if_asked
 from ais_megatron.policy import checkpoint
 from ais_megatron.policy.calibration import Calibration
@@ -56,8 +58,10 @@ def train(config: Config) -> Path:
     if config.run.resume and resumed is None:
         _say(f"run.resume=true: there is no checkpoint in {checkpoints}, so the run starts at step 0")
     state = begin(session, resumed)
-    start_accuracy = session.held_out_accuracy() if state.start_accuracy is None else state.start_accuracy
-    state = replace(state, start_accuracy=start_accuracy)
+    evaluations = Evaluations(session, sinks)
+    state = evaluations.begin(state)
+    start_accuracy = state.start_accuracy
+    assert start_accuracy is not None
     _say(f"held-out pass@1 at the start: {start_accuracy:.1%}")
     sinks.truncate_after(state.step)
     timer = PhaseTimer(torch.cuda.synchronize if device().type == "cuda" else None)
@@ -66,14 +70,13 @@ def train(config: Config) -> Path:
         while state.step < config.train.steps:
             stop_if_asked(saver, state)
             try:
-                row, state, outage, samples = train_step(session, state, timer)
+                row, state, outage, samples = train_step(session, state, timer, before_sync=lambda: evaluations.settle(timer))
             except Unavailable as error:  # there are no rollouts, so the policy is still that of `state`
                 saver.save_now(state)
                 raise _resumable(error, checkpoints) from error
             done, is_last = state.step, state.step == config.train.steps
-            if not outage and (is_last or (config.eval.every and done % config.eval.every == 0)):
-                with timer.phase("evaluate"):
-                    row["held_out_accuracy"] = session.held_out_accuracy()
+            if not outage:
+                row |= evaluations.after(done, timer)
             sinks.log_samples(samples)
             sinks.log(done, row | timer.take())  # before the checkpoint, because a run that resumes after it must find this row
             if outage:
@@ -89,12 +92,14 @@ def train(config: Config) -> Path:
 
 
 def train_step(
-    session: Session, state: TrainingState, timer: PhaseTimer
+    session: Session, state: TrainingState, timer: PhaseTimer, before_sync: Callable[[], None] = lambda: None
 ) -> tuple[dict[str, Any], TrainingState, Unavailable | None, list[Sample]]:
     """One step, from prompts to an engine with the new weights.
 
     Returns the metrics of the step, the state after it, the error if the engine could not get the new weights any more, and the
     responses to record (`metrics.samples_every`), on the main rank.
+
+    before_sync: called on all ranks before the engine gets the new weights.
 
     Raises:
         Unavailable: no engine can generate rollouts. The step has changed nothing.
@@ -109,6 +114,7 @@ def train_step(
     outcome = learn(policy, collected.batch, state.ais, timer, wants_samples)  # logprobs -> diagnostics -> alpha -> loss -> weights
     with timer.phase("calibrate"):
         calibration = policy.calibrate(collected.batch) if config.calibration.mode == "fresh" else outcome.calibration
+    before_sync()
     with timer.phase("sync"):
         outage = _push(session, _scales(config, calibration), version=state.step + 1)
     samples = _samples(session, collected, outcome, state.step + 1) if wants_samples and rank() == 0 else []

@@ -35,7 +35,8 @@ class Update:
     state: AISState
     """For the next batch."""
     old_logprobs: Tensor | None
-    """float32 ``[batch, seq]`` on the CPU, at the sampling temperature, 0 outside the loss. None after a `lagged_update` that was not asked to keep them."""
+    """float32 ``[batch, seq]`` on the CPU, at the sampling temperature, 0 outside the loss. None after a `lagged_update` that was not asked
+    to keep them."""
 
 
 def update(policy: Policy, batch: Batch, state: AISState, timer: PhaseTimer, keep_logprobs: bool = False) -> Update:

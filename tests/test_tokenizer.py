@@ -12,6 +12,7 @@ from ais_megatron.config import Config, TaskConfig, build_config
 from ais_megatron.tasks import make_task
 from ais_megatron.tasks.extraction import find_answer
 from ais_megatron.tokenizer import MODEL_FILE, HFTokenizer, SentencePieceTokenizer, make_tokenizer, response_text
+from tests.helpers.tokenizers import hf_folder
 
 TAGS = ("<answer>", "</answer>")
 
@@ -115,21 +116,6 @@ def test_sentencepiece_model_that_changes_white_space_is_refused(tmp_path: Path)
     )
     with pytest.raises(ValueError, match="add_dummy_prefix=false"):
         SentencePieceTokenizer.load(tmp_path / "default.model")
-
-
-def hf_folder(folder: Path, chat_template: str | None = None, **special: str) -> Path:
-    """A byte-level Hugging Face tokenizer without merges: one token per byte, plus the given special tokens."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    vocabulary = {character: index for index, character in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
-    core = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    core.decoder = decoders.ByteLevel()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, **special)
-    tokenizer.chat_template = chat_template
-    tokenizer.save_pretrained(str(folder))
-    return folder
 
 
 def test_hf_tokenizer_without_a_chat_template(tmp_path: Path):

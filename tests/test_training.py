@@ -49,6 +49,8 @@ def test_the_run_folder_holds_what_scripts_rely_on(finished: tuple[Path, str]) -
     for row in rows:
         assert row.keys() >= ROW_KEYS
     assert "held_out_accuracy" in rows[-1]
+    evaluations = [json.loads(line) for line in (run_dir / "evaluations.jsonl").read_text().splitlines()]
+    assert [(row["step"], row["set"], row["problems"]) for row in evaluations] == [(0, "held_out", 8), (3, "held_out", 8)]
     summary = json.loads((run_dir / "summary.json").read_text())
     assert set(summary) == {
         *("start_accuracy", "final_accuracy", "mean_alpha", "mean_weight_reliability"),
@@ -151,7 +153,11 @@ def test_export_and_eval_of_a_run(finished: tuple[Path, str], tmp_path: Path) ->
     assert model.dtype is torch.bfloat16 and model.generation_config.eos_token_id == tokenizer.eos_id
     logits = model(torch.tensor([tokenizer.encode_prompt("3 2 1=6:")])).logits
     assert torch.isfinite(logits).all()
-    assert "held-out pass@1: 0." in run("eval", folder / "run")
+    measured = run("eval", folder / "run", "--out", tmp_path / "scores.json", "eval.samples=2")
+    assert "held-out pass@1: 0." in measured and "pass@2" in measured and "±" in measured
+    scores = json.loads((tmp_path / "scores.json").read_text())
+    assert set(scores) == {"accuracy", "num_prompts", "samples", "sets"} and (scores["num_prompts"], scores["samples"]) == (8, 2)
+    assert scores["accuracy"] == scores["sets"]["held_out"]["pass@1"] <= scores["sets"]["held_out"]["pass@2"]
 
 
 @pytest.mark.slow

@@ -262,4 +262,5 @@ _PROBES: tuple[tuple[str, Callable[[], Finding]], ...] = (
             "tensorboard", "tensorboard", "tensorboard", "metrics.tensorboard=true", "metrics.tensorboard; metrics.jsonl is always written"
         ),
     ),
+    ("lm_eval", _package("lm_eval", "lm_eval", "lm_eval", "ais-megatron eval --lm-eval", "ais-megatron eval --lm-eval")),
 )

@@ -3,6 +3,7 @@
 from ais_megatron.config.algorithm import AISConfig, CorrectionOptions, ObjectiveConfig
 from ais_megatron.config.architecture import Architecture
 from ais_megatron.config.errors import ConfigError, explain
+from ais_megatron.config.evaluation import EvalConfig, EvalSet, EvaluationSet
 from ais_megatron.config.experiment import Config
 from ais_megatron.config.hf_config import read_architecture
 from ais_megatron.config.reading import build_config, dump_config, load_config, read_yaml
@@ -10,7 +11,6 @@ from ais_megatron.config.rollout import RolloutConfig
 from ais_megatron.config.settings import (
     CalibrationConfig,
     CheckpointConfig,
-    EvalConfig,
     MetricsConfig,
     ModelConfig,
     MoEConfig,
@@ -34,6 +34,8 @@ __all__ = [
     "ConfigError",
     "CorrectionOptions",
     "EvalConfig",
+    "EvalSet",
+    "EvaluationSet",
     "MetricsConfig",
     "MoEConfig",
     "ModelConfig",

@@ -7,6 +7,7 @@ to change.
 from __future__ import annotations
 
 from ais_megatron.config.architecture import Architecture
+from ais_megatron.config.evaluation import EvalConfig, evaluation_sets
 from ais_megatron.config.rollout import RolloutConfig
 from ais_megatron.config.settings import (
     CalibrationConfig,
@@ -204,4 +205,28 @@ def source_problems(model: ModelConfig, tokenizer: TokenizerConfig, task: TaskCo
     builtin = BUILTIN_TASKS.get(task.name)
     if builtin is not None and builtin.needs_file and task.test_path is None:
         problems.append(f"task.name={task.name}: its problems come from files; set task.test_path (and task.train_path) to them")
+    return problems
+
+
+def evaluation_problems(evaluation: EvalConfig, task: TaskConfig, rollout: RolloutConfig, arch: Architecture | None) -> list[str]:
+    """Sets of problems that cannot be measured, and an engine that cannot do so beside the training."""
+    problems = []
+    if not evaluation.blocking and rollout.engine_traits.is_embedded:
+        problems.append(
+            f"eval.blocking=false: rollout.engine={rollout.engine} generates in the trainer's own ranks, so a step has to wait for it; set "
+            "eval.blocking=true"
+        )
+    try:
+        sets = evaluation_sets(evaluation, task, rollout.max_response_tokens)
+    except ValueError as error:
+        return [*problems, str(error)]
+    for chosen in sets if evaluation.sets else []:  # (the one held-out set has only settings that are checked elsewhere)
+        key, builtin = f"eval.sets.{chosen.name}", BUILTIN_TASKS.get(chosen.task.name)
+        if builtin is not None and builtin.needs_file and chosen.task.test_path is None:
+            problems.append(f"{key}.task: the problems of task.name={chosen.task.name} come from files; set {key}.task.test_path")
+        if arch is not None and chosen.max_response_tokens >= arch.max_position_embeddings:
+            problems.append(
+                f"{key}.max_response_tokens={chosen.max_response_tokens}: leaves no room for a prompt within "
+                f"model.architecture.max_position_embeddings={arch.max_position_embeddings}; lower it"
+            )
     return problems

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from typing import Any
+from typing import Any, get_origin
 
 from pydantic import BaseModel, ValidationError
 
@@ -15,11 +15,19 @@ class ConfigError(ValueError):
     """The configuration cannot be used. The message names the keys and says what to write instead."""
 
 
+NAME = "NAME"
+"""Stands in a key for a name that the user chooses, as in ``eval.sets.NAME.samples``."""
+
+
 def known_keys(section: type[BaseModel], prefix: str = "") -> list[str]:
     keys = []
     for name, field in section.model_fields.items():
         nested = next((t for t in _types_in(field.annotation) if isinstance(t, type) and issubclass(t, Section)), None)
-        keys += [prefix + name] + (known_keys(nested, prefix + name + ".") if nested else [])
+        keys.append(prefix + name)
+        if nested and get_origin(field.annotation) is dict:
+            keys += [f"{prefix}{name}.{NAME}", *known_keys(nested, f"{prefix}{name}.{NAME}.")]
+        elif nested:
+            keys += known_keys(nested, prefix + name + ".")
     return keys
 
 
@@ -56,7 +64,7 @@ def _is_union_member(part: str | int) -> bool:
 
 
 def _nearest_key(key: str, schema: type[BaseModel]) -> str | None:
-    known = known_keys(schema)
+    known = [_with_names_of(key, k) for k in known_keys(schema)]
     section, _, name = key.rpartition(".")
     siblings = {k.rpartition(".")[2]: k for k in known if k.rpartition(".")[0] == section}
     close = difflib.get_close_matches(name, siblings, n=1, cutoff=0.5)
@@ -65,3 +73,11 @@ def _nearest_key(key: str, schema: type[BaseModel]) -> str | None:
     same_name = [k for k in known if k.rpartition(".")[2] == name]
     close = same_name or difflib.get_close_matches(key, known, n=1, cutoff=0.5)
     return close[0] if close else None
+
+
+def _with_names_of(key: str, known: str) -> str:
+    """A known key, with the name that the user chose in `key` in place of `NAME`."""
+    parts, given = known.split("."), key.split(".")
+    if NAME in parts and given[: parts.index(NAME)] == parts[: parts.index(NAME)]:
+        parts[parts.index(NAME)] = given[parts.index(NAME)] if len(given) > parts.index(NAME) else NAME
+    return ".".join(parts)

@@ -15,12 +15,12 @@ from ais_megatron.config.algorithm import (
     weight_level,
 )
 from ais_megatron.config.architecture import Architecture
+from ais_megatron.config.evaluation import EvalConfig, EvaluationSet, evaluation_sets
 from ais_megatron.config.rollout import RolloutConfig
 from ais_megatron.config.section import Section
 from ais_megatron.config.settings import (
     CalibrationConfig,
     CheckpointConfig,
-    EvalConfig,
     MetricsConfig,
     ModelConfig,
     MoEConfig,
@@ -67,6 +67,7 @@ class Config(Section):
                 self.correction, self.ais, self.correction_options, self.objective, self.train.updates_per_batch, self.rollout.group_size
             ),
             *checks.source_problems(self.model, self.tokenizer, self.task),
+            *checks.evaluation_problems(self.eval, self.task, self.rollout, arch),
             *checks.replay_problems(self.moe, self.rollout, arch),
             *checks.engine_problems(self.rollout, self.run, self.calibration, arch),
             *checks.recording_problems(self.rollout),
@@ -79,6 +80,11 @@ class Config(Section):
     def weight_level(self) -> Level:
         """What an importance weight belongs to: a token, or a response (as the product or the geometric mean over its tokens)."""
         return weight_level(self.correction, self.ais, self.correction_options, self.objective)
+
+    @property
+    def evaluation_sets(self) -> list[EvaluationSet]:
+        """What an evaluation measures: `eval.sets`, or the one held-out set."""
+        return evaluation_sets(self.eval, self.task, self.rollout.max_response_tokens)
 
     @property
     def architecture(self) -> Architecture:

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from ais_megatron.config.errors import ConfigError
+from ais_megatron.config.errors import NAME, ConfigError
 from ais_megatron.config.experiment import Config
 from ais_megatron.config.section import Section
 
@@ -94,13 +94,17 @@ def _keys_of(schema: type[BaseModel], values: BaseModel | None, prefix: str) -> 
     keys = []
     for name, field in schema.model_fields.items():
         value = getattr(values, name, None) if values is not None else field.get_default(call_default_factory=True)
-        if section := _section_in(field.annotation):
+        section = _section_in(field.annotation)
+        by_name = get_origin(field.annotation) is dict
+        if section and not by_name:
             keys += _keys_of(section, value, f"{prefix}{name}.")
         else:
             required = values is None and field.is_required()
             default = "required" if required else _written(value)
             words, bounds = _allowed(field)
             keys.append(Key(prefix + name, _in_words(field.annotation), default, words or bounds, field.description or ""))
+        if section and by_name:
+            keys += _keys_of(section, None, f"{prefix}{name}.{NAME}.")
     return keys
 
 

@@ -135,13 +135,6 @@ class CalibrationConfig(Section):
     )
 
 
-class EvalConfig(Section):
-    every: int = Field(0, ge=0, description="number of steps between held-out evaluations; 0: only at the start and at the end")
-    num_prompts: PositiveInt = Field(256, description="number of held-out problems in an evaluation; all of them if there are fewer")
-    samples: PositiveInt = Field(1, description="number of responses per held-out prompt; pass@1 is their mean")
-    temperature: float = Field(1.0, ge=0.0, description="sampling temperature in evaluations; 0: greedy")
-
-
 class CheckpointConfig(Section):
     """Checkpoints in ``run.dir/checkpoints``. A checkpoint is complete, with the size and checksum of every file in its manifest, or
     it is absent."""

@@ -357,6 +357,10 @@ def rank_memory(
     local = rollout.engine_traits.is_embedded
     engine_ranks = parallel.model_parallel_size * parallel.dp
     decoding = min(rollout.max_batch, ceil(rollout.prompts_per_step * rollout.group_size / engine_ranks))
+    cached = decoding * row
+    for chosen in config.evaluation_sets if config.eval.sets else []:
+        responses = min(rollout.max_batch, ceil(chosen.num_prompts * chosen.samples / engine_ranks))
+        cached = max(cached, responses * (prompt_tokens + chosen.max_response_tokens))
     return RankMemory(
         stage=stage,
         weights=e * counts.all,
@@ -369,7 +373,7 @@ def rank_memory(
         logits=logits,
         logprobs=logprob_memory(config, stage, tokens, cuda, expert_load) + (e * counts.all if config.objective.kl_coefficient else 0),
         optimizer_step=FP32 * (dense + expert),  # torch's AdamW updates all parameters at once
-        kv_cache=decoding * row * kv_bytes_per_token(config, cuda) if local else 0,
+        kv_cache=cached * kv_bytes_per_token(config, cuda) if local else 0,
         sync=sync_memory(config),
         workspaces=workspaces,
         fragmentation=fragmentation,

@@ -11,12 +11,14 @@ import json
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ais_megatron.batch import Bucket, Prompt, Rollout
+from ais_megatron.config.evaluation import PROMPTS_PER_SET
 from ais_megatron.rollout.engine import SamplingParams
 from ais_megatron.rollout.recording import FORMAT, FORMAT_VERSION, SUFFIX
 
@@ -55,6 +57,7 @@ class ReplayEngine:
             for number, prompt in enumerate(header["prompts"]):
                 self._places[_key(prompt["index"], header["version"])] = (path, number)
         self._contents: dict[Path, _Contents] = {}
+        self._lock = Lock()
 
     @property
     def version(self) -> int:
@@ -117,16 +120,17 @@ class ReplayEngine:
             return f"{where} prompt {index}, but to {of}; lower train.steps, or keep the recorded rollout and objective settings"
         versions = sorted({version for version, i in self._places if i < 0})
         return (
-            f"{where} held-out prompt {-1 - index} at weight version {self._version}, but at versions {versions}; "
+            f"{where} held-out prompt {(-1 - index) % PROMPTS_PER_SET} at weight version {self._version}, but at versions {versions}; "
             "keep the recorded eval settings and train.steps"
         )
 
     def _open(self, path: Path) -> _Contents:
-        if path not in self._contents:
-            if len(self._contents) >= _OPEN_FILES:
-                del self._contents[next(iter(self._contents))]
-            self._contents[path] = _read_contents(path, self._headers[path])
-        return self._contents[path]
+        with self._lock:  # a step and an evaluation may ask at the same time
+            if path not in self._contents:
+                if len(self._contents) >= _OPEN_FILES:
+                    del self._contents[next(iter(self._contents))]
+                self._contents[path] = _read_contents(path, self._headers[path])
+            return self._contents[path]
 
 
 def _key(index: int, version: int) -> _Key:

@@ -2,7 +2,8 @@
 
 ``config.yaml`` holds the resolved configuration, below comment lines with the date, the git revision of the code and the package
 versions. `load_config(run_dir / "config.yaml")` starts the same experiment again. Files are replaced as a whole: a new file is
-written beside the old one, synced and renamed. Only ``metrics.jsonl`` grows, by one line per step (see `metrics.Sinks`).
+written beside the old one, synced and renamed. Only ``metrics.jsonl`` and ``evaluations.jsonl`` grow, by one line per step, and per set
+of every evaluation (see `metrics.Sinks`).
 """
 
 from __future__ import annotations

@@ -14,9 +14,14 @@ from ais_megatron.runs.folder import check_can_create
 def input_problems(config: Config) -> list[str]:
     """Files and folders that are missing or cannot be written, one line each: the key, its value and what to change."""
     task, tokenizer, problems = config.task, config.tokenizer, []
-    for key, path in (("task.train_path", task.train_path), ("task.test_path", task.test_path)):
+    paths = {"task.train_path": task.train_path, "task.test_path": task.test_path}
+    for name, chosen in config.eval.sets.items():
+        paths |= {f"eval.sets.{name}.task.{key}": chosen.task.get(key) for key in ("train_path", "test_path")}
+    for key, path in paths.items():
         if path is not None and not Path(path).exists():
-            problems.append(f"{key}={path}: no such file or folder; set it to a file of problems, see `ais-megatron keys {key}`")
+            problems.append(
+                f"{key}={path}: no such file or folder; set it to a file of problems, see `ais-megatron keys task.{key.rpartition('.')[2]}`"
+            )
     if tokenizer.path is not None and not Path(tokenizer.path).exists():
         what = "a .model file of SentencePiece" if tokenizer.kind == "sentencepiece" else "a folder with a Hugging Face tokenizer"
         problems.append(f"tokenizer.path={tokenizer.path}: no such file or folder; give {what}")

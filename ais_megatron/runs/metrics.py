@@ -102,6 +102,7 @@ class Sinks:
         self._is_main = is_main
         self._rows = _RowFile(self._run_dir / METRICS_FILE)
         self._samples = _RowFile(self._run_dir / SAMPLES_FILE)
+        self._evaluations = _RowFile(self._run_dir / EVALUATIONS_FILE)
         self._console = _Terminal(total=config.train.steps, wants_bar=config.metrics.progress_bar)
         self._tensorboard: Any = None
         self._purge_step: int | None = None
@@ -118,9 +119,7 @@ class Sinks:
         assert row.get("step", step) == step, f"row of step {row['step']} logged as step {step}"
         figures = {key: row[key] for key in sorted(row) if key != "step"}
         self._rows.append({"step": step, **figures})
-        self._log_tensorboard(step, figures)
-        if self._wandb is not None:
-            self._wandb.log({"step": step, **figures})
+        self._log_copies(step, figures)
         self._console.show(step, figures)
 
     def log_samples(self, samples: Sequence[Sample]) -> None:
@@ -136,6 +135,34 @@ class Sinks:
         if self._wandb is not None:
             self._wandb.log({"step": samples[0]["step"], "samples": _wandb_table(samples)})
 
+    def log_evaluation(self, step: int, rows: Sequence[MetricsRow], in_a_row: bool) -> None:
+        """Record an evaluation of the weights after `step` in evaluations.jsonl, with a line for each set.
+
+        rows: "set" is the name of a set. The other figures are numbers; the first set of the run also has ``held_out_accuracy``.
+        in_a_row: `log` will get these figures too.
+        Raises:
+            RuntimeError: as `log`.
+        """
+        if not self._is_main:
+            return
+        for row in rows:
+            self._evaluations.append({"step": step, **row})
+        if rows and not in_a_row:
+            self._log_copies(step, evaluation_metrics(rows))
+
+    def has_evaluation(self, step: int, sets: Sequence[str]) -> bool:
+        """Whether all `sets` were measured after `step` (main rank only)."""
+        recorded = {row["set"] for row in read_evaluations(self._run_dir) if row["step"] == step}
+        if recorded:
+            return set(sets) <= recorded
+        # A run of an earlier version has no file of evaluations, and one figure in the row of the step.
+        return any(row["step"] == step and row.get("held_out_accuracy") is not None for row in read_metrics(self._run_dir))
+
+    def say(self, text: str) -> None:
+        """Print a line, above the progress bar if there is one."""
+        if self._is_main:
+            self._console.say(text)
+
     def truncate_after(self, step: int) -> None:
         """Remove the lines after `step`, which a resumed run will repeat, and an incomplete last line."""
         if not self._is_main:
@@ -145,11 +172,17 @@ class Sinks:
         self._close_tensorboard()
         self._purge_step = step + 1  # TensorBoard hides earlier events from this step on
 
+    def truncate_evaluations_after(self, step: int) -> None:
+        """The same for evaluations.jsonl."""
+        if self._is_main:
+            self._evaluations.truncate_after(step)
+
     def close(self, failed: bool = False) -> None:
         """Flush and close everything. A second call does nothing. `failed` marks the Weights & Biases run as failed."""
         self._console.close()
         self._rows.close()
         self._samples.close()
+        self._evaluations.close()
         self._close_tensorboard()
         if self._wandb is not None:
             run, self._wandb = self._wandb, None
@@ -162,6 +195,11 @@ class Sinks:
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self.close(failed=kind is not None and kind is not Preempted)
+
+    def _log_copies(self, step: int, figures: Mapping[str, Any]) -> None:
+        self._log_tensorboard(step, figures)
+        if self._wandb is not None:
+            self._wandb.log({"step": step, **figures})
 
     def _log_tensorboard(self, step: int, figures: Mapping[str, Any]) -> None:
         if not self._config.metrics.tensorboard:
@@ -249,13 +287,16 @@ class _Terminal:
 
     def show(self, step: int, figures: Mapping[str, Any]) -> None:
         self.completed += 1
-        line = step_line(step, self._total, figures)
         self.open()
+        self.say(step_line(step, self._total, figures))
+        if self._bar is not None:
+            self._bar.update(self._task, completed=self.completed)
+
+    def say(self, line: str) -> None:
         if self._bar is None:
             print(line, flush=True)
-            return
-        self._bar.console.print(line, markup=False, highlight=False, soft_wrap=True)
-        self._bar.update(self._task, completed=self.completed)
+        else:
+            self._bar.console.print(line, markup=False, highlight=False, soft_wrap=True)
 
     def close(self) -> None:
         if self._bar is not None:
@@ -321,15 +362,29 @@ def _without_secrets(data: Any) -> Any:
     return [_without_secrets(value) for value in data] if isinstance(data, list) else data
 
 
+def evaluation_metrics(rows: Sequence[MetricsRow]) -> MetricsRow:
+    """The figures of one evaluation under the keys of metrics: ``eval/SET/FIGURE``, and ``held_out_accuracy`` for the first set."""
+    figures: MetricsRow = {}
+    for row in rows:
+        if "held_out_accuracy" in row:
+            figures["held_out_accuracy"] = row["held_out_accuracy"]
+        figures |= {f"eval/{row['set']}/{key}": row[key] for key in row if key not in ("step", "set", "held_out_accuracy")}
+    return figures
+
+
 def read_metrics(run_dir: Path) -> list[MetricsRow]:
     """The rows of ``metrics.jsonl`` in the order of the file, with null for NaN. An incomplete last line is ignored.
 
+    The row of a step also has the figures of an evaluation that ended only after the step was logged (``eval.blocking=false``).
     Returns an empty list if there is no file.
 
     Raises:
         ValueError: a line before the last is not a row. The message names file and line.
     """
-    return _read_rows(Path(run_dir) / METRICS_FILE)
+    by_step: dict[int, list[MetricsRow]] = {}
+    for row in read_evaluations(run_dir):
+        by_step.setdefault(row["step"], []).append(row)
+    return [evaluation_metrics(by_step.get(row["step"], ())) | row for row in _read_rows(Path(run_dir) / METRICS_FILE)]
 
 
 def read_evaluations(run_dir: Path) -> list[MetricsRow]:

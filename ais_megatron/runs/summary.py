@@ -68,6 +68,29 @@ def summary_lines(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
     ]
 
 
+def scores_table(sets: Mapping[str, Mapping[str, Any]]) -> str:
+    """A plain table of an evaluation with a line for each set, from the figures of `evaluation.Scores`. Errors are standard errors."""
+    ks = sorted(
+        {int(key.removeprefix("pass@")) for figures in sets.values() for key in figures if key.startswith("pass@") and "_" not in key}
+    )
+    head = ["set", "problems", "responses", *(f"pass@{k}" for k in ks), "reward", "well-formed", "truncated", "tokens", "dropped"]
+
+    def figure(figures: Mapping[str, Any], key: str, form: str) -> str:
+        if not is_number(figures.get(key)):
+            return "-"
+        error = figures.get(f"{key}_se")
+        return form.format(figures[key]) + (" ± " + form.format(error) if is_number(error) else "")
+
+    lines = [head]
+    for name, figures in sets.items():
+        forms = [("problems", "{}"), ("responses", "{}"), *((f"pass@{k}", "{:.1%}") for k in ks), ("reward_mean", "{:.3f}")]
+        forms += [("well_formed", "{:.1%}"), ("truncated_fraction", "{:.1%}"), ("response_length_mean", "{:.1f}"), ("dropped", "{}")]
+        lines.append([name, *(figure(figures, key, form) for key, form in forms)])
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    aligned = ([line[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(line[1:], widths[1:], strict=True))] for line in lines)
+    return "\n".join("  ".join(cells) for cells in aligned)
+
+
 def format_duration(seconds: float) -> str:
     """``h:mm:ss``."""
     minutes, rest = divmod(round(seconds), 60)

@@ -27,6 +27,7 @@ NAMES = [
     "transformers",
     "wandb",
     "tensorboard",
+    "lm_eval",
 ]
 
 

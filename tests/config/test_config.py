@@ -112,6 +112,14 @@ def test_off_is_a_word_although_yaml_reads_it_as_false(tmp_path: Path) -> None:
         ),
         ({"correction": "mask"}, r"correction='mask': input should be 'none', 'tis'"),
         ({"objective": {"name": "dapo", "advantages": "reward"}}, r"objective.dynamic_sampling=true: with objective.advantages=reward"),
+        ({"eval": {"sets": {"a": {"sample": 3}}}}, r"^eval.sets.a.sample: unknown key; did you mean eval.sets.a.samples\?$"),
+        ({"eval": {"sets": {"a b": {}}}}, r"eval.sets: the name 'a b' may only have letters, digits, _ and -; rename this set"),
+        ({"eval": {"sets": {"a": {"task": {"test_pat": "x"}}}}}, r"eval.sets.a.task.test_pat: unknown key; did you mean test_path\?"),
+        ({"eval": {"sets": {"a": {"task": {"name": "sudko"}}}}}, r"eval.sets.a.task.name='sudko': unknown task; .* mean sudoku\?"),
+        ({"eval": {"sets": {"a": {"task": {"name": "math500"}}}}}, r"eval.sets.a.task: .* come from files; set eval.sets.a.task.test_path"),
+        ({"eval": {"sets": {"a": {"ks": [2]}}}}, r"eval.sets.a.ks=\[2\]: pass@2 needs 2 responses per problem, but samples=1; raise"),
+        ({"eval": {"sets": {"a": {"max_response_tokens": 40_000}}}}, r"eval.sets.a.max_response_tokens=40000: .*=32768; lower it"),
+        ({"eval": {"blocking": False}}, r"eval.blocking=false: rollout.engine=local generates .*; set eval.blocking=true"),
         ({"objective": {"name": "ppo"}}, r"objective.name='ppo': unknown objective; allowed: grpo, dr_grpo, .*module:function$"),
         ({"tokenizer": {"kind": "hf"}}, r"tokenizer.kind=hf: set tokenizer.path"),
     ],
@@ -200,3 +208,23 @@ def test_files_that_cannot_be_read(tmp_path: Path, content: str | None, override
 def test_a_typo_costs_no_torch() -> None:
     code = "import sys; from ais_megatron import config; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_sets_of_an_evaluation(tmp_path: Path) -> None:
+    """What a set leaves out comes from the run, and overrides reach into a set that the file does not have."""
+    (path := tmp_path / "config.yaml").write_text(
+        "model: {architecture: " + json.dumps(ARCHITECTURE) + "}\n"
+        "task: {name: countdown, max_number: 30, format_weight: 0.2}\n"
+        "eval: {num_prompts: 40, temperature: 0.5, sets: {own: {}, other: {task: {name: sudoku}, temperature: 0, samples: 4}}}\n"
+    )
+    config = load_config(path, ["eval.sets.aime-24.samples=8", "eval.sets.aime-24.ks=[2,8]", "eval.sets.own.task.max_number=9"])
+    own, other, aime = config.evaluation_sets
+    assert (own.name, own.task.max_number, own.task.format_weight) == ("own", 9, 0.2)
+    assert (own.num_prompts, own.samples, own.temperature, own.max_response_tokens, own.ks) == (40, 1, 0.5, 48, (1,))
+    assert (other.task.name, other.task.format_weight, other.temperature, other.ks) == ("sudoku", 0.1, 0.0, (1, 4))
+    assert (aime.name, aime.ks) == ("aime-24", (1, 2, 8)) and aime.task == config.task
+    assert len({chosen.first_index for chosen in config.evaluation_sets}) == 3 and max(c.first_index for c in (own, other, aime)) < -1
+    (path := tmp_path / "written.yaml").write_text(dump_config(config))
+    assert load_config(path) == config
+    (only,) = build_config({"model": {"architecture": ARCHITECTURE}, "eval": {"samples": 3}}).evaluation_sets
+    assert (only.name, only.first_index, only.samples, only.top_p, only.ks) == ("held_out", -1, 3, 1.0, (1, 3))

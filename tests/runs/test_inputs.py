@@ -32,6 +32,10 @@ def test_what_exists_is_no_problem(tmp_path: Path) -> None:
             "task.test_path=/nowhere/test.jsonl: no such file or folder; set it",
         ),
         ({"task": {"train_path": "/nowhere"}}, "task.train_path=/nowhere: no such file or folder; set it"),
+        (
+            {"eval": {"sets": {"a": {"task": {"test_path": "/nowhere/a.jsonl"}}}}},
+            "eval.sets.a.task.test_path=/nowhere/a.jsonl: no such file or folder; set it to a file of problems",
+        ),
         ({"tokenizer": {"path": "/nowhere/t.model"}}, "tokenizer.path=/nowhere/t.model: no such file or folder; give a .model file"),
         ({"tokenizer": {"kind": "hf", "path": "/nowhere"}}, "tokenizer.path=/nowhere: no such file or folder; give a folder with"),
         (

@@ -9,7 +9,7 @@ import pytest
 
 from ais_megatron.config import Config, ConfigError, build_config
 from ais_megatron.runs import metrics
-from ais_megatron.runs.metrics import PhaseTimer, Sinks, read_metrics, step_line
+from ais_megatron.runs.metrics import PhaseTimer, Sinks, read_evaluations, read_metrics, step_line
 from ais_megatron.runs.summary import print_table, summarize
 from tests.helpers.batches import ARCHITECTURE
 
@@ -304,3 +304,38 @@ def test_rows_are_json_that_any_strict_reader_accepts(tmp_path):
         raise AssertionError(word)
 
     assert json.loads((tmp_path / "metrics.jsonl").read_text(), parse_constant=refuse) == {"step": 1, "a": None, "b": 1e-300}
+
+
+def test_an_evaluation_that_ends_after_its_step_is_logged_belongs_to_the_step(tmp_path, capsys):
+    first, second = {"set": "a", "pass@1": 0.25, "held_out_accuracy": 0.25}, {"set": "b", "pass@1": float("nan")}
+    with Sinks(make_config(), tmp_path, is_main=True) as sinks:
+        sinks.log_evaluation(0, [first, second], in_a_row=False)
+        sinks.log(1, {"loss": 1.0})
+        sinks.log(2, {"loss": 2.0})
+        sinks.log_evaluation(1, [first | {"pass@1": 0.5, "held_out_accuracy": 0.5}], in_a_row=False)
+        sinks.say("evaluation")
+        assert sinks.has_evaluation(0, ["a", "b"]) and sinks.has_evaluation(1, ["a"])
+        assert not sinks.has_evaluation(1, ["a", "b"]) and not sinks.has_evaluation(2, ["a"])
+    assert "evaluation\n" in capsys.readouterr().out
+    assert [(row["step"], row["set"], row["pass@1"]) for row in read_evaluations(tmp_path)] == [
+        (0, "a", 0.25),
+        (0, "b", None),
+        (1, "a", 0.5),
+    ]
+    assert read_metrics(tmp_path) == [
+        {"step": 1, "loss": 1.0, "held_out_accuracy": 0.5, "eval/a/pass@1": 0.5},
+        {"step": 2, "loss": 2.0},
+    ]
+    with Sinks(make_config(), tmp_path, is_main=True) as sinks:
+        sinks.truncate_evaluations_after(0)
+        sinks.log_evaluation(1, [first], in_a_row=True)
+    assert [row["step"] for row in read_evaluations(tmp_path)] == [0, 0, 1]
+
+
+def test_a_run_of_an_earlier_version_has_its_evaluations_in_the_rows_of_steps(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "alpha": 0.5}\n{"step": 2, "held_out_accuracy": 0.25}\n')
+    with Sinks(make_config(), tmp_path, is_main=True) as sinks:
+        assert sinks.has_evaluation(2, ["held_out"]) and not sinks.has_evaluation(1, ["held_out"])
+    with Sinks(make_config(), tmp_path, is_main=False) as other:
+        other.log_evaluation(3, [{"set": "a"}], in_a_row=False)
+    assert read_evaluations(tmp_path) == []

@@ -146,7 +146,8 @@ class SGLangEngine:
         for prompt in prompts:
             check_prompt(prompt, sampling, self._architecture)
         self._acceptable = {self._version}
-        call = (tuple(prompt.index for prompt in prompts), sampling)
+        is_evaluation = bool(prompts) and prompts[0].index < 0  # these prompts come again with every version
+        call = (self._version if is_evaluation else None, tuple(prompt.index for prompt in prompts), sampling)
         generation = self._unfinished.pop(call, None) or Generation(prompts, sampling)
         try:
             self._run(self._dispatcher.complete(generation))

@@ -8,7 +8,9 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -165,6 +167,40 @@ def test_when_the_only_server_restarts_the_call_can_be_continued(servers, engine
     assert [r.prompt.index for r in rollouts] == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5]
     assert [r.weight_version for r in rollouts] == [0] * 4 + [1] * 8, "what was finished is kept"
     assert sum(server.asked.values()) == 13, "and asked for once; the fifth answer came from other weights"
+
+
+HELD_OUT = [replace(prompt, index=-1 - prompt.index) for prompt in PROMPTS]
+
+
+def test_an_evaluation_has_no_response_of_earlier_weights(servers, engine_of) -> None:
+    """Held-out prompts come again with every version. What is left of an evaluation that failed must not count for the next one."""
+    (server,) = servers(1)
+    engine = engine_of([server], max_concurrency=1)
+    answer = server.answer
+
+    def restarts_at_the_fifth(body: dict[str, Any]) -> dict[str, Any]:
+        if sum(server.asked.values()) >= 5:
+            server.version = "default"
+        return answer(body)
+
+    server.answer = restarts_at_the_fifth
+    with pytest.raises(WeightsLost):
+        engine.generate(HELD_OUT, TWO)
+    server.answer, server.version = answer, f"{RUN}-1"
+    engine.update_weights([], 1)
+    assert [r.weight_version for r in engine.generate(HELD_OUT, TWO)] == [1] * 12
+
+
+def test_a_step_and_an_evaluation_share_the_servers(servers, engine_of) -> None:
+    one, two = servers(2)
+    one.delay_s = two.delay_s = 0.1
+    engine = engine_of([one, two], max_concurrency=2)
+    with ThreadPoolExecutor(1) as thread:
+        evaluation = thread.submit(engine.generate, HELD_OUT, TWO)
+        step = engine.generate(PROMPTS, TWO)
+        assert [r.prompt.index for r in evaluation.result()] == [-1 - i for i in range(6) for _ in range(2)]
+    assert [r.prompt.index for r in step] == [i for i in range(6) for _ in range(2)]
+    assert one.asked + two.asked == Counter({10 + i: 4 for i in range(6)}), "none lost, none doubled"
 
 
 def test_a_hung_server_is_noticed_and_its_work_done_elsewhere(servers, engine_of, monkeypatch: pytest.MonkeyPatch) -> None:
