@@ -108,7 +108,7 @@ class TaskConfig(Section):
     template_kwargs: dict[str, Any] = Field({}, description="variables for the chat template, such as {enable_thinking: false}")
     prompt_style: Literal["terse", "instruct"] = Field(
         "terse",
-        description="countdown, sudoku: terse: only the puzzle. instruct: also the rules in words, and the answer may stand anywhere in the "
+        description="countdown, sudoku: terse: only the puzzle. instruct: the rules in words too, and the answer may stand anywhere in the "
         "response, for models trained to chat",
     )
     max_prompt_tokens: PositiveInt | None = Field(

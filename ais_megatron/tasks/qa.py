@@ -16,8 +16,8 @@ from typing import Any, NamedTuple, cast
 
 from ais_megatron.config import TaskConfig
 from ais_megatron.config.task import ANSWER_COLUMNS, CHOICES_COLUMNS, MESSAGES_COLUMNS, PROMPT_COLUMNS, BuiltinReward
+from ais_megatron.tasks.extraction import last_boxed
 from ais_megatron.tasks.judging import INSTRUCTIONS, LETTERS, MAX_ANSWER_CHARS, judge, solution_of
-from ais_megatron.tasks.math500 import last_boxed
 from ais_megatron.tasks.reading import Row
 from ais_megatron.tasks.streams import StreamTask
 from ais_megatron.tasks.task import Problem, Reward

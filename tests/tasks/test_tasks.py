@@ -40,6 +40,7 @@ TRUTHS = {
     "sudoku": {"puzzle": "3102200002100320"},
     "gsm8k": {"answer": "1080"},
     "math500": {"answer": r"\frac{14}{3}"},
+    "qa": {"answer": "42"},
 }
 
 
