@@ -1,6 +1,6 @@
 """A reward for questions whose answer is measured or estimated: full marks close to the answer, and less further away.
 
-    ais-megatron train configs/tiny_own_data.yaml task.reward=examples.close_enough_reward:close_enough 'task.options={tolerance: 0.1}'
+ais-megatron train configs/tiny_own_data.yaml task.reward=examples.close_enough_reward:close_enough 'task.options={tolerance: 0.1}'
 """
 
 from __future__ import annotations
