@@ -192,7 +192,7 @@ def test_turns_a_system_prompt_and_template_kwargs_reach_the_template(tmp_path: 
     folder = hf_folder(tmp_path, THINKING_TEMPLATE, eos_token="<|im_end|>")
 
     def text(prompt, *arguments):  # noqa: ANN001, ANN202
-        tokenizer = HFTokenizer(folder, *arguments)
+        tokenizer = HFTokenizer(folder, None, *arguments)
         return tokenizer._tokenizer.decode(tokenizer.encode_prompt(prompt))
 
     user, assistant = "<|im_start|>user\n1+1?<|im_end|>\n", "<|im_start|>assistant\n"
@@ -211,7 +211,7 @@ def test_turns_a_system_prompt_and_template_kwargs_reach_the_template(tmp_path: 
         }
     )
     made = make_tokenizer(config, make_task(config.task, 0))
-    assert made.encode_prompt("x") == HFTokenizer(folder, "S", {"enable_thinking": False}).encode_prompt("x")
+    assert made.encode_prompt("x") == HFTokenizer(folder, None, "S", {"enable_thinking": False}).encode_prompt("x")
 
 
 def test_what_a_chat_template_lacks_or_refuses(tmp_path: Path):
@@ -221,10 +221,10 @@ def test_what_a_chat_template_lacks_or_refuses(tmp_path: Path):
         match=r"^task\.template_kwargs: the chat template of tokenizer\.path=.*thinking never reads 'enable_thinkin'; it reads "
         r"enable_thinking; did you mean enable_thinking\?$",
     ):
-        HFTokenizer(thinking, None, {"enable_thinkin": False})
+        HFTokenizer(thinking, None, None, {"enable_thinkin": False})
     plain = hf_folder(tmp_path / "plain", eos_token="<eos>")
     with pytest.raises(ValueError, match="no chat template, so task.system_prompt and task.template_kwargs cannot be used"):
-        HFTokenizer(plain, "Be brief.", {"x": 1})
+        HFTokenizer(plain, None, "Be brief.", {"x": 1})
     with pytest.raises(ValueError, match="plain: this tokenizer has no chat template, so a prompt of several turns cannot be rendered"):
         HFTokenizer(plain).encode_prompt([{"role": "user", "content": "1"}])
     refusing = hf_folder(
@@ -237,7 +237,7 @@ def test_what_a_chat_template_lacks_or_refuses(tmp_path: Path):
         (None, {}, r"'company' is undefined; .* \(now: nothing\)"),
     ):
         with pytest.raises(ValueError, match=rf"tokenizer\.path=.*refusing: its chat template refuses the prompt: {complaint}"):
-            HFTokenizer(refusing, system_prompt, given).encode_prompt("1")
+            HFTokenizer(refusing, None, system_prompt, given).encode_prompt("1")
     pieces = SentencePieceTokenizer.train(["0123456789 +"], 64, TAGS, tmp_path / "a.model")
     with pytest.raises(ValueError, match="tokenizer.kind=sentencepiece: has no chat template"):
         pieces.encode_prompt([{"role": "user", "content": "1"}])

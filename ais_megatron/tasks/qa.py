@@ -10,6 +10,7 @@ from __future__ import annotations
 import difflib
 import json
 import math
+import string
 from collections.abc import Mapping, Sequence
 from decimal import Decimal
 from typing import Any, NamedTuple, cast
@@ -33,6 +34,7 @@ class Choices(NamedTuple):
 
 class QA(StreamTask):
     name = "qa"
+    alphabet = string.printable.strip()  # so that a tokenizer made from a few rows can also read the held-out ones
 
     def __init__(self, config: TaskConfig, seed: int) -> None:
         self.kind: BuiltinReward | None = None if config.has_own_reward else cast(BuiltinReward, config.reward or "math")
