@@ -28,8 +28,9 @@ class Prompt:
     index: int
     """Its position in the prompt stream. Sampling depends on it, so a prompt gets the same responses on any rank."""
     text: str
+    """The prompt as a person reads it."""
     token_ids: tuple[int, ...]
-    """The tokenised `text`."""
+    """What the model reads: `text` or the turns behind it, and what the chat template adds."""
     truth: Mapping[str, Any]
     """What the task's reward needs to judge a response, such as numbers and target, or the gold answer."""
 

@@ -19,11 +19,12 @@ from ais_megatron.batch import Prompt, Rollout
 from ais_megatron.config import EvaluationSet
 from ais_megatron.distributed import LOCAL_ERRORS, all_reduce_sum, device, rank, rank_consistent, use_device
 from ais_megatron.policy.training_state import TrainingState
-from ais_megatron.prompts import held_out_prompts
+from ais_megatron.prompts import held_out_prompts, within_limit
 from ais_megatron.rollout.engine import SamplingParams
 from ais_megatron.runs.metrics import MetricsRow, PhaseTimer, Sinks, evaluation_metrics
 from ais_megatron.session import Session
 from ais_megatron.tasks import Reward, make_task
+from ais_megatron.tokenizer import make_tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -78,7 +79,7 @@ class _Part:
 
     chosen: EvaluationSet
     session: Session
-    """The run's session, with the task of this set."""
+    """The run's session, with the task of this set, and its tokenizer if the set has another system prompt or template variables."""
     prompts: list[Prompt]
     """This rank's share."""
     sampling: SamplingParams
@@ -224,9 +225,17 @@ def _any_rank(flag: bool) -> bool:
 
 
 def _prepare(session: Session, chosen: EvaluationSet) -> _Part:
-    config = session.config
-    task = session.task if chosen.task == config.task else make_task(chosen.task, config.run.seed)
-    prompts = held_out_prompts(task, session.tokenizer, chosen.num_prompts, session.share, chosen.first_index)
+    config, task, tokenizer = session.config, session.task, session.tokenizer
+    if chosen.task != config.task:
+        rollout = config.rollout.model_copy(update={"max_response_tokens": chosen.max_response_tokens})
+        own = config.model_copy(update={"task": chosen.task, "rollout": rollout})
+        task = make_task(chosen.task, config.run.seed)
+        if (chosen.task.system_prompt, chosen.task.template_kwargs) != (config.task.system_prompt, config.task.template_kwargs):
+            tokenizer = make_tokenizer(own, task)
+        task, notes = within_limit(task, tokenizer, own)
+        for note in notes if rank() == 0 else ():
+            print(f"eval.sets.{chosen.name}: {note}", flush=True)
+    prompts = held_out_prompts(task, tokenizer, chosen.num_prompts, session.share, chosen.first_index)
     longest, limit = max((len(prompt.token_ids) for prompt in prompts), default=0), config.architecture.max_position_embeddings
     if config.eval.sets and longest + chosen.max_response_tokens > limit:
         raise ValueError(
@@ -240,7 +249,7 @@ def _prepare(session: Session, chosen: EvaluationSet) -> _Part:
         top_p=chosen.top_p,
         seed=config.run.seed,
     )
-    return _Part(chosen, replace(session, task=task), prompts, sampling)
+    return _Part(chosen, replace(session, task=task, tokenizer=tokenizer), prompts, sampling)
 
 
 def _scores(part: _Part, rollouts: Sequence[Rollout]) -> Scores:

@@ -10,10 +10,10 @@ import torch.distributed as dist
 from ais_megatron.algorithm.objectives import check_objective
 from ais_megatron.batch import Rollout
 from ais_megatron.config import Config
-from ais_megatron.distributed import rank_consistent
+from ais_megatron.distributed import rank, rank_consistent
 from ais_megatron.generation import Generator
 from ais_megatron.policy.policy import Policy, data_parallel_group, initialize_parallel, model_parallel_group
-from ais_megatron.prompts import Share, to_prompt
+from ais_megatron.prompts import Share, to_prompt, within_limit
 from ais_megatron.rollout.build import build_engine
 from ais_megatron.rollout.engine import RolloutEngine, SamplingParams
 from ais_megatron.runs.samples import TokenTexts
@@ -69,7 +69,10 @@ def build_task(config: Config) -> tuple[Task, Tokenizer]:
     with rank_consistent():
         task = make_task(config.task, config.run.seed)
         tokenizer = make_tokenizer(config, task)
+        task, notes = within_limit(task, tokenizer, config)
         check_objective(config.objective)
+    for note in notes if rank() == 0 else ():
+        print(note, flush=True)
     return task, tokenizer
 
 

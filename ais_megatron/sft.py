@@ -21,6 +21,7 @@ from ais_megatron.config.doors import is_own, source_digest
 from ais_megatron.distributed import rank_consistent
 from ais_megatron.policy.hf_export import save_hf
 from ais_megatron.policy.policy import Policy, data_parallel_group
+from ais_megatron.prompts import encode
 from ais_megatron.tasks import Task
 from ais_megatron.tokenizer import Tokenizer
 
@@ -54,9 +55,12 @@ def cached_folder(config: Config) -> Path:
 
 
 def _problems_made_of(task: TaskConfig) -> dict[str, Any]:
-    """What determines the worked solutions: the settings, and the source of a class of the user's own. (Rewards do not matter.)"""
-    rewards = {key for key in TaskConfig.model_fields if key.startswith("reward")}
-    settings = task.model_dump(mode="json", exclude=rewards if task.options else rewards | {"options"})
+    """What determines the worked solutions: the settings, and the source of a class of the user's own. Rewards do not matter, except the
+    built-in ones of task.name=qa, which ask for different answers."""
+    unread = {key for key in TaskConfig.model_fields if key.startswith("reward")} | (set() if task.options else {"options"})
+    if task.reward is not None and not task.has_own_reward:
+        unread.remove("reward")
+    settings = task.model_dump(mode="json", exclude=unread)
     return settings | ({"source": source_digest(task.name)} if is_own(task.name) else {})
 
 
@@ -99,7 +103,7 @@ def solutions(config: Config, task: Task, tokenizer: Tokenizer, step: int) -> Ba
                 f"sft.steps={config.sft.steps}: task {task.name} has no worked solution for problem {index}; set sft.steps=0, or provide "
                 "solutions"
             )
-        prompt = Prompt(index, problem.text, tuple(tokenizer.encode_prompt(problem.text)), problem.truth)
+        prompt = Prompt(index, problem.text, encode(problem, tokenizer), problem.truth)
         response = tuple(tokenizer.encode_response(problem.solution))
         examples.append(Rollout(prompt, response, (0.0,) * len(response), "stop", -1))
     return assemble(examples, torch.zeros(rows), torch.zeros(rows))

@@ -13,11 +13,12 @@ import json
 import os
 import re
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from ais_megatron.config import Config
+from ais_megatron.config.chat_template import conversation, keyword_problems, refusal
 from ais_megatron.config.hf_config import generation_config, read_eos_ids
 from ais_megatron.tasks.extraction import THINK
 from ais_megatron.tasks.task import Task
@@ -32,6 +33,8 @@ THINK_TAIL = 16  # tokens at the end of a prompt in which its <think> stands, if
 MAX_CHAR_ALPHABET = 64  # with at most this many characters, one piece per character; otherwise word pieces
 
 ModelType = Literal["char", "unigram"]
+Turns = Sequence[Mapping[str, Any]]
+"""Turns of a conversation, each with `role` and `content`."""
 
 
 class Tokenizer(Protocol):
@@ -46,8 +49,9 @@ class Tokenizer(Protocol):
     pad_id: int
     """The token that pads a batch; may equal `eos_id`."""
 
-    def encode_prompt(self, text: str) -> list[int]:
-        """Token ids of a prompt, without an end-of-sequence token."""
+    def encode_prompt(self, prompt: str | Turns) -> list[int]:
+        """Token ids of a prompt, without an end-of-sequence token. A text is one turn of the user. Only a chat template can render
+        several turns."""
 
     def encode_response(self, text: str) -> list[int]:
         """Token ids of a response. The last one is `eos_id`."""
@@ -111,8 +115,13 @@ class SentencePieceTokenizer:
         _write_atomically(Path(path), tokenizer._model)
         return tokenizer
 
-    def encode_prompt(self, text: str) -> list[int]:
-        return self._processor.encode(text)
+    def encode_prompt(self, prompt: str | Turns) -> list[int]:
+        if not isinstance(prompt, str):
+            raise ValueError(
+                "tokenizer.kind=sentencepiece: has no chat template, so a prompt of several turns cannot be rendered; set "
+                "tokenizer.kind=hf with the tokenizer of a model that was trained to chat"
+            )
+        return self._processor.encode(prompt)
 
     def encode_response(self, text: str) -> list[int]:
         return [*self._processor.encode(text), self.eos_id]
@@ -130,10 +139,22 @@ class SentencePieceTokenizer:
 class HFTokenizer:
     """The tokenizer in a Hugging Face checkpoint folder, used offline. If it has a chat template, the template wraps every prompt."""
 
-    def __init__(self, folder: str | Path, model_folder: str | Path | None = None) -> None:
-        """model_folder: the model's folder, if it is another one. Its files tell which tokens end a response if those in `folder` do not.
-
-        Raises ValueError if the folder has no usable tokenizer, or the tokenizer has no end-of-sequence token."""
+    def __init__(
+        self,
+        folder: str | Path,
+        model_folder: str | Path | None = None,
+        system_prompt: str | None = None,
+        template_kwargs: Mapping[str, Any] | None = None,
+    ) -> None:
+        """
+        Args:
+            model_folder: the model's folder, if it is another one. Its files tell which tokens end a response if those in `folder` do not.
+            system_prompt: the first turn of every conversation that has no system turn of its own.
+            template_kwargs: variables for the chat template.
+        Raises:
+            ValueError: the folder has no usable tokenizer, the tokenizer has no end-of-sequence token, or its chat template does not
+                read one of `template_kwargs`.
+        """
         from transformers import AutoTokenizer
 
         if not Path(folder).is_dir():
@@ -151,12 +172,30 @@ class HFTokenizer:
         self.eos_ids = tuple(dict.fromkeys([self.eos_id, *read_eos_ids(folder, model_folder)]))
         pad_id = self._tokenizer.pad_token_id
         self.pad_id = self.eos_id if pad_id is None else int(pad_id)
+        self._where = f"tokenizer.path={folder}"
+        self._system_prompt, self._template_kwargs = system_prompt, dict(template_kwargs or {})
+        template = self._tokenizer.get_chat_template() if self._tokenizer.chat_template is not None else None
+        if problems := keyword_problems(template, self._template_kwargs, system_prompt is not None, self._where):
+            raise ValueError("\n".join(problems))
 
-    def encode_prompt(self, text: str) -> list[int]:
+    def encode_prompt(self, prompt: str | Turns) -> list[int]:
+        from jinja2 import TemplateError
+
         if self._tokenizer.chat_template is None:
-            return self._tokenizer.encode(text)
-        turns = [{"role": "user", "content": text}]
-        return list(self._tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=True, return_dict=False))
+            if not isinstance(prompt, str):
+                raise ValueError(
+                    f"{self._where}: this tokenizer has no chat template, so a prompt of several turns cannot be rendered; give the "
+                    "tokenizer of a model that was trained to chat"
+                )
+            return self._tokenizer.encode(prompt)
+        turns = conversation([{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt, self._system_prompt)
+        try:
+            ids = self._tokenizer.apply_chat_template(
+                [dict(turn) for turn in turns], add_generation_prompt=True, tokenize=True, return_dict=False, **self._template_kwargs
+            )
+        except (TemplateError, TypeError) as error:
+            raise ValueError(refusal(self._where, error, self._template_kwargs)) from error
+        return list(ids)
 
     def encode_response(self, text: str) -> list[int]:
         return [*self._tokenizer.encode(text, add_special_tokens=False), self.eos_id]
@@ -191,7 +230,7 @@ def make_tokenizer(config: Config, task: Task) -> Tokenizer:
     if config.tokenizer.kind == "hf":
         folder = path or config.model.path
         assert folder is not None  # the configuration's own check
-        tokenizer: Tokenizer = HFTokenizer(folder, config.model.path)
+        tokenizer: Tokenizer = HFTokenizer(folder, config.model.path, config.task.system_prompt, config.task.template_kwargs)
     elif path is not None:
         tokenizer = SentencePieceTokenizer.load(path)
     else:

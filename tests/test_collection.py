@@ -9,7 +9,7 @@ import torch
 
 from ais_megatron.batch import Rollout
 from ais_megatron.config import Config
-from ais_megatron.tasks import Reward
+from ais_megatron.tasks import Problem, Reward
 from tests.helpers.batches import config_with
 from tests.helpers.ranks import RankPool
 
@@ -48,7 +48,7 @@ def collected(rank: int, config: Config, tp: int, pp: int, first: int, own_rewar
     from ais_megatron.tasks.own_reward import RewardedTask
 
     initialize_parallel(config)
-    problems = SimpleNamespace(train_problem=lambda i: SimpleNamespace(text="x" * (1 + i % 2), truth={}, where=f"file:{i}"))
+    problems = SimpleNamespace(train_problem=lambda i: Problem("x" * (1 + i % 2), {}, None, where=f"file:{i}"))
     session = SimpleNamespace(
         config=config,
         generator=Generator(Engine(), None, config.rollout),

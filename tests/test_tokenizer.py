@@ -12,7 +12,7 @@ from ais_megatron.config import Config, TaskConfig, build_config
 from ais_megatron.tasks import make_task
 from ais_megatron.tasks.extraction import find_answer
 from ais_megatron.tokenizer import MODEL_FILE, HFTokenizer, SentencePieceTokenizer, make_tokenizer, response_text
-from tests.helpers.tokenizers import hf_folder
+from tests.helpers.tokenizers import THINKING_TEMPLATE, hf_folder
 
 TAGS = ("<answer>", "</answer>")
 
@@ -186,3 +186,58 @@ def test_unusable_hf_folders(tmp_path: Path):
         HFTokenizer(tmp_path / "empty")
     with pytest.raises(ValueError, match="no eos_token"):
         HFTokenizer(hf_folder(tmp_path / "no_eos", pad_token="<pad>"))
+
+
+def test_turns_a_system_prompt_and_template_kwargs_reach_the_template(tmp_path: Path):
+    folder = hf_folder(tmp_path, THINKING_TEMPLATE, eos_token="<|im_end|>")
+
+    def text(prompt, *arguments):  # noqa: ANN001, ANN202
+        tokenizer = HFTokenizer(folder, None, *arguments)
+        return tokenizer._tokenizer.decode(tokenizer.encode_prompt(prompt))
+
+    user, assistant = "<|im_start|>user\n1+1?<|im_end|>\n", "<|im_start|>assistant\n"
+    assert text("1+1?") == user + assistant
+    assert text("1+1?", None, {"enable_thinking": True}) == user + assistant
+    assert text("1+1?", None, {"enable_thinking": False}) == user + assistant + "<think>\n\n</think>\n\n"
+    assert text("1+1?", "Be brief.") == "<|im_start|>system\nBe brief.<|im_end|>\n" + user + assistant
+    assert text("1+1?", "") == "<|im_start|>system\n<|im_end|>\n" + user + assistant
+    own = [{"role": "system", "content": "Mine."}, {"role": "user", "content": "1+1?"}]
+    assert text(own, "Be brief.") == "<|im_start|>system\nMine.<|im_end|>\n" + user + assistant
+    config = build_config(
+        {
+            "model": {"architecture": config_of(tmp_path, vocab_size=300).architecture.model_dump()},
+            "tokenizer": {"kind": "hf", "path": str(folder)},
+            "task": {"template_kwargs": {"enable_thinking": False}, "system_prompt": "S"},
+        }
+    )
+    made = make_tokenizer(config, make_task(config.task, 0))
+    assert made.encode_prompt("x") == HFTokenizer(folder, None, "S", {"enable_thinking": False}).encode_prompt("x")
+
+
+def test_what_a_chat_template_lacks_or_refuses(tmp_path: Path):
+    thinking = hf_folder(tmp_path / "thinking", THINKING_TEMPLATE, eos_token="<|im_end|>")
+    with pytest.raises(
+        ValueError,
+        match=r"^task\.template_kwargs: the chat template of tokenizer\.path=.*thinking never reads 'enable_thinkin'; it reads "
+        r"enable_thinking; did you mean enable_thinking\?$",
+    ):
+        HFTokenizer(thinking, None, None, {"enable_thinkin": False})
+    plain = hf_folder(tmp_path / "plain", eos_token="<eos>")
+    with pytest.raises(ValueError, match="no chat template, so task.system_prompt and task.template_kwargs cannot be used"):
+        HFTokenizer(plain, None, "Be brief.", {"x": 1})
+    with pytest.raises(ValueError, match="plain: this tokenizer has no chat template, so a prompt of several turns cannot be rendered"):
+        HFTokenizer(plain).encode_prompt([{"role": "user", "content": "1"}])
+    refusing = hf_folder(
+        tmp_path / "refusing",
+        "{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}{{ company + messages[0].content }}",
+        eos_token="<eos>",
+    )
+    for system_prompt, given, complaint in (
+        ("S", {"company": "c"}, r"no system role; give the variables that it needs in task\.template_kwargs \(now: company\)"),
+        (None, {}, r"'company' is undefined; .* \(now: nothing\)"),
+    ):
+        with pytest.raises(ValueError, match=rf"tokenizer\.path=.*refusing: its chat template refuses the prompt: {complaint}"):
+            HFTokenizer(refusing, None, system_prompt, given).encode_prompt("1")
+    pieces = SentencePieceTokenizer.train(["0123456789 +"], 64, TAGS, tmp_path / "a.model")
+    with pytest.raises(ValueError, match="tokenizer.kind=sentencepiece: has no chat template"):
+        pieces.encode_prompt([{"role": "user", "content": "1"}])

@@ -161,6 +161,19 @@ def _expert_problems(parallel: ParallelConfig, arch: Architecture, recompute: st
     return problems
 
 
+def prompt_problems(task: TaskConfig, rollout: RolloutConfig, arch: Architecture | None) -> list[str]:
+    """A limit of prompts that leaves too little room for a response."""
+    if task.max_prompt_tokens is None or arch is None:
+        return []
+    room = arch.max_position_embeddings - rollout.max_response_tokens
+    if 0 < room < task.max_prompt_tokens:  # batch_problems refuses a response that leaves no room at all
+        return [
+            f"task.max_prompt_tokens={task.max_prompt_tokens}: with rollout.max_response_tokens={rollout.max_response_tokens} this "
+            f"exceeds model.architecture.max_position_embeddings={arch.max_position_embeddings}; allowed: 1 to {room}"
+        ]
+    return []
+
+
 def batch_problems(rollout: RolloutConfig, train: TrainConfig, sft: SFTConfig, dp: int, arch: Architecture | None) -> list[str]:
     """Batches that cannot be divided evenly, and sequences that do not fit into the context."""
     problems = []
@@ -202,6 +215,17 @@ def source_problems(model: ModelConfig, tokenizer: TokenizerConfig, task: TaskCo
         problems.append("model: no model is named; set model.path to a Hugging Face checkpoint folder, or describe model.architecture")
     if tokenizer.kind == "hf" and tokenizer.path is None and model.path is None:
         problems.append("tokenizer.kind=hf: set tokenizer.path (or model.path, whose tokenizer is then used)")
+    if tokenizer.kind == "sentencepiece":
+        for key, value in (
+            ("system_prompt", task.system_prompt),
+            ("template_kwargs", task.template_kwargs or None),
+            ("messages_key", task.messages_key),
+        ):
+            if value is not None:
+                problems.append(
+                    f"task.{key}={value!r}: needs a chat template, which tokenizer.kind=sentencepiece does not have; leave it out, or set "
+                    "tokenizer.kind=hf"
+                )
     builtin = BUILTIN_TASKS.get(task.name)
     if builtin is not None and builtin.needs_file and task.test_path is None:
         problems.append(f"task.name={task.name}: its problems come from files; set task.test_path (and task.train_path) to them")

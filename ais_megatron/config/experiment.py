@@ -63,6 +63,7 @@ class Config(Section):
         problems = [
             *checks.layout_problems(self.parallel, self.model),
             *checks.batch_problems(self.rollout, self.train, self.sft, self.parallel.dp or 1, arch),
+            *checks.prompt_problems(self.task, self.rollout, arch),
             *algorithm_problems(
                 self.correction, self.ais, self.correction_options, self.objective, self.train.updates_per_batch, self.rollout.group_size
             ),

@@ -8,6 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from ais_megatron.config import Config
+from ais_megatron.config.chat_template import keyword_problems, read_chat_template, rendering_problems
 from ais_megatron.runs.folder import check_can_create
 
 
@@ -25,6 +26,7 @@ def input_problems(config: Config) -> list[str]:
     if tokenizer.path is not None and not Path(tokenizer.path).exists():
         what = "a .model file of SentencePiece" if tokenizer.kind == "sentencepiece" else "a folder with a Hugging Face tokenizer"
         problems.append(f"tokenizer.path={tokenizer.path}: no such file or folder; give {what}")
+    problems += _template_problems(config)
     if config.rollout.engine_traits.replays and not Path(config.rollout.replay_dir or "").is_dir():
         problems.append(f"rollout.replay_dir={config.rollout.replay_dir}: no such folder; give the rollout.save_dir of an earlier run")
     keeps_something = config.sft.steps or (tokenizer.kind == "sentencepiece" and tokenizer.path is None)
@@ -35,3 +37,17 @@ def input_problems(config: Config) -> list[str]:
         except OSError as error:
             problems.append(f"sft.cache_dir={config.sft.cache_dir}: cannot be written ({error}); choose another folder")
     return problems
+
+
+def _template_problems(config: Config) -> list[str]:
+    """What the chat template of a Hugging Face tokenizer lacks or refuses, as far as one question shows it."""
+    task, folder = config.task, config.tokenizer.path or config.model.path
+    if config.tokenizer.kind != "hf" or folder is None or not (Path(folder) / "tokenizer_config.json").is_file():
+        return []
+    template, tokens = read_chat_template(folder)
+    if template is None:  # or transformers finds one elsewhere; the ranks see it when they load the tokenizer
+        return []
+    problems = keyword_problems(template, task.template_kwargs, task.system_prompt is not None, f"tokenizer.path={folder}")
+    if problems or task.messages_key is not None:  # turns of the user's own may have what a template asks for
+        return problems
+    return rendering_problems(template, tokens, task.template_kwargs, task.system_prompt, f"tokenizer.path={folder}")

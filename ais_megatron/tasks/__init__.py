@@ -28,11 +28,12 @@ def make_task(config: TaskConfig, seed: int) -> Task:
         RuntimeError: the user's own code raised; its exception is the cause.
     """
     task = _own_task(config, seed) if doors.is_own(config.name) else TASKS[config.name](config, seed)
-    if config.reward is None:
+    if not config.has_own_reward:
         if not doors.is_own(config.name):
             return task
         judge = task.reward
         return RewardedTask(task, lambda truth, response, _: judge(truth, response), f"task.name={config.name}", config)
+    assert config.reward is not None
     function = RewardService(config.reward, config) if is_url(config.reward) else doors.load("task.reward", config.reward)
     return RewardedTask(task, function, f"task.reward={config.reward}", config)
 

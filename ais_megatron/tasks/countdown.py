@@ -15,14 +15,19 @@ import operator
 import random
 import re
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from fractions import Fraction
 from typing import Any
 
-from ais_megatron.tasks.extraction import find_only_answer
+from ais_megatron.tasks.extraction import find_answer, find_only_answer
 from ais_megatron.tasks.reading import Row
 from ais_megatron.tasks.streams import StreamTask
 from ais_megatron.tasks.task import Problem, Reward, make_reward, wrap_answer
 
+INSTRUCT = """\
+Find an arithmetic expression that equals {target} and is made of the numbers {numbers}.
+Use each of these numbers exactly once, and no other number. The operators are + - * /, and parentheses are allowed.
+Think first. Then write the expression, without an equals sign, within <answer> and </answer>, for example <answer>(2+3)*4</answer>."""
 MAX_ANSWER_CHARS = 64  # limits the parser's depth and the size of every integer
 _BINARY: dict[type[ast.operator], Callable[[Fraction, Fraction], Fraction]] = {
     ast.Add: operator.add,
@@ -68,8 +73,15 @@ class Countdown(StreamTask):
         target = _apply(rng.choice("+-*/"), left, right)
         return make_problem((x, y, z), target) if target is not None and 1 <= target <= top else None
 
+    def present(self, problem: Problem) -> Problem:
+        if self.config.prompt_style == "terse":
+            return problem
+        numbers, target = problem.truth["numbers"], problem.truth["target"]
+        return replace(problem, text=INSTRUCT.format(numbers=", ".join(map(str, numbers)), target=target))
+
     def reward(self, problem_truth: Mapping[str, Any], response: str) -> Reward:
-        found = find_only_answer(response, MAX_ANSWER_CHARS)
+        find = find_answer if self.config.prompt_style == "instruct" else find_only_answer
+        found = find(response, MAX_ANSWER_CHARS)
         if found.answer is None:
             return make_reward(self.config.format_weight, False, False, found.reason)
         said = f"answer {found.answer} from {found.reason}"

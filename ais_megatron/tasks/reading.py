@@ -24,11 +24,15 @@ class Row:
     values: Mapping[str, object]
     """The values by column name."""
 
+    @property
+    def columns(self) -> str:
+        """The names of the columns, for messages."""
+        return ", ".join(str(name) for name in self.values) or "none"
+
     def text(self, column: str) -> str:
         """The column as non-empty text. Otherwise a ValueError names file, line, column and what was found."""
         if column not in self.values:
-            found = ", ".join(str(name) for name in self.values) or "none"
-            raise ValueError(f"{self.where}: column {column!r} is missing; columns found: {found}")
+            raise ValueError(f"{self.where}: column {column!r} is missing; columns found: {self.columns}")
         value = self.values[column]
         if not isinstance(value, str) or not value.strip():
             raise ValueError(f"{self.where}: column {column!r} must be text, got {value!r}")

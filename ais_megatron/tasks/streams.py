@@ -6,11 +6,13 @@ Training and held-out problems never overlap, judged by the prompt's text. A has
 
 from __future__ import annotations
 
+import copy
 import random
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import lru_cache
-from typing import Any
+from typing import Any, Self
 
 from ais_megatron.config import TaskConfig
 from ais_megatron.tasks.reading import Row, read_rows
@@ -31,7 +33,7 @@ class StreamTask(ABC):
         """Read the files of `config`. Raises ValueError if they cannot be read, are malformed or overlap."""
         self.config, self.seed = config, seed
         self.name = self.name or type(self).__name__
-        self._test = [self.parse(row) for row in read_rows(config.test_path, "test")] if config.test_path else None
+        self._test = [self._problem(row) for row in read_rows(config.test_path, "test")] if config.test_path else None
         self._test_texts = frozenset(problem.text for problem in self._test or ())
         self._train = self._read_train(config.train_path) if config.train_path else None
         self._train_texts = frozenset(problem.text for problem in self._train or ())
@@ -43,6 +45,10 @@ class StreamTask(ABC):
     @abstractmethod
     def reward(self, problem_truth: Mapping[str, Any], response: str) -> Reward: ...
 
+    def present(self, problem: Problem) -> Problem:
+        """The problem with the prompt that the model gets. What is held out is decided before, so it does not depend on the wording."""
+        return problem
+
     def draw(self, rng: random.Random) -> Problem | None:
         """One random puzzle, or None if this draw gave none. Tasks with problems from files cannot draw."""
         raise ValueError(f"task.train_path: task.name={self.name} cannot generate problems; set task.train_path to a file of them")
@@ -50,17 +56,18 @@ class StreamTask(ABC):
     def train_problem(self, index: int) -> Problem:
         if self._train is not None:
             epoch, position = divmod(index, len(self._train))
-            return self._train[_permutation(f"{self.name}:{self.seed}:epoch{epoch}", len(self._train))[position]]
+            order = _permutation(f"{self.name}:{self.seed}:epoch{epoch}", len(self._train))
+            return self.present(self._train[order[position]])
         rng = random.Random(f"{self.name}:{self.seed}:{index}")
         for _ in range(MAX_DRAWS):
             problem = self.draw(rng)
             if problem is not None and not is_held_out(problem.text) and problem.text not in self._test_texts:
-                return problem
+                return self.present(problem)
         raise self._too_few_puzzles("training")
 
     def test_problems(self, num: int) -> list[Problem]:
         if self._test is not None:
-            return self._test[:num]
+            return [self.present(problem) for problem in self._test[:num]]
         # This stream has no seed, so runs with different seeds are evaluated on the same puzzles.
         rng = random.Random(f"{self.name}:test")
         found: dict[str, Problem] = {}
@@ -72,16 +79,29 @@ class StreamTask(ABC):
                 found[problem.text] = problem
         if not found and num:
             raise self._too_few_puzzles("held-out")
-        return list(found.values())
+        return [self.present(problem) for problem in found.values()]
 
     def tokenizer_corpus(self, num_lines: int) -> list[str]:
         problems = (self.train_problem(index) for index in range(num_lines - bool(self.alphabet)))
         return [self.alphabet] * bool(self.alphabet) + [problem.text + (problem.solution or "") for problem in problems]
 
-    def _read_train(self, path: str) -> Sequence[Problem]:
+    def filtered(self, keep: Callable[[str, list[Problem]], list[Problem]]) -> Self:
+        """This task with a part of the problems from its files. `keep` gets "train" or "test" and all problems of that file, and returns
+        the part. Generated puzzles stay as they are."""
+        chosen = copy.copy(self)
+        for split in ("train", "test"):
+            problems = getattr(self, f"_{split}")
+            if problems is not None:
+                setattr(chosen, f"_{split}", keep(split, [self.present(problem) for problem in problems]))
+        return chosen
+
+    def _problem(self, row: Row) -> Problem:
+        return replace(self.parse(row), where=row.where)
+
+    def _read_train(self, path: str) -> list[Problem]:
         problems = []
         for row in read_rows(path, "train"):
-            problems.append(self.parse(row))
+            problems.append(self._problem(row))
             if problems[-1].text in self._test_texts:
                 raise ValueError(
                     f"{row.where}: this problem is also in task.test_path={self.config.test_path}; remove it from one of the two files"

@@ -13,15 +13,22 @@ import itertools
 import random
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from ais_megatron.config import TaskConfig
-from ais_megatron.tasks.extraction import find_only_answer
+from ais_megatron.tasks.extraction import find_answer, find_only_answer
 from ais_megatron.tasks.reading import Row
 from ais_megatron.tasks.streams import StreamTask
 from ais_megatron.tasks.task import Problem, Reward, make_reward, wrap_answer
 
 CELLS = 16
+INSTRUCT = """\
+Solve this 4x4 Sudoku. Each line below is a row of the grid, and 0 is an empty cell.
+{grid}
+Put a digit from 1 to 4 into every empty cell. Each row, each column and each of the four 2x2 boxes must contain 1, 2, 3 and 4.
+Think first. Then write all 16 digits of the solved grid, row by row and without spaces, within <answer> and </answer>. As a single line the
+puzzle is {puzzle}, and your answer has the same form without zeros."""
 MAX_EMPTY_CELLS = 12  # a 4x4 grid needs at least four givens for a unique solution
 
 
@@ -67,8 +74,15 @@ class Sudoku(StreamTask):
         puzzle = "".join("0" if cell in empty else digit for cell, digit in enumerate(grid))
         return _make_problem(puzzle, grid) if len(solutions(puzzle)) == 1 else None
 
+    def present(self, problem: Problem) -> Problem:
+        if self.config.prompt_style == "terse":
+            return problem
+        puzzle = problem.truth["puzzle"]
+        return replace(problem, text=INSTRUCT.format(puzzle=puzzle, grid="\n".join(puzzle[i : i + 4] for i in range(0, CELLS, 4))))
+
     def reward(self, problem_truth: Mapping[str, Any], response: str) -> Reward:
-        found = find_only_answer(response, CELLS)
+        find = find_answer if self.config.prompt_style == "instruct" else find_only_answer
+        found = find(response, CELLS)
         if found.answer is None:
             return make_reward(self.config.format_weight, False, False, found.reason)
         said = f"answer {found.answer} from {found.reason}"

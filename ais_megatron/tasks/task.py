@@ -23,11 +23,16 @@ class Problem:
     """One problem."""
 
     text: str
-    """The prompt as the model sees it."""
+    """The prompt as a person reads it, without what a chat template adds."""
     truth: Mapping[str, Any]
     """What the reward needs, as plain JSON values, so that it can be logged and read again."""
     solution: str | None
     """A response that scores 1.0, for the warm start; None if the file has none."""
+    messages: tuple[Mapping[str, Any], ...] | None = None
+    """The turns of a conversation that the chat template renders, each with `role` and `content`. `text` then shows them to people. None:
+    `text` is the only turn."""
+    where: str = ""
+    """"file:line" of a problem from a file, for messages."""
 
 
 @dataclass(frozen=True)

@@ -32,6 +32,7 @@ from ais_megatron.rollout.local.engine import LocalEngine
 from ais_megatron.runs.metrics import PhaseTimer, read_metrics
 from ais_megatron.session import Session, with_engine
 from ais_megatron.tasks.task import Problem, Reward
+from ais_megatron.tokenizer import Turns
 from ais_megatron.trainer import begin, train, train_step
 from ais_megatron.weight_sync import weight_stream
 
@@ -205,8 +206,9 @@ class NumberTokenizer:
         self.vocab_size, self.eos_id, self.pad_id = vocab_size, vocab_size - 1, 0
         self.eos_ids: tuple[int, ...] = (self.eos_id,)
 
-    def encode_prompt(self, text: str) -> list[int]:
-        return [int(word) for word in text.split()]
+    def encode_prompt(self, prompt: str | Turns) -> list[int]:
+        assert isinstance(prompt, str), "these prompts have one turn"
+        return [int(word) for word in prompt.split()]
 
     def encode_response(self, text: str) -> list[int]:
         return [*self.encode_prompt(text), self.eos_id]

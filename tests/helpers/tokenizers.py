@@ -1,8 +1,15 @@
-"""A Hugging Face tokenizer that needs no download."""
+"""Hugging Face tokenizers without a download."""
 
 from __future__ import annotations
 
 from pathlib import Path
+
+# As Qwen3's: turns between special tokens, and an empty think block for enable_thinking=false.
+THINKING_TEMPLATE = (
+    "{%- for message in messages %}{{- '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>' + '\\n' }}{%- endfor %}"
+    "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}"
+    "{%- if enable_thinking is defined and enable_thinking is false %}{{- '<think>\\n\\n</think>\\n\\n' }}{%- endif %}{%- endif %}"
+)
 
 
 def hf_folder(folder: Path, chat_template: str | None = None, **special: str) -> Path:

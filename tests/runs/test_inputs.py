@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -55,3 +56,30 @@ def test_a_folder_that_is_no_run_is_refused_by_its_argument(tmp_path: Path) -> N
 
     with pytest.raises(ConfigError, match="RUN=.*: is not a run folder, because it has no config.yaml; give the run.dir of a run"):
         _config_of(tmp_path)
+
+
+def test_a_chat_template_is_tried_before_anything_starts(tmp_path: Path) -> None:
+    def problems(name: str, template: str | list[object], **task: object) -> list[str]:
+        (tmp_path / name).mkdir(exist_ok=True)
+        (tmp_path / name / "tokenizer_config.json").write_text(json.dumps({"chat_template": template, "bos_token": {"content": "<s>"}}))
+        return problems_of(tokenizer={"kind": "hf", "path": str(tmp_path / name)}, task=task)
+
+    greeting = "{{ bos_token }}{{ pad_token }}{% for m in messages %}{{ m.name }}{{ m.content }}{% endfor %}"
+    assert problems("fine", greeting) == [], "a special token and a field that are not there are no mistakes"
+    assert problems("fine", [{"name": "default", "template": greeting}], system_prompt="S") == []
+    (line,) = problems("hole", "You work for {{ company }}." + greeting)
+    assert line.endswith(
+        "hole: its chat template refuses the prompt: 'company' is not given; give the variables that it needs in task.template_kwargs "
+        "(now: nothing), and check task.system_prompt and the roles of the turns"
+    )
+    assert problems("hole", "You work for {{ company }}." + greeting, template_kwargs={"company": "us"}) == []
+    unread = problems("fine", greeting, template_kwargs={"thinking": False, "bos_tokens": 1})
+    assert [line.partition("never")[2] for line in unread] == [
+        " reads 'thinking'; it reads none",
+        " reads 'bos_tokens'; it reads none; did you mean bos_token?",
+    ]
+    optional = "{% if date is not defined %}{% set date = 'today' %}{% endif %}{{ date }}{% generation %}x{% endgeneration %}"
+    assert problems("date", optional) == problems("date", optional, template_kwargs={"date": "now"}) == []
+    (line,) = problems("strict", "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}", system_prompt="S")
+    assert "strict: its chat template refuses the prompt: no system; " in line
+    assert problems("bent", "{% if %}", template_kwargs={"x": 1}) == [], "transformers says what is wrong with it"

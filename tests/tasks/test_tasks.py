@@ -40,6 +40,7 @@ TRUTHS = {
     "sudoku": {"puzzle": "3102200002100320"},
     "gsm8k": {"answer": "1080"},
     "math500": {"answer": r"\frac{14}{3}"},
+    "qa": {"answer": "42"},
 }
 
 
@@ -526,3 +527,30 @@ def test_tasks_do_not_import_math_verify_by_themselves():
     code = "import sys, ais_megatron.tasks; print(sorted({'math_verify', 'sympy', 'torch', 'pyarrow'} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+# --- puzzles in words --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("name", "shown"), [("countdown", "equals {target}"), ("sudoku", "{puzzle}")])
+def test_puzzles_in_words_are_the_same_puzzles(name: str, shown: str):
+    terse, instruct = task_of(name), task_of(name, prompt_style="instruct")
+    for ours, theirs in zip(
+        [*instruct.test_problems(20), *map(instruct.train_problem, range(20))],
+        [*terse.test_problems(20), *map(terse.train_problem, range(20))],
+        strict=True,
+    ):
+        assert (ours.truth, ours.solution) == (theirs.truth, theirs.solution)
+        assert shown.format(**ours.truth) in ours.text and "<answer> and </answer>" in ours.text and "Think first." in ours.text
+        said = f"<think>maybe <answer>1</answer></think>So I get {ours.solution}. Done!"
+        assert instruct.reward(ours.truth, said).value == instruct.reward(ours.truth, ours.solution).value == 1.0
+        assert terse.reward(ours.truth, said).value == 0.0
+    assert instruct.tokenizer_corpus(3)[1].startswith(instruct.train_problem(0).text)
+
+
+def test_puzzles_in_words_read_well():
+    countdown, sudoku = (task_of(name, prompt_style="instruct") for name in ("countdown", "sudoku"))
+    numbers = ", ".join(map(str, countdown.train_problem(0).truth["numbers"]))
+    assert f"is made of the numbers {numbers}.\n" in countdown.train_problem(0).text
+    puzzle = sudoku.train_problem(0).truth["puzzle"]
+    assert f"0 is an empty cell.\n{puzzle[:4]}\n{puzzle[4:8]}\n{puzzle[8:12]}\n{puzzle[12:]}\nPut" in sudoku.train_problem(0).text
