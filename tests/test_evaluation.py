@@ -30,6 +30,7 @@ KS = (1, 2, 4)
 # For each problem its responses: c for a correct one, w for a well-formed one, x for neither, d for a dropped one.
 PROBLEMS = ("cwxx", "cccc", "xxxx", "ccxw", "wcdd", "xxxx")
 JUDGED = {"c": Reward(1.0, True, True), "w": Reward(0.1, True, False), "x": Reward(0.0, False, False)}
+JUDGED["d"] = Reward(math.nan, False, False)  # as `Session.score` says that there is no reward
 
 
 def scored(rank: int, parts: int) -> dict[str, float]:
@@ -73,8 +74,8 @@ class Beside:
     takes_updates_while_generating = True
     loses_weights_at: int | None = None  # a version at which held-out prompts get no answer
 
-    def __init__(self, config: Config, *, eos_id: int, pad_id: int) -> None:
-        self._engine = LocalEngine(config.architecture, config.rollout, eos_id=eos_id, pad_id=pad_id, device="cpu", dtype=torch.bfloat16)
+    def __init__(self, config: Config, *, eos_ids: tuple[int, ...], pad_id: int) -> None:
+        self._engine = LocalEngine(config.architecture, config.rollout, eos_ids=eos_ids, pad_id=pad_id, device="cpu", dtype=torch.bfloat16)
         self._lock = threading.Lock()
         self.update_weights, self.probe, self.close = self._engine.update_weights, self._engine.probe, self._engine.close
 
