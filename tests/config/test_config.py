@@ -23,6 +23,20 @@ MOE = {
     | dict(model_type="qwen3_moe", num_experts=8, num_experts_per_tok=2, moe_intermediate_size=32, num_key_value_heads=4)
 }
 
+SMOLLM2 = {
+    "model_type": "llama",
+    "vocab_size": 49152,
+    "hidden_size": 576,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 30,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "head_dim": 64,
+    "max_position_embeddings": 8192,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 100000},
+    "tie_word_embeddings": True,
+}
+
 
 def build(**sections: object) -> Config:
     model = {"architecture": ARCHITECTURE, **sections.pop("model", {})}
@@ -30,7 +44,11 @@ def build(**sections: object) -> Config:
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
-def test_every_shipped_config_loads_and_survives_being_written(path: Path, tmp_path: Path) -> None:
+def test_every_shipped_config_loads_and_survives_being_written(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a folder with the models that they name. A clone of the repository has none."""
+    (folder := tmp_path / "models" / "SmolLM2-135M-Instruct").mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(SMOLLM2))
+    monkeypatch.chdir(tmp_path)
     config = load_config(path)
     (tmp_path / "again.yaml").write_text(dump_config(config))
     assert load_config(tmp_path / "again.yaml") == config
