@@ -140,6 +140,8 @@ def _samples(session: Session, collected: Collected, outcome: Update, step: int)
     outside the loss has no log-probabilities of the trainer."""
     batch, old = collected.batch, outcome.old_logprobs
     both = [(i, row) for i, row in enumerate(collected.rows) if row is not None and not collected.rollouts[i].is_dropped]
+    if not both:
+        _say(f"step {step}: the main rank trains on no response that it generated itself, so samples.jsonl gets none")
     samples = []
     for i, row in both[: session.config.metrics.samples]:
         rollout = collected.rollouts[i]

@@ -51,9 +51,12 @@ def updated(rank: int, path: Path, case: str, reverse: bool = False, **layout): 
     rows, _ = my_rows(batch)
     rows = Batch(**{**vars(rows), "rollout_logprobs": (policy.logprobs(rows) - mismatch(rows)) * rows.loss_mask})
     state, history = AISState(), []
-    for _ in range(2):
-        outcome = (lagged_update if config.ais.lag else update)(policy, rows, state, PhaseTimer())
+    for number in range(2):
+        outcome = (lagged_update if config.ais.lag else update)(policy, rows, state, PhaseTimer(), keep_logprobs=True)
         state = outcome.state
+        if number == 0:  # on every rank of a model, whichever pass they come from
+            expected = (rows.rollout_logprobs + mismatch(rows)) * rows.loss_mask
+            torch.testing.assert_close(outcome.old_logprobs * rows.loss_mask, expected, rtol=1e-3, atol=1e-3)
         amax = {"k_amax": float(outcome.calibration.scales.k_amax.max())}
         history.append({"alpha": outcome.alpha, **vars(outcome.diagnostics), **outcome.metrics, **amax})
     return {name: tensor.clone() for bucket in policy.export_buckets(20_000) for name, tensor in bucket}, history

@@ -24,7 +24,7 @@ from typing import Any
 from ais_megatron.cluster.exits import Preempted
 from ais_megatron.config import Config, ConfigError
 from ais_megatron.runs.folder import EVALUATIONS_FILE, METRICS_FILE, encode_json, write_text_atomic
-from ais_megatron.runs.samples import SAMPLES_FILE, Sample, divergence
+from ais_megatron.runs.samples import SAMPLES_FILE, Sample, divergence, encode_sample
 
 PHASES = ("generate", "reward", "logprobs", "diagnose", "train", "calibrate", "sync", "evaluate", "checkpoint")
 WANDB_ID_FILE = "wandb_id"
@@ -101,7 +101,7 @@ class Sinks:
         self._run_dir = Path(run_dir)
         self._is_main = is_main
         self._rows = _RowFile(self._run_dir / METRICS_FILE)
-        self._samples = _RowFile(self._run_dir / SAMPLES_FILE)
+        self._samples = _RowFile(self._run_dir / SAMPLES_FILE, encode_sample)
         self._evaluations = _RowFile(self._run_dir / EVALUATIONS_FILE)
         self._console = _Terminal(total=config.train.steps, wants_bar=config.metrics.progress_bar)
         self._tensorboard: Any = None
@@ -222,15 +222,15 @@ class _RowFile:
     """A file of lines with a step each. It is opened at the first row, so a run that dies earlier does not prevent a second start in its
     folder."""
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
+    def __init__(self, path: Path, encode: Callable[[MetricsRow], bytes] = lambda row: encode_json(row).encode()) -> None:
+        self._path, self._encode = path, encode
         self._descriptor: int | None = None
 
     def append(self, row: MetricsRow) -> None:
         if self._descriptor is None:
             self.truncate_after(sys.maxsize)  # the new row must not continue an incomplete last line
             self._descriptor = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
-        line = (encode_json(row) + "\n").encode(errors="replace")  # text from outside may have surrogates, which UTF-8 cannot express
+        line = self._encode(row) + b"\n"
         # No fsync: what a process has written survives its death, and a resumed run repeats steps that a machine loses.
         written = os.write(self._descriptor, line)
         if written != len(line):

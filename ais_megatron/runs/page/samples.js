@@ -151,7 +151,6 @@ function card(sample) {
   tell(`weights of version ${sample.weight_version}`);
   const box = tokensOf(sample);
   const node = make("article", { class: "sample" }, header, facts);
-  if (sample.reason) node.append(make("p", { class: "reason" }, make("strong", {}, "Reason: "), visible(sample.reason)));
   const brief = visible(sample.prompt).replace(/\s+/g, " ").slice(0, 160);
   if (sample.prompt.length <= 160 && !sample.prompt.includes("\n")) node.append(make("p", { class: "asked" }, make("strong", {}, "Prompt: "), visible(sample.prompt)));
   else node.append(make("details", {}, make("summary", {}, `Prompt: ${brief}`), make("div", { class: "prompt text" }, visible(sample.prompt))));
@@ -161,6 +160,7 @@ function card(sample) {
     button.addEventListener("click", () => { addTokens(box, FIRST_TOKENS); shade(box); button.remove(); });
     node.append(button);
   }
+  if (sample.reason) node.append(make("p", { class: "reason" }, make("strong", {}, "Reason: "), visible(sample.reason)));
   return node;
 }
 
