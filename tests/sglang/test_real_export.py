@@ -28,7 +28,7 @@ def test_sglang_loads_an_export(tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM
 
     torch.manual_seed(0)
-    made_up(tmp_path / "run", scale=0.1, **DENSE)
+    made_up(tmp_path / "run", scale=0.35, **DENSE)
     export_run(tmp_path / "run", tmp_path / "hf", shard_bytes=200_000)
     assert len(list((tmp_path / "hf").glob("*.safetensors"))) > 3
     load = ["--model-path", str(tmp_path / "hf"), "--load-format", "safetensors"]  # in place of dummy weights
@@ -47,7 +47,7 @@ def test_sglang_loads_an_export(tmp_path: Path) -> None:
     with torch.no_grad():
         logits = model(torch.tensor([[5, 6, 7, 8, *tokens]])).logits[0]
     theirs = logits.log_softmax(-1)[3:-1].gather(1, torch.tensor(tokens)[:, None]).squeeze(1)
-    torch.testing.assert_close(torch.tensor(ours), theirs, rtol=0.0, atol=0.05)
+    torch.testing.assert_close(torch.tensor(ours), theirs, rtol=0.0, atol=0.1)
     assert float(theirs.max()) > -4.0, "far from the uniform distribution, which any weights would give"
 
 
