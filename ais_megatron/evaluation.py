@@ -232,7 +232,7 @@ def _prepare(session: Session, chosen: EvaluationSet) -> _Part:
         task = make_task(chosen.task, config.run.seed)
         if (chosen.task.system_prompt, chosen.task.template_kwargs) != (config.task.system_prompt, config.task.template_kwargs):
             tokenizer = make_tokenizer(own, task)
-        task, notes = within_limit(task, tokenizer, own)
+        task, notes = within_limit(task, tokenizer, own, splits=("test",))
         for note in notes if rank() == 0 else ():
             print(f"eval.sets.{chosen.name}: {note}", flush=True)
     prompts = held_out_prompts(task, tokenizer, chosen.num_prompts, session.share, chosen.first_index)

@@ -6,6 +6,7 @@ long are found once, before the first step (`within_limit`), so that leaving the
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from ais_megatron.batch import Prompt
@@ -51,7 +52,7 @@ def held_out_prompts(task: Task, tokenizer: Tokenizer, num: int, share: Share, f
     return [to_prompt(problems[i], first_index - i, tokenizer) for i in share.of(len(problems))]
 
 
-def within_limit(task: Task, tokenizer: Tokenizer, config: Config) -> tuple[Task, list[str]]:
+def within_limit(task: Task, tokenizer: Tokenizer, config: Config, splits: Sequence[str] = ("train", "test")) -> tuple[Task, list[str]]:
     """The task without the problems of its files whose prompts are too long, and a line for people about each file that had some.
 
     The result depends only on the files, the tokenizer and the configuration, so it is the same on all ranks and after a resume.
@@ -62,7 +63,7 @@ def within_limit(task: Task, tokenizer: Tokenizer, config: Config) -> tuple[Task
             one's file and line.
     """
     if isinstance(task, RewardedTask):
-        inner, notes = within_limit(task.task, tokenizer, config)
+        inner, notes = within_limit(task.task, tokenizer, config, splits)
         return replace(task, task=inner), notes
     if not isinstance(task, StreamTask):
         return task, []
@@ -71,6 +72,8 @@ def within_limit(task: Task, tokenizer: Tokenizer, config: Config) -> tuple[Task
     notes = []
 
     def keep(split: str, problems: list[Problem]) -> list[Problem]:
+        if split not in splits:
+            return problems
         lengths = [_length(problem, tokenizer, limit, around) for problem in problems]
         short = [problem for problem, length in zip(problems, lengths, strict=True) if length <= limit]
         if len(short) == len(problems):

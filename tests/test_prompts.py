@@ -10,7 +10,7 @@ import pytest
 from ais_megatron.config import Config, ConfigError, build_config
 from ais_megatron.prompts import Share, encode, held_out_prompts, to_prompt, training_prompts, within_limit
 from ais_megatron.tasks import Problem, Task, make_task
-from ais_megatron.tokenizer import HFTokenizer
+from ais_megatron.tokenizer import HFTokenizer, make_tokenizer
 from tests.helpers.batches import ARCHITECTURE
 from tests.helpers.tokenizers import THINKING_TEMPLATE, hf_folder
 
@@ -94,3 +94,38 @@ def test_turns_are_rendered_and_a_refusal_names_the_row(tmp_path: Path) -> None:
     assert prompt.text == "user: a ..." and tokenizer.decode(prompt.token_ids) == "a|b|c|"
     with pytest.raises(ValueError, match="^f.jsonl:4: tokenizer.path=.*refuses the prompt: no tools; "):
         encode(Problem("", {}, None, ({"role": "tool", "content": "a"},), "f.jsonl:4"), tokenizer)
+
+
+def test_a_set_of_held_out_problems_has_its_own_limit_and_template_settings(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """eval.sets: the run's system prompt and template variables are the model's, so a set with another task keeps them."""
+    from ais_megatron.evaluation import _prepare
+    from ais_megatron.session import Session
+
+    hf_folder(tmp_path / "tokenizer", THINKING_TEMPLATE, eos_token="<|im_end|>")
+    base = config_of(tmp_path, instruction="", template_kwargs={"enable_thinking": False}).model_dump()
+    base["model"]["architecture"]["max_position_embeddings"] = 256
+    same, other, thinking, long = (
+        {},
+        {"task": {"name": "countdown"}},
+        {"task": {"template_kwargs": {"enable_thinking": True}}},
+        {"task": {"long_prompts": "drop"}, "max_response_tokens": 150},
+    )
+    config = build_config(base | {"eval": {"sets": {"same": same, "other": other, "thinking": thinking, "long": long}}})
+    task = make_task(config.task, 0)
+    tokenizer = make_tokenizer(config, task)
+    session = Session(config, task, tokenizer, None, None, None, None, Share(0, 1, 0, 1))
+    found = {chosen.name: _prepare(session, chosen) for chosen in config.evaluation_sets}
+    assert found["same"].session == session
+    assert found["other"].session.task.name == "countdown" and found["other"].session.tokenizer is tokenizer
+    assert tokenizer.decode(tokenizer.encode_prompt("1")).endswith("</think>\n\n")
+    assert tokenizer.decode(found["thinking"].session.tokenizer.encode_prompt("1")).endswith("assistant\n")
+    assert [prompt.text for prompt in found["long"].prompts] == ["held?"], "the limit of training prompts stays what it was"
+    assert capsys.readouterr().out == (
+        "eval.sets.long: 1 of 2 held-out prompts are longer than 106 tokens (model.architecture.max_position_embeddings=256 less "
+        "rollout.max_response_tokens=150) and were dropped\n"
+    )
+    plain = {key: value for key, value in base.items() if key not in ("task", "tokenizer")}
+    with pytest.raises(
+        ConfigError, match=r"^eval\.sets\.x\.task\.system_prompt='S': needs a chat template, which tokenizer\.kind=sentence"
+    ):
+        build_config(plain | {"eval": {"sets": {"x": {"task": {"system_prompt": "S"}}}}})

@@ -215,24 +215,29 @@ def source_problems(model: ModelConfig, tokenizer: TokenizerConfig, task: TaskCo
         problems.append("model: no model is named; set model.path to a Hugging Face checkpoint folder, or describe model.architecture")
     if tokenizer.kind == "hf" and tokenizer.path is None and model.path is None:
         problems.append("tokenizer.kind=hf: set tokenizer.path (or model.path, whose tokenizer is then used)")
-    if tokenizer.kind == "sentencepiece":
-        for key, value in (
-            ("system_prompt", task.system_prompt),
-            ("template_kwargs", task.template_kwargs or None),
-            ("messages_key", task.messages_key),
-        ):
-            if value is not None:
-                problems.append(
-                    f"task.{key}={value!r}: needs a chat template, which tokenizer.kind=sentencepiece does not have; leave it out, or set "
-                    "tokenizer.kind=hf"
-                )
+    problems += _template_problems(tokenizer, task, "task")
     builtin = BUILTIN_TASKS.get(task.name)
     if builtin is not None and builtin.needs_file and task.test_path is None:
         problems.append(f"task.name={task.name}: its problems come from files; set task.test_path (and task.train_path) to them")
     return problems
 
 
-def evaluation_problems(evaluation: EvalConfig, task: TaskConfig, rollout: RolloutConfig, arch: Architecture | None) -> list[str]:
+def _template_problems(tokenizer: TokenizerConfig, task: TaskConfig, section: str) -> list[str]:
+    """Keys that need a chat template, with a tokenizer that has none."""
+    if tokenizer.kind != "sentencepiece":
+        return []
+    settings = {"system_prompt": task.system_prompt, "template_kwargs": task.template_kwargs or None, "messages_key": task.messages_key}
+    return [
+        f"{section}.{key}={value!r}: needs a chat template, which tokenizer.kind=sentencepiece does not have; leave it out, or set "
+        "tokenizer.kind=hf"
+        for key, value in settings.items()
+        if value is not None
+    ]
+
+
+def evaluation_problems(
+    evaluation: EvalConfig, task: TaskConfig, rollout: RolloutConfig, tokenizer: TokenizerConfig, arch: Architecture | None
+) -> list[str]:
     """Sets of problems that cannot be measured, and an engine that cannot do so beside the training."""
     problems = []
     if not evaluation.blocking and rollout.engine_traits.is_embedded:
@@ -248,6 +253,8 @@ def evaluation_problems(evaluation: EvalConfig, task: TaskConfig, rollout: Rollo
         key, builtin = f"eval.sets.{chosen.name}", BUILTIN_TASKS.get(chosen.task.name)
         if builtin is not None and builtin.needs_file and chosen.task.test_path is None:
             problems.append(f"{key}.task: the problems of task.name={chosen.task.name} come from files; set {key}.task.test_path")
+        if not _template_problems(tokenizer, task, "task"):  # otherwise the set may only have inherited them
+            problems += _template_problems(tokenizer, chosen.task, f"{key}.task")
         if arch is not None and chosen.max_response_tokens >= arch.max_position_embeddings:
             problems.append(
                 f"{key}.max_response_tokens={chosen.max_response_tokens}: leaves no room for a prompt within "

@@ -24,7 +24,7 @@ class EvalSet(Section):
     task: dict[str, Any] = Field(
         {},
         description="keys of the section task that differ in this set, such as test_path. If name is one of them, the set starts from the "
-        "defaults of that section, else from the run's own task",
+        "defaults of that section, except for the run's system_prompt and template_kwargs, else from the run's own task",
     )
     num_prompts: PositiveInt | None = Field(None, description="number of problems; all of them if there are fewer; empty: eval.num_prompts")
     samples: PositiveInt | None = Field(None, description="number of responses per problem; empty: eval.samples")
@@ -107,7 +107,8 @@ def evaluation_sets(config: EvalConfig, task: TaskConfig, max_response_tokens: i
                 f"eval.sets.{name}.ks={chosen.ks}: pass@{too_large[0]} needs {too_large[0]} responses per problem, but samples={samples}; "
                 f"raise eval.sets.{name}.samples, or leave out this k"
             )
-        start = {} if "name" in chosen.task else task.model_dump()
+        prompting = {"system_prompt": task.system_prompt, "template_kwargs": task.template_kwargs}  # these belong to the model
+        start = prompting if "name" in chosen.task else task.model_dump()
         try:
             own_task = TaskConfig(**(start | chosen.task))
         except ValidationError as error:

@@ -68,7 +68,7 @@ class Config(Section):
                 self.correction, self.ais, self.correction_options, self.objective, self.train.updates_per_batch, self.rollout.group_size
             ),
             *checks.source_problems(self.model, self.tokenizer, self.task),
-            *checks.evaluation_problems(self.eval, self.task, self.rollout, arch),
+            *checks.evaluation_problems(self.eval, self.task, self.rollout, self.tokenizer, arch),
             *checks.replay_problems(self.moe, self.rollout, arch),
             *checks.engine_problems(self.rollout, self.run, self.calibration, arch),
             *checks.recording_problems(self.rollout),
