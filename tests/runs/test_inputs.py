@@ -52,10 +52,10 @@ def test_what_is_missing_is_named(sections: dict[str, object], line: str) -> Non
 
 
 def test_a_folder_that_is_no_run_is_refused_by_its_argument(tmp_path: Path) -> None:
-    from ais_megatron.cli import _config_of
+    from ais_megatron.runs.folder import config_of
 
     with pytest.raises(ConfigError, match="RUN=.*: is not a run folder, because it has no config.yaml; give the run.dir of a run"):
-        _config_of(tmp_path)
+        config_of(tmp_path)
 
 
 def test_a_chat_template_is_tried_before_anything_starts(tmp_path: Path) -> None:
