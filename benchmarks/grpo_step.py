@@ -2,6 +2,8 @@
 
     python benchmarks/grpo_step.py                        ours alone
     python benchmarks/grpo_step.py --peer-python PATH     and TRL, alternating, in one run
+    python benchmarks/grpo_step.py --pretrained models/SmolLM2-135M-Instruct --data data/gsm8k/train.jsonl [--dtype fp32]
+                                                          a real model on GSM8K: 64 responses x 128 tokens
 
 The model is a 0.9 M parameter Qwen3 (hidden 128, 4 layers, vocabulary 512) with random weights, so most responses run
 to their limit. TRL is installed in an environment of its own (`peers/setup.sh trl`). Both use all cores. The first step
@@ -24,6 +26,8 @@ from typing import Any
 from contract import Figure, against_peer, emit, machine, plain
 
 STEPS = 6
+PRETRAINED_STEPS = 3
+PHASES = ("generate", "reward", "logprobs", "diagnose", "train", "calibrate", "sync")
 MODEL = dict(
     vocab_size=512,
     hidden_size=128,
@@ -34,6 +38,17 @@ MODEL = dict(
     head_dim=32,
     max_position_embeddings=128,
 )
+
+
+def pretrained_sections(folder: str, data: str, dtype: str) -> dict[str, object]:
+    """The configuration of a pretrained model on the questions of a GSM8K file."""
+    return {
+        "model": {"path": str(Path(folder).resolve()), "dtype": dtype},
+        "tokenizer": {"kind": "hf"},
+        "task": {"name": "qa", "train_path": data, "test_path": str(Path(data).with_name("test.jsonl")), "instruction": ""},
+        "rollout": {"quantization": "none", "prompts_per_step": 8, "group_size": 8, "max_response_tokens": 128},
+        "train": {"steps": PRETRAINED_STEPS, "tokens_per_microbatch": 2048, "optimizer": {"lr": 1e-5}},
+    }
 
 
 def config_data(folder: Path, sections: dict[str, object] | None = None, **rollout: object) -> dict[str, Any]:
@@ -63,18 +78,43 @@ def ours(sections: dict[str, object] | None = None, **rollout: object) -> list[d
     return rows[1:]
 
 
-def peer(python: str) -> list[float]:
+def peer(python: str, *arguments: str) -> list[float]:
     script = str(Path(__file__).parent / "peers" / "trl_grpo.py")
-    output = subprocess.run([python, script], check=True, capture_output=True, text=True).stdout
+    output = subprocess.run([python, script, *arguments], check=True, capture_output=True, text=True).stdout
     line = next(line for line in output.splitlines() if line.startswith("steps "))
     return ast.literal_eval(line.removeprefix("steps "))[1:]
+
+
+def compare_pretrained(arguments: argparse.Namespace) -> None:
+    sections = pretrained_sections(arguments.pretrained, arguments.data, arguments.dtype)
+    rows: list[dict[str, float]] = []
+    theirs: list[float] = []
+    for _ in range(arguments.rounds):
+        rows += ours(sections)
+        if arguments.peer_python:
+            theirs += peer(arguments.peer_python, arguments.pretrained, arguments.data, arguments.dtype, str(PRETRAINED_STEPS))
+    step = statistics.median(row["time/step"] for row in rows)
+    print(f"machine: {machine()}; {arguments.rounds} rounds of {PRETRAINED_STEPS - 1} steps, medians, {arguments.dtype}")
+    tokens = statistics.median(row["response_length_mean"] for row in rows)
+    figures: dict[str, Figure] = {"GRPO step": plain(step, "s", f"64 responses of {tokens:.0f} tokens on average")}
+    if theirs:
+        figures = {"GRPO step, against TRL 1.16": against_peer(step, statistics.median(theirs), "s", goal=1.3, note=arguments.dtype)}
+    for name in PHASES:
+        figures[f"    {name}"] = plain(statistics.median(row[f"time/{name}"] for row in rows), "s")
+    emit(figures)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--peer-python", help="of an environment with TRL")
     parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--pretrained", metavar="FOLDER", help="a model to use instead of random weights, with --data")
+    parser.add_argument("--data", metavar="FILE", help="GSM8K's train.jsonl, beside its test.jsonl")
+    parser.add_argument("--dtype", choices=["bf16", "fp32"], default="bf16", help="of the pretrained model, on both sides")
     arguments = parser.parse_args()
+    if arguments.pretrained:
+        compare_pretrained(arguments)
+        return
     rows: list[dict[str, float]] = []
     fp8: list[dict[str, float]] = []
     theirs: list[float] = []
@@ -89,7 +129,7 @@ def main() -> None:
     figures: dict[str, Figure] = {"GRPO step": plain(step, "s", "BF16 rollouts")}
     if theirs:
         figures = {"GRPO step, against TRL 1.16": against_peer(step, statistics.median(theirs), "s", goal=1.5, note="BF16 rollouts")}
-    for name in ("generate", "reward", "logprobs", "diagnose", "train", "calibrate", "sync"):
+    for name in PHASES:
         figures[f"    {name}"] = plain(statistics.median(row[f"time/{name}"] for row in rows), "s")
     figures["GRPO step, FP8 rollouts"] = plain(statistics.median(row["time/step"] for row in fp8), "s", "FP8 is emulated on a CPU")
     emit(figures)
