@@ -81,3 +81,21 @@ def test_float32_exists_for_one_chunk_only() -> None:
         (logprobs.sum() + entropy.sum()).backward()
     assert logits.grad.dtype is torch.bfloat16
     assert largest <= 32 * 64
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_without_the_gradient_of_the_entropy_the_rest_is_the_same(dtype: torch.dtype, temperature: float) -> None:
+    logits, targets = inputs(dtype)
+    original, results = logits.clone(), []
+    for entropy_gradient in (True, False):
+        leaf = logits.clone().requires_grad_()
+        logprobs, entropy = vocab_parallel_logprobs(
+            leaf, targets, vocab_size=VOCAB, temperature=temperature, chunk_tokens=3, entropy_gradient=entropy_gradient
+        )
+        assert entropy.requires_grad == entropy_gradient
+        (logprobs * torch.linspace(-1, 1, TOKENS)).sum().backward()
+        assert torch.equal(leaf.detach(), original), "the logits themselves are never changed"
+        results.append((logprobs.detach(), entropy.detach(), leaf.grad))
+    for with_it, without in zip(*results, strict=True):
+        assert torch.equal(with_it, without)

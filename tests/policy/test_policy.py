@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,9 @@ from tests.helpers.policies import (
     calibrated,
     exported,
     make_batch,
+    make_config,
+    make_policy,
+    my_rows,
     policy_logprobs,
     reference_amax,
     reference_logprobs,
@@ -27,6 +31,25 @@ def test_logprobs_equal_transformers(ranks: RankPool, checkpoint: Path, layout: 
     expected = reference_logprobs(checkpoint, make_batch())
     for logprobs, index in ranks.run(world, policy_logprobs, path=checkpoint, tp=tp, pp=pp, sp=sp, dtype=dtype, budget=40):
         assert (logprobs - expected[index]).abs().max() < tolerance
+
+
+def scored_logprobs(rank: int, path: Path, **layout) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # noqa: ANN003
+    """Log-probabilities with the whole mask, with every other token of it, and that smaller mask."""
+    policy = make_policy(make_config(path, **layout), path)
+    rows, _ = my_rows(make_batch())
+    every_other = rows.loss_mask & (torch.arange(rows.tokens.shape[1]) % 2 == 0)
+    every_other[0] = False  # a row without any scored token
+    return policy.logprobs(rows), policy.logprobs(replace(rows, loss_mask=every_other)), every_other
+
+
+@pytest.mark.parametrize("layout", ["TP1", "TP2", "TP2+SP", "PP2"])
+@pytest.mark.parametrize("budget", [1, 40])
+def test_only_scored_tokens_have_a_logprob_and_the_mask_changes_none(ranks: RankPool, checkpoint: Path, layout: str, budget: int) -> None:
+    """The output layer sees only scored tokens. (With a budget of one token each row is a microbatch, one of them without any.)"""
+    world, tp, pp, sp = LAYOUTS[layout]
+    for whole, part, mask in ranks.run(world, scored_logprobs, path=checkpoint, tp=tp, pp=pp, sp=sp, budget=budget):
+        assert (part[~mask] == 0).all()
+        assert (part - whole)[mask].abs().max() < 1e-5
 
 
 @pytest.fixture(scope="module")
