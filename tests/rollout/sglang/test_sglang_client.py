@@ -148,17 +148,23 @@ def test_a_restarted_server_gets_no_traffic_until_it_is_refitted(servers, engine
     assert len(engine.generate(PROMPTS, TWO)) == 12 and one.asked
 
 
-def test_when_the_only_server_restarts_the_call_can_be_continued(servers, engine_of) -> None:
-    (server,) = servers(1)
-    engine = engine_of([server], max_concurrency=1)
+def restarting_at_the_fifth(server: FakeServer) -> Callable[[dict[str, Any]], dict[str, Any]]:
+    """Let the server lose its weights at the fifth request. Returns its usual way to answer."""
     answer = server.answer
 
-    def restarts_at_the_fifth(body: dict[str, Any]) -> dict[str, Any]:
+    def restarts(body: dict[str, Any]) -> dict[str, Any]:
         if sum(server.asked.values()) >= 5:
             server.version = "default"
         return answer(body)
 
-    server.answer = restarts_at_the_fifth
+    server.answer = restarts
+    return answer
+
+
+def test_when_the_only_server_restarts_the_call_can_be_continued(servers, engine_of) -> None:
+    (server,) = servers(1)
+    engine = engine_of([server], max_concurrency=1)
+    answer = restarting_at_the_fifth(server)
     with pytest.raises(WeightsLost, match="no longer has this run's weights"):
         engine.generate(PROMPTS, TWO)
     server.answer, server.version = answer, f"{RUN}-1"
@@ -176,14 +182,7 @@ def test_an_evaluation_has_no_response_of_earlier_weights(servers, engine_of) ->
     """Held-out prompts come again with every version. What is left of an evaluation that failed must not count for the next one."""
     (server,) = servers(1)
     engine = engine_of([server], max_concurrency=1)
-    answer = server.answer
-
-    def restarts_at_the_fifth(body: dict[str, Any]) -> dict[str, Any]:
-        if sum(server.asked.values()) >= 5:
-            server.version = "default"
-        return answer(body)
-
-    server.answer = restarts_at_the_fifth
+    answer = restarting_at_the_fifth(server)
     with pytest.raises(WeightsLost):
         engine.generate(HELD_OUT, TWO)
     server.answer, server.version = answer, f"{RUN}-1"
