@@ -46,7 +46,6 @@ def train(config: ConfigPath, overrides: Overrides = None) -> None:
     loaded = load_config(config, overrides or [])
     if not is_launched():  # a slow rank would find the files that the first rank has begun to write
         check_run_folder(loaded)
-        _check_inputs(loaded)
     _run_distributed(loaded, _train)
 
 
@@ -89,8 +88,6 @@ def evaluate(
         raise ConfigError(
             f"rollout.engine={loaded.rollout.engine}: a recording has no responses of other weights; set rollout.engine=local"
         )
-    if not is_launched():
-        _check_inputs(loaded)
     _run_distributed(loaded, lambda config: _evaluate(config, target if target.is_dir() else None, out))
 
 
@@ -299,16 +296,12 @@ def keys(
     print(as_markdown() if markdown else as_text(keys_of(section) if section else all_keys(), shutil.get_terminal_size().columns))
 
 
-def _check_inputs(config: Config) -> None:
-    """Refuse a run whose files are missing, before any rank starts."""
-    if problems := input_problems(config):
-        raise ConfigError("\n".join(problems))
-
-
 def _run_distributed(config: Config, work: Callable[[Config], None]) -> None:
     """Join the job if a launcher started this process as a rank. Otherwise start a job, in this process if it has only one rank."""
     prepare_cuda(config)
     if problems := gpu_problems(config, ranks_here() if is_launched() else None):
+        raise ConfigError("\n".join(problems))
+    if not is_launched() and (problems := input_problems(config)):
         raise ConfigError("\n".join(problems))
     if not is_launched() and config.parallel.local_world_size > 1:
         sys.exit(run_ranks(config.parallel.local_world_size, sys.argv[1:]))
