@@ -11,7 +11,6 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -59,12 +58,18 @@ def run_harness(run: Path, options: HarnessOptions) -> dict[str, Any]:
     """Export the newest checkpoint of `run`, let the harness measure it, and return what it reports for each task.
 
     Raises:
-        RuntimeError: the export or the harness failed. Its own output says why.
+        ConfigError: the run has no checkpoint, or there is no room for its export.
+        RuntimeError: the harness failed. Its own output says why.
     """
+    from ais_megatron.export.run import export_run  # imports torch
+
     with tempfile.TemporaryDirectory(prefix="lm_eval-", dir=run) as folder:
         model, results = Path(folder) / "model", Path(folder) / "results"
-        _call([sys.executable, "-m", "ais_megatron", "export", str(run), str(model)], {})
-        _call(harness_command(model, results, options), {name: os.environ.get(name, "1") for name in OFFLINE})
+        export_run(run, model)
+        command = harness_command(model, results, options)
+        offline = {name: os.environ.get(name, "1") for name in OFFLINE}
+        if status := subprocess.run(command, env={**os.environ, **offline}, check=False).returncode:
+            raise RuntimeError(f"`{' '.join(command)}` ended with status {status}; its output above says why")
         found = sorted(results.rglob("results_*.json"))
         if not found:
             raise RuntimeError(f"--lm-eval={options.tasks}: the harness ended without an error, but wrote no results")
@@ -87,9 +92,3 @@ def _has_chat_template(model: Path) -> bool:
         return True
     settings = model / "tokenizer_config.json"
     return settings.exists() and bool(json.loads(settings.read_text(encoding="utf-8")).get("chat_template"))
-
-
-def _call(command: Sequence[str], environment: dict[str, str]) -> None:
-    status = subprocess.run(command, env={**os.environ, **environment}, check=False).returncode
-    if status:
-        raise RuntimeError(f"`{' '.join(command)}` ended with status {status}; its output above says why")
