@@ -210,8 +210,8 @@ class Broadcast:
         # A server's error names the server, and is the cause more often than torch's error. A server that is gone is the cause of what
         # the servers that lost it answer.
         errors = [error for task in tasks if task.done() and not task.cancelled() and (error := task.exception())]
-        for error in sorted(errors, key=lambda error: not isinstance(error, Unreachable)):
-            raise error
+        if errors:
+            raise next((error for error in errors if isinstance(error, Unreachable)), errors[0])
         if mine.exception():
             raise RuntimeError(f"{doing} {', '.join(server.url for server in servers)} failed: {mine.exception()}") from mine.exception()
         return mine.result()
