@@ -221,8 +221,7 @@ def training_memory(config: Config, stage: int, tokens: int, in_flight: int, cud
         return body + one_layer, 0
     norm = e * a.hidden_size if cuda else 2 * FP32 * a.hidden_size
     head = tokens * (norm + e * a.hidden_size) // shard
-    vocabulary = ceil(a.vocab_size / parallel.tp)
-    chunk = min(logprob_chunk(config.train.logprob_chunk_tokens, vocabulary, "cuda" if cuda else "cpu"), tokens)
+    vocabulary, chunk = logits_shape(config, tokens, cuda)
     logits = e * vocabulary * tokens
     in_head = 2 * logits + LOGPROB_CHUNKS_BACKWARD * FP32 * chunk * vocabulary
     # Without pipelining, one of them and the head's weight gradient still exist in the layers' backward pass (measured).
@@ -246,10 +245,15 @@ def logprob_memory(config: Config, stage: int, tokens: int, cuda: bool, expert_l
     layer = mlp + e * a.hidden_size * residuals
     if stage < parallel.pp - 1:
         return layer
-    vocabulary = ceil(a.vocab_size / parallel.tp)
-    chunk = min(logprob_chunk(config.train.logprob_chunk_tokens, vocabulary, "cuda" if cuda else "cpu"), tokens)
+    vocabulary, chunk = logits_shape(config, tokens, cuda)
     head = e * vocabulary * tokens + LOGPROB_CHUNKS_FORWARD * FP32 * chunk * vocabulary
     return max(layer, head + 2 * e * a.hidden_size * tokens // (parallel.tp if parallel.sequence_parallel else 1))
+
+
+def logits_shape(config: Config, tokens: int, cuda: bool) -> tuple[int, int]:
+    """Columns of the logits on one rank, and the number of their rows that are in FP32 at a time."""
+    vocabulary = ceil(config.architecture.vocab_size / config.parallel.tp)
+    return vocabulary, min(logprob_chunk(config.train.logprob_chunk_tokens, vocabulary, "cuda" if cuda else "cpu"), tokens)
 
 
 def quantized_counts(a: Architecture, block: int) -> tuple[int, int]:

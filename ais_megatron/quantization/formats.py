@@ -63,6 +63,10 @@ class Format:
         anchor.clamp_(min=2.0**self.min_exponent).mul_(1.5 * 2.0 ** (_MANTISSA_BITS - self.mantissa_bits))
         return (x + anchor).sub_(anchor)
 
+    def with_block(self, size: int) -> Format:
+        """This format with one scale per `size` rows and columns of a weight, and per `size` columns of a row of activations."""
+        return replace(self, weight_block=(size, size), group=size)
+
     def scales_shape(self, weight_shape: tuple[int, ...]) -> tuple[int, ...]:
         """Shape of the scales for a weight ``[N, K]``."""
         return tuple(-(-size // block) for size, block in zip(weight_shape, self.weight_block, strict=True))
@@ -79,4 +83,4 @@ def format_of(rollout: RolloutConfig) -> Format | None:
     fmt = FORMATS.get(rollout.quantization)
     if fmt is None or fmt.name == FP4_E2M1.name:
         return fmt
-    return replace(fmt, weight_block=(rollout.weight_block, rollout.weight_block), group=rollout.weight_block)
+    return fmt.with_block(rollout.weight_block)

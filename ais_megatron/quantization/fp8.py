@@ -15,7 +15,6 @@ import functools
 import importlib.util
 import logging
 from collections.abc import Iterable
-from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -48,7 +47,7 @@ def quantize_block(weight: Tensor, fmt: Format = FP8_E4M3) -> tuple[Tensor, Tens
     """
     if weight.dim() != 2:
         raise ValueError(f"only a matrix [N, K] can be quantised in blocks, got shape {list(weight.shape)}")
-    if weight.is_cuda and fmt.dtype is E4M3 and fmt.largest == E4M3_MAX and _fused_agrees(weight.device, fmt.group):
+    if weight.is_cuda and fmt.name == FP8_E4M3.name and _fused_agrees(weight.device, fmt.group):
         from ais_megatron.quantization.fp8_triton import quantize_block_fused
 
         q, scale_inv = quantize_block_fused(weight, fmt.group, E4M3_MAX)
@@ -101,11 +100,10 @@ def _fused_agrees(device: torch.device, block: int) -> bool:
 
     from ais_megatron.quantization.fp8_triton import quantize_block_fused
 
-    fmt = replace(FP8_E4M3, weight_block=(block, block), group=block)
     sample = torch.randn(2 * block + 3, block + 5, generator=torch.Generator().manual_seed(0)).mul_(0.02).to(torch.bfloat16).to(device)
     sample[:block, block:] = 0.0
     try:
-        parts = zip(quantize_block_fused(sample, block, E4M3_MAX), _quantize_plain(sample, fmt), strict=True)
+        parts = zip(quantize_block_fused(sample, block, E4M3_MAX), _quantize_plain(sample, FP8_E4M3.with_block(block)), strict=True)
         differs = [not torch.equal(fused.view(torch.uint8), plain.view(torch.uint8)) for fused, plain in parts]
         problem = "its result differs from plain PyTorch's" if any(differs) else None
     except TritonError as error:

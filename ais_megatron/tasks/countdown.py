@@ -19,7 +19,7 @@ from dataclasses import replace
 from fractions import Fraction
 from typing import Any
 
-from ais_megatron.tasks.extraction import find_answer, find_only_answer
+from ais_megatron.tasks.extraction import finder_of
 from ais_megatron.tasks.reading import Row
 from ais_megatron.tasks.streams import StreamTask
 from ais_megatron.tasks.task import Problem, Reward, make_reward, wrap_answer
@@ -80,8 +80,7 @@ class Countdown(StreamTask):
         return replace(problem, text=INSTRUCT.format(numbers=", ".join(map(str, numbers)), target=target))
 
     def reward(self, problem_truth: Mapping[str, Any], response: str) -> Reward:
-        find = find_answer if self.config.prompt_style == "instruct" else find_only_answer
-        found = find(response, MAX_ANSWER_CHARS)
+        found = finder_of(self.config.prompt_style)(response, MAX_ANSWER_CHARS)
         if found.answer is None:
             return make_reward(self.config.format_weight, False, False, found.reason)
         said = f"answer {found.answer} from {found.reason}"

@@ -45,6 +45,11 @@ class Found:
 Finder = Callable[[str, int], Found]
 
 
+def finder_of(prompt_style: str) -> Finder:
+    """The rule for puzzles that are told in this style (`task.prompt_style`)."""
+    return find_answer if prompt_style == "instruct" else find_only_answer
+
+
 def find_answer(response: str, max_chars: int) -> Found:
     """The answer by the module's second rule. An answer of more than `max_chars` characters is None, which keeps long texts away from
     the parsers of the tasks."""

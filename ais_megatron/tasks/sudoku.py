@@ -17,7 +17,7 @@ from dataclasses import replace
 from typing import Any
 
 from ais_megatron.config import TaskConfig
-from ais_megatron.tasks.extraction import find_answer, find_only_answer
+from ais_megatron.tasks.extraction import finder_of
 from ais_megatron.tasks.reading import Row
 from ais_megatron.tasks.streams import StreamTask
 from ais_megatron.tasks.task import Problem, Reward, make_reward, wrap_answer
@@ -81,8 +81,7 @@ class Sudoku(StreamTask):
         return replace(problem, text=INSTRUCT.format(puzzle=puzzle, grid="\n".join(puzzle[i : i + 4] for i in range(0, CELLS, 4))))
 
     def reward(self, problem_truth: Mapping[str, Any], response: str) -> Reward:
-        find = find_answer if self.config.prompt_style == "instruct" else find_only_answer
-        found = find(response, CELLS)
+        found = finder_of(self.config.prompt_style)(response, CELLS)
         if found.answer is None:
             return make_reward(self.config.format_weight, False, False, found.reason)
         said = f"answer {found.answer} from {found.reason}"
