@@ -26,6 +26,7 @@ from ais_megatron.config.architecture import RopeScaling
 from ais_megatron.distributed import device
 from ais_megatron.policy.logprobs import vocab_parallel_logprobs
 from ais_megatron.policy.routing import Router
+from ais_megatron.policy.shared_prefixes import Packed
 
 
 def uses_transformer_engine(config: Config) -> bool:
@@ -63,6 +64,7 @@ def build_model(config: Config, temperature: float, transformer_engine: bool) ->
     model.entropy_gradient = config.objective.entropy_bonus > 0.0
     if model.post_process:
         model.output_layer.register_forward_pre_hook(model.only_scored)
+    model.rotary_pos_emb.register_forward_hook(model.rotate_by_position)
     if architecture.rope_scaling is not None:
         rope = model.rotary_pos_emb
         rope.inv_freq = stretched_frequencies(rope.inv_freq, architecture.rope_scaling)
@@ -106,9 +108,9 @@ def _count_all_experts(model: PolicyModel) -> None:
 class PolicyModel(GPTModel):
     """A `GPTModel` whose "loss" is the pair (log-probability, entropy) of every scored token.
 
-    Called with ``labels=input_ids`` (int64 ``[batch, seq]``) and ``loss_mask`` (bool ``[batch, seq]``, the scored tokens), the last
+    Called with ``labels`` (int64 ``[batch, seq]``, the rows) and ``loss_mask`` (bool ``[batch, seq]``, the scored tokens), the last
     pipeline stage returns float32 ``[2, batch, seq]``. Index t describes token t. Other tokens have 0, as has column 0, because no token
-    predicts it.
+    predicts it. The input is either the same rows, or `packed` and its tokens.
 
     The output layer gets only the hidden states that predict a scored token. Prompts are not scored, and with a large vocabulary their
     logits would cost a good part of a step. Under sequence parallelism each rank has other positions, so there all go through it.
@@ -118,36 +120,42 @@ class PolicyModel(GPTModel):
     temperature: float
     logprob_chunk_tokens: int
     entropy_gradient: bool
-    _scored: Tensor
+    _scored: tuple[Tensor, Tensor]  # rows and columns of the scored tokens
+    _predicting: Tensor  # for each of them, where the state that predicts it is among the hidden states
+    _positions: Tensor | None  # of the packed tokens in their rows
 
-    def forward(self, *args: Any, loss_mask: Tensor, **kwargs: Any) -> Tensor:
-        # Hidden states are [seq, batch, hidden], and those at t predict token t + 1.
-        self._scored = loss_mask[:, 1:].t().reshape(-1).nonzero()[:, 0]
-        return super().forward(*args, **kwargs)
+    def forward(self, *args: Any, loss_mask: Tensor, packed: Packed | None = None, **kwargs: Any) -> Tensor:
+        row, column = loss_mask[:, 1:].t().nonzero().flip(1).unbind(1)  # in the order of the hidden states, [seq, batch, hidden]
+        self._scored = row, column + 1
+        self._predicting = column * len(loss_mask) + row if packed is None else packed.places[row, column]
+        self._positions = None if packed is None else packed.positions
+        return super().forward(*args, packed_seq_params=packed, **kwargs)
+
+    def rotate_by_position(self, rotary: torch.nn.Module, inputs: tuple[Any, ...], angles: Tensor) -> Tensor:
+        """A hook after the rotary embedding, whose angles ``[seq, 1, 1, head_dim]`` are those of one row."""
+        return angles if self._positions is None else angles[self._positions]
 
     def only_scored(self, output_layer: torch.nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
         """A hook before the output layer, which replaces ``[seq, batch, hidden]`` by the scored states, ``[scored, 1, hidden]``."""
         if self.config.sequence_parallel:
             return None
         hidden, *rest = inputs
-        return hidden.flatten(0, 1)[self._scored][:, None], *rest
+        return hidden.flatten(0, 1)[self._predicting][:, None], *rest
 
     def compute_language_model_loss(self, labels: Tensor, logits: Tensor) -> Tensor:
-        targets = labels[:, 1:].t()
-        seq, batch = targets.shape
         if self.config.sequence_parallel:
-            logits = logits.flatten(0, 1)[self._scored]
+            logits = logits.flatten(0, 1)[self._predicting]
         pair = vocab_parallel_logprobs(
             logits.flatten(0, -2),
-            targets.reshape(-1)[self._scored],
+            labels[self._scored],
             vocab_size=self.true_vocab_size,
             temperature=self.temperature,
             group=parallel_state.get_tensor_model_parallel_group(),
             chunk_tokens=self.logprob_chunk_tokens,
             entropy_gradient=self.entropy_gradient,
         )
-        everywhere = logits.new_zeros(2, seq * batch, dtype=torch.float32).index_copy(1, self._scored, torch.stack(pair))
-        return F.pad(everywhere.view(2, seq, batch).transpose(1, 2), (1, 0))
+        everywhere = logits.new_zeros(2, *labels.shape, dtype=torch.float32)
+        return everywhere.index_put((torch.arange(2, device=labels.device)[:, None], *self._scored), torch.stack(pair))
 
 
 def padded_vocab_size(architecture: Architecture, tp: int) -> int:
@@ -266,7 +274,8 @@ class RMSNorm(nn.Module):
 class SDPAttention(nn.Module):
     """Causal attention over ``[seq, batch, heads/tp, head_dim]`` through torch's scaled_dot_product_attention.
 
-    Rows are padded on the right, so with the causal mask no real token attends to padding.
+    Rows are padded on the right, so with the causal mask no real token attends to padding. With `packed_seq_params` there is one row,
+    and attention is within the rows that are packed in it.
     """
 
     def __init__(self, config: TransformerConfig, layer_number: int, softmax_scale: float | None = None, **_: object) -> None:
@@ -274,10 +283,24 @@ class SDPAttention(nn.Module):
         self.layer_number = layer_number
         self.softmax_scale = softmax_scale  # None: 1 / sqrt(head_dim)
 
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None = None, **_: object) -> Tensor:
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None = None,
+        packed_seq_params: Packed | None = None,
+        **_: object,
+    ) -> Tensor:
         """Returns ``[seq, batch, heads/tp * head_dim]``."""
         # torch's CPU kernel computes in float32 anyway, and its backward pass is up to 4 times faster with float32 inputs.
         kernel_dtype = torch.float32 if query.device.type == "cpu" else query.dtype
-        q, k, v = (x.permute(1, 2, 0, 3).to(kernel_dtype) for x in (query, key, value))
-        context = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.softmax_scale, enable_gqa=True)
+        q, k, v = (x.to(kernel_dtype) for x in (query, key, value))
+        if packed_seq_params is not None:
+            return packed_seq_params.attend(self._attend, q[:, 0], k[:, 0], v[:, 0]).to(query.dtype)[:, None]
+        context = self._attend(*(x.permute(1, 2, 0, 3) for x in (q, k, v)))
         return context.to(query.dtype).permute(2, 0, 1, 3).flatten(2)
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+        """``[batch, heads, seq, head_dim]`` each; without a mask it is causal."""
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, scale=self.softmax_scale, enable_gqa=True)

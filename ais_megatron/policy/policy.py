@@ -41,6 +41,7 @@ from ais_megatron.policy.microbatches import make_microbatch, pad_columns, split
 from ais_megatron.policy.model import build_model, uses_transformer_engine
 from ais_megatron.policy.optimizer import Guard, optimizer_config, schedule
 from ais_megatron.policy.routing import Routing, attach
+from ais_megatron.policy.shared_prefixes import pack, split_sharing
 from ais_megatron.shapes import Shapes
 
 # (microbatch, its row numbers, logprobs, entropy) -> (loss sum with grad, number of tokens, float64 metric sums)
@@ -99,6 +100,7 @@ class Policy:
         self.config = config
         self.routing_metrics: dict[str, float] = {}
         self.seq_multiple = config.parallel.tp if config.parallel.sequence_parallel else 1
+        self.shares_prefixes = config.train.share_prefixes and device().type == "cpu" and not config.architecture.is_moe
         torch.manual_seed(config.run.seed)
         with rank_consistent():
             self.transformer_engine = uses_transformer_engine(config)
@@ -290,7 +292,9 @@ class Policy:
         """Run all microbatches through Megatron's schedule. On the last stage returns the metric sums, float64
         ``[microbatches, metrics + 1]``, whose last column is the number of tokens."""
         shapes = Shapes.on(device().type, self.seq_multiple)
-        groups = self._microbatches(batch, shapes)
+        groups = (
+            split_sharing(batch, self.config.train.tokens_per_microbatch) if self.shares_prefixes else self._microbatches(batch, shapes)
+        )
         # One microbatch at a time is moved to the device, because the routes of all together would take gigabytes.
         microbatches = ((make_microbatch(batch, index, self.seq_multiple).to(device()), index) for index in groups)
         with cpu_backend.active():
@@ -309,6 +313,8 @@ class Policy:
         """Row numbers of each microbatch. If experts are spread over data-parallel ranks, all ranks have the same number of microbatches,
         because each layer waits for the tokens of all ranks. The last ones may be empty."""
         lengths, budget = batch.lengths, self.config.train.tokens_per_microbatch
+        if self.shares_prefixes:
+            return split_sharing(batch, budget)
         groups = split_by_tokens(lengths, budget, shapes=shapes)
         if self.routing is None or dist.get_world_size(data_parallel_group()) == 1:
             return groups
@@ -325,12 +331,17 @@ class Policy:
         model: torch.nn.Module,
     ) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]]:
         rows, index = next(microbatches)
-        given = shapes.fill(rows)
-        self.calibrator.lengths = given.lengths
-        if self.routing is not None:
-            self.routing.see(given)
-        positions = torch.arange(given.tokens.shape[1], device=given.tokens.device).expand_as(given.tokens)
-        output = model(given.tokens, positions, None, labels=given.tokens, loss_mask=given.loss_mask)
+        if self.shares_prefixes:
+            packed = pack(rows, self.seq_multiple)
+            self.calibrator.lengths = packed.lengths
+            output = model(packed.tokens, packed.positions[None], None, labels=rows.tokens, loss_mask=rows.loss_mask, packed=packed)
+        else:
+            given = shapes.fill(rows)
+            self.calibrator.lengths = given.lengths
+            if self.routing is not None:
+                self.routing.see(given)
+            positions = torch.arange(given.tokens.shape[1], device=given.tokens.device).expand_as(given.tokens)
+            output = model(given.tokens, positions, None, labels=given.tokens, loss_mask=given.loss_mask)
 
         def loss(pair: Tensor) -> tuple[Tensor, Tensor, Tensor]:
             pair = pair[:, : rows.tokens.shape[0], : rows.tokens.shape[1]]  # removes the padding
