@@ -223,6 +223,7 @@ def export(
     shards_of: Annotated[
         float, typer.Option("--shards-of", metavar="GB", help="most gigabytes of weights in one file; a larger tensor has its own file")
     ] = 5.0,
+    adapter: Annotated[bool, typer.Option("--adapter", help="only the factors of a LoRA run, as a PEFT folder")] = False,
 ) -> None:
     """Write a run's checkpoint as a Hugging Face folder (safetensors, config, tokenizer). Needs no GPU, and memory for a few tensors."""
     if not (isfinite(shards_of) and shards_of * 1e9 >= 1.0):
@@ -233,7 +234,7 @@ def export(
     config_of(run)
     from ais_megatron.export.run import export_run
 
-    export_run(run, out, step, int(shards_of * 1e9))
+    export_run(run, out, step, int(shards_of * 1e9), adapter)
     print(out)
 
 

@@ -79,11 +79,12 @@ def build_task(config: Config) -> tuple[Task, Tokenizer]:
 def build_policy(config: Config, from_checkpoint: bool = False) -> tuple[Policy, Task, Tokenizer]:
     """Create process groups, task, tokenizer and policy. The starting policy is made first if it is not in the cache.
 
-    from_checkpoint: keep random weights, because the caller will load a checkpoint.
+    from_checkpoint: the caller will load a checkpoint, so weights that it has stay random.
     """
     initialize_parallel(config)
     task, tokenizer = build_task(config)
-    path = None if from_checkpoint else starting_policy(config, task, tokenizer)
+    needs_start = not from_checkpoint or config.policy.lora.rank  # a checkpoint of LoRA has only the factors
+    path = starting_policy(config, task, tokenizer) if needs_start else None
     updates = config.train.steps * config.train.updates_per_batch
     return Policy(config, config.train.optimizer, updates, config.rollout.temperature, path), task, tokenizer
 

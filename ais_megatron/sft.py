@@ -6,26 +6,22 @@ configuration starts immediately.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import shutil
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from ais_megatron.batch import Batch, Prompt, Rollout, assemble
-from ais_megatron.config import Config, TaskConfig
-from ais_megatron.config.doors import is_own, source_digest
+from ais_megatron.config import Config
+from ais_megatron.config.policy import PolicyConfig
 from ais_megatron.distributed import rank_consistent
 from ais_megatron.policy.hf_export import save_hf
 from ais_megatron.policy.policy import Policy, data_parallel_group
 from ais_megatron.prompts import encode
+from ais_megatron.runs.warm_start import cached_folder
 from ais_megatron.tasks import Task
 from ais_megatron.tokenizer import Tokenizer
-
-FORMAT_VERSION = 1  # increase it if the same configuration would give other weights
 
 
 def starting_policy(config: Config, task: Task, tokenizer: Tokenizer) -> str | None:
@@ -42,35 +38,14 @@ def starting_policy(config: Config, task: Task, tokenizer: Tokenizer) -> str | N
     return str(folder)
 
 
-def cached_folder(config: Config) -> Path:
-    """The folder for the warm-started policy of this configuration, which may not exist yet."""
-    made_of = {
-        "format": FORMAT_VERSION,
-        "seed": config.run.seed,
-        **{name: getattr(config, name).model_dump(mode="json", exclude={"cache_dir"}) for name in ("model", "tokenizer", "sft")},
-        "task": _problems_made_of(config.task),
-    }
-    digest = hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()[:16]
-    return Path(config.sft.cache_dir) / f"policy-{digest}"
-
-
-def _problems_made_of(task: TaskConfig) -> dict[str, Any]:
-    """What determines the worked solutions: the settings, and the source of a class of the user's own. Rewards do not matter, except the
-    built-in ones of task.name=qa, which ask for different answers."""
-    unread = {key for key in TaskConfig.model_fields if key.startswith("reward")} | (set() if task.options else {"options"})
-    if task.reward is not None and not task.has_own_reward:
-        unread.remove("reward")
-    settings = task.model_dump(mode="json", exclude=unread)
-    return settings | ({"source": source_digest(task.name)} if is_own(task.name) else {})
-
-
 def warm_start(config: Config, task: Task, tokenizer: Tokenizer, folder: Path) -> None:
     """Train for `sft.steps` steps and write the policy to `folder`, which appears only when it is complete. Collective.
 
     Raises:
         ValueError: the task has no worked solutions.
     """
-    policy = Policy(config, config.sft.optimizer, config.sft.steps, temperature=1.0, path=config.model.path)
+    all_weights = config.model_copy(update={"policy": PolicyConfig()})  # LoRA freezes what the warm start has made
+    policy = Policy(all_weights, config.sft.optimizer, config.sft.steps, temperature=1.0, path=config.model.path)
     every = max(1, config.sft.steps // 10)
     for step in range(config.sft.steps):
         with rank_consistent():

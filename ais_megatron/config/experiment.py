@@ -16,6 +16,7 @@ from ais_megatron.config.algorithm import (
 )
 from ais_megatron.config.architecture import Architecture
 from ais_megatron.config.evaluation import EvalConfig, EvaluationSet, evaluation_sets
+from ais_megatron.config.policy import PolicyConfig, lora_problems
 from ais_megatron.config.rollout import RolloutConfig
 from ais_megatron.config.section import Section
 from ais_megatron.config.settings import (
@@ -49,6 +50,7 @@ class Config(Section):
     correction_options: CorrectionOptions = CorrectionOptions()
     ais: AISConfig = AISConfig()
     objective: ObjectiveConfig = ObjectiveConfig()
+    policy: PolicyConfig = PolicyConfig()
     moe: MoEConfig = MoEConfig()
     train: TrainConfig = TrainConfig()
     sft: SFTConfig = SFTConfig()
@@ -68,6 +70,7 @@ class Config(Section):
                 self.correction, self.ais, self.correction_options, self.objective, self.train.updates_per_batch, self.rollout.group_size
             ),
             *checks.source_problems(self.model, self.tokenizer, self.task),
+            *lora_problems(self.policy.lora, self.model, arch, self.sft.steps),
             *checks.evaluation_problems(self.eval, self.task, self.rollout, self.tokenizer, arch),
             *checks.replay_problems(self.moe, self.rollout, arch),
             *checks.engine_problems(self.rollout, self.run, self.calibration, arch),

@@ -59,6 +59,10 @@ class ModelConfig(Section):
     architecture: Architecture | None = Field(
         None, description="sizes of the model; needed without model.path, otherwise read from its config.json"
     )
+    adapter: str | None = Field(
+        None,
+        description="PEFT folder of LoRA factors to start from, which belong to model.path; empty: factors that change nothing yet",
+    )
     dtype: Literal["bf16", "fp32"] = Field("bf16", description="precision of parameters and activations; master weights are always FP32")
     recompute: Literal["none", "full"] = Field("none", description="full: recompute each layer's activations in the backward pass")
     transformer_impl: Literal["auto", "transformer_engine", "local"] = Field(

@@ -67,6 +67,19 @@ class CheckpointReader:
         if not a.tie_word_embeddings:
             yield from self._parts((HEAD,))
 
+    def factor(self, name: str, shape: tuple[int, int]) -> Tensor:
+        """A LoRA factor, named from ``layers.`` on, in the precision of the checkpoint.
+
+        Raises:
+            ValueError: it is missing or has another shape.
+            OSError: a file cannot be read.
+        """
+        key = f"lora.{name}"
+        found = tuple(self._stored[key].size) if key in self._stored else None
+        if found != shape:
+            raise ValueError(f"{self._folder}: {key} has shape {found}, but policy.lora in the run's config.yaml implies {shape}")
+        return self._read(key, (), 0, shape)
+
     def _parts(self, rows: tuple[Weight, ...], layer: int | None = None, expert: int | None = None) -> Iterator[tuple[str, Tensor]]:
         """The Hugging Face tensors of one Megatron parameter."""
         shapes = [shape_of(row, self._architecture) for row in rows]

@@ -3,28 +3,41 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
+import torch
+from torch import Tensor
+
 from ais_megatron.config import Config, ConfigError, load_config
+from ais_megatron.export.adapter import add_product, factor_shapes, write_adapter
 from ais_megatron.export.checkpoint_reader import CheckpointReader
 from ais_megatron.export.hf_folder import SHARD_BYTES, HFFolder, total_bytes
+from ais_megatron.export.hf_reader import HFReader
+from ais_megatron.models.family import HEAD, tensors_of
 from ais_megatron.runs import checkpoint_files
 from ais_megatron.runs.folder import check_export_folder, config_of
+from ais_megatron.runs.warm_start import starting_folder
 from ais_megatron.tokenizer import MODEL_FILE, HFTokenizer, SentencePieceTokenizer, Tokenizer
 
 
-def export_run(run: Path, out: Path, step: int | None = None, shard_bytes: int = SHARD_BYTES) -> Path:
+def export_run(run: Path, out: Path, step: int | None = None, shard_bytes: int = SHARD_BYTES, adapter: bool = False) -> Path:
     """Write a checkpoint of the run in `run` to `out`, which appears only when it is complete. Returns the checkpoint's folder.
+
+    A checkpoint of LoRA has only the factors. The weights they belong to are read from where the run started, and exported merged.
 
     Args:
         step: which of the kept checkpoints; None: the newest.
         shard_bytes: the most bytes of tensors in one file.
+        adapter: write only the factors of LoRA, as a PEFT folder.
     Raises:
         ConfigError: there is no such run or checkpoint, or `out` cannot be written. Nothing is left under its name.
         ValueError: the checkpoint is damaged.
     """
     check_export_folder(out)
     config = load_config(config_of(run))
+    if adapter and not config.policy.lora.rank:
+        raise ConfigError(f"--adapter: {run} trained all weights (policy.lora.rank=0), so it has no adapter; leave the option out")
     folder = _checkpoint(run, step)
     checkpoint_files.verify(folder, checksums=config.checkpoint.verify == "checksum")
     reader = CheckpointReader(folder, config.architecture)
@@ -34,13 +47,18 @@ def export_run(run: Path, out: Path, step: int | None = None, shard_bytes: int =
     try:
         shutil.rmtree(partial, ignore_errors=True)  # of an export that was killed
         partial.mkdir(parents=True)
-        _check_room(out, config)
-        written = HFFolder(partial, config.architecture, config.model.dtype, shard_bytes)
-        for name, tensor in reader.tensors():
-            written.write(name, tensor)
-            del tensor  # before the next one is read
-        tokenizer.save(partial)
-        written.finish(eos_ids=tokenizer.eos_ids, pad_id=tokenizer.pad_id)
+        if adapter:
+            factors = ((name, reader.factor(name, shape)) for name, shape in factor_shapes(config).items())
+            write_adapter(partial, config, str(starting_folder(config)), factors)
+            tokenizer.save(partial)
+        else:
+            _check_room(out, config)
+            written = HFFolder(partial, config.architecture, config.model.dtype, shard_bytes)
+            for name, tensor in _merged(reader, config) if config.policy.lora.rank else reader.tensors():
+                written.write(name, tensor)
+                del tensor  # before the next one is read
+            tokenizer.save(partial)
+            written.finish(eos_ids=tokenizer.eos_ids, pad_id=tokenizer.pad_id)
         partial.replace(out)
     except OSError as error:
         shutil.rmtree(partial, ignore_errors=True)
@@ -51,6 +69,27 @@ def export_run(run: Path, out: Path, step: int | None = None, shard_bytes: int =
         shutil.rmtree(partial, ignore_errors=True)
         raise
     return folder
+
+
+def _merged(reader: CheckpointReader, config: Config) -> Iterator[tuple[str, Tensor]]:
+    """The weights that the run started from, with the products of the checkpoint's factors added."""
+    folder = starting_folder(config)
+    assert folder is not None  # a configuration with LoRA always has one
+    try:
+        base = HFReader(folder)
+    except ValueError as error:
+        raise ConfigError(f"{folder}: the weights that this LoRA run started from cannot be read ({error}); put them back") from error
+    dtype = torch.bfloat16 if config.model.dtype == "bf16" else torch.float32
+    shapes = factor_shapes(config)
+    for tensor in tensors_of(config.architecture):
+        if config.architecture.tie_word_embeddings and tensor.name == HEAD.name:
+            continue
+        weight = base.read(tensor.name).to(dtype)
+        name = tensor.name.removeprefix("model.").removesuffix("weight")
+        if f"{name}lora_A.weight" in shapes:
+            a, b = (reader.factor(f"{name}{factor}.weight", shapes[f"{name}{factor}.weight"]) for factor in ("lora_A", "lora_B"))
+            weight = add_product(weight, a, b, config.policy.lora)
+        yield tensor.name, weight
 
 
 def _checkpoint(run: Path, step: int | None) -> Path:

@@ -1,9 +1,9 @@
 """Computes the memory of a rank from the configuration alone, for `ais-megatron plan`.
 
     weights        dtype bytes per parameter, in DDP's one buffer; all parameters are views of it
-    gradients      4 bytes per parameter (`grad_reduce_in_fp32`), never sharded
-    optimizer      8 bytes per parameter (two moments), or 12 in BF16 (and an FP32 master copy); sharded over DP x CP, experts over
-                   their own DP group
+    gradients      4 bytes per parameter that is trained (with LoRA the factors; `grad_reduce_in_fp32`), never sharded
+    optimizer      8 bytes per parameter that is trained (two moments), or 12 in BF16 (and an FP32 master copy); sharded over DP x CP,
+                   experts over their own DP group
     activations    the tensors that each layer saves for the backward pass, one by one, times the microbatches in flight
     logits         [tokens, vocab/tp] and their gradient, and FP32 chunks of `train.logprob_chunk_tokens` (policy/logprobs.py)
     workspaces     of cuBLAS, cuDNN and Transformer Engine, and what the allocator loses between blocks; assumed, not computed
@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from math import ceil, prod
 
 from ais_megatron.config import Architecture, Config, ParallelConfig
+from ais_megatron.config.policy import lora_targets
 from ais_megatron.models.family import Weight, shape_of
 from ais_megatron.shapes import Shapes, logprob_chunk
 
@@ -169,6 +170,17 @@ def rank_counts(a: Architecture, parallel: ParallelConfig, stage: int) -> Counts
     mlp = a.moe_intermediate_size if a.is_moe else a.intermediate_size
     widest = max(a.query_size + 2 * a.kv_size, 2 * mlp) * a.hidden_size // (parallel.etp if a.is_moe else parallel.tp)
     return Counts(dense + copies * vocabulary + is_last * a.hidden_size, expert, max(widest, copies * vocabulary // max(copies, 1)))
+
+
+def factor_count(config: Config) -> int:
+    """Number of parameters in the LoRA factors of a rank (policy/lora.py); 0 without LoRA."""
+    a, parallel, lora = config.architecture, config.parallel, config.policy.lora
+    per_layer = 0
+    for row in lora_targets(lora, a).values():
+        out, width = shape_of(row, a)
+        # Column-parallel layers split B, and row-parallel layers split A.
+        per_layer += width + out // parallel.tp if row.tp_dim == 0 else width // parallel.tp + out
+    return a.num_hidden_layers // parallel.pp * lora.rank * per_layer
 
 
 def total_parameters(a: Architecture) -> int:
@@ -349,11 +361,11 @@ def rank_memory(
     """
     a, parallel, rollout, e = config.architecture, config.parallel, config.rollout, dtype_bytes(config)
     assert parallel.dp, "the caller sets parallel.dp"
-    counts = rank_counts(a, parallel, stage)
+    counts, factors = rank_counts(a, parallel, stage), factor_count(config)
+    trained = Counts(factors, 0, factors) if config.policy.lora.rank else counts
     replicas = parallel.dp * parallel.cp
-    dense, expert = (
-        ceil(n / share) for n, share in ((counts.dense, replicas), (counts.expert, parallel.tp * replicas // (parallel.ep * parallel.etp)))
-    )
+    expert_replicas = parallel.tp * replicas // (parallel.ep * parallel.etp)
+    dense, expert = ceil(trained.dense / replicas), ceil(trained.expert / expert_replicas)
     row, longest = prompt_tokens + response_tokens, prompt_tokens + max(response_tokens, rollout.max_response_tokens)
     in_flight = min(parallel.pp - stage, microbatching(config, row, cuda).count)
     tokens = microbatch_tokens(config, longest, cuda)
@@ -367,15 +379,15 @@ def rank_memory(
         cached = max(cached, responses * (prompt_tokens + chosen.max_response_tokens))
     return RankMemory(
         stage=stage,
-        weights=e * counts.all,
-        gradients=FP32 * counts.all,
+        weights=e * (counts.all + factors),
+        gradients=FP32 * trained.all,
         optimizer=(12 if e == 2 else 8) * (dense + expert),
         engine_weights=engine_bytes(config) if local else 0,
         gathered=gathered_memory(config, longest),
         batch=batch_memory(config, in_flight * tokens),
         activations=activations,
         logits=logits,
-        logprobs=logprob_memory(config, stage, tokens, cuda, expert_load) + (e * counts.all if config.objective.kl_coefficient else 0),
+        logprobs=logprob_memory(config, stage, tokens, cuda, expert_load) + (e * trained.all if config.objective.kl_coefficient else 0),
         optimizer_step=FP32 * (dense + expert),  # torch's AdamW updates all parameters at once
         kv_cache=cached * kv_bytes_per_token(config, cuda) if local else 0,
         sync=sync_memory(config),

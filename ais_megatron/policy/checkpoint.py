@@ -132,9 +132,9 @@ def load(policy: Policy, folder: Path, with_optimizer: bool) -> TrainingState:
             raise ValueError(f"{folder}: not a checkpoint ({STATE_FILE} is missing)")
         state = TrainingState.from_json((folder / STATE_FILE).read_text())
     with cpu_backend.active():
-        wanted = _sharded_state(policy, is_loading=True) if with_optimizer else {"model": policy.model.sharded_state_dict()}
+        wanted = _sharded_state(policy, is_loading=True) if with_optimizer else {"model": policy.sharded_weights()}
         loaded = dist_checkpointing.load(wanted, str(folder))
-        policy.model.load_state_dict(loaded["model"])
+        policy.load_weights(loaded["model"])
         if with_optimizer:
             _load_optimizer(policy.optimizer, loaded["optimizer"])
             policy.schedule.load_state_dict(loaded["schedule"])
@@ -168,7 +168,7 @@ def _sharded_state(policy: Policy, is_loading: bool) -> dict[str, object]:
     for optimizer in policy.optimizer.chained_optimizers:
         if not optimizer.optimizer.state:
             _make_state(optimizer)
-    model = policy.model.sharded_state_dict()
+    model = policy.sharded_weights()
     optimizer = policy.optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=_OPTIMIZER_FORMAT)
     return {"model": model, "optimizer": optimizer, "schedule": policy.schedule.state_dict()}
 

@@ -8,23 +8,22 @@ model-parallel group sees all weights, but never holds more than one bucket.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from ais_megatron.batch import Bucket
 from ais_megatron.config import Architecture
+from ais_megatron.export.hf_reader import HFReader
 from ais_megatron.export.parameters import join, split
 from ais_megatron.models.family import EMBEDDING, FINAL_NORM, HEAD, Weight, parameters_of, shape_of
+from ais_megatron.policy.lora import LoRA
 
 
 @dataclass(frozen=True)
@@ -163,41 +162,14 @@ def _parts_on(entry: Entry, ep_rank: int, architecture: Architecture, ep: int) -
     return [part.of_expert(ep_rank * (architecture.num_experts // ep) + entry.slot) for part in entry.parts]
 
 
-class _Reader:
-    """Slices of tensors from a checkpoint folder, sharded or not."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        index = folder / "model.safetensors.index.json"
-        single = folder / "model.safetensors"
-        if index.is_file():
-            try:
-                self.files: dict[str, str] = json.loads(index.read_text())["weight_map"]
-            except (json.JSONDecodeError, KeyError) as error:
-                raise ValueError(f"model.path={folder}: {index.name} is not a safetensors index ({error!r})") from error
-        elif single.is_file():
-            with self._open(single.name) as file:
-                self.files = dict.fromkeys(file.keys(), single.name)
-        else:
-            raise ValueError(
-                f"model.path={folder}: the folder has neither {single.name} nor {index.name}; give a Hugging Face checkpoint with "
-                "safetensors"
-            )
-
-    def _open(self, name: str) -> Any:  # safetensors has no public type for its handle
-        path = self.folder / name
-        if not path.is_file():
-            raise ValueError(f"model.path={self.folder}: the index names {name}, but there is no such file")
-        try:
-            return safe_open(path, framework="pt")
-        except (SafetensorError, OSError) as error:
-            raise ValueError(f"model.path={self.folder}: cannot read {name}: {error}") from error
+class _Reader(HFReader):
+    """This rank's slices of the tensors of a checkpoint folder."""
 
     def shard(self, part: Part, tp: int, tp_rank: int) -> Tensor:
         """This rank's rows or columns of one tensor. The padding of the vocabulary is filled with zero rows."""
         if part.name not in self.files:
             raise ValueError(f"model.path={self.folder}: tensor {part.name} is missing; is this a checkpoint of another architecture?")
-        with self._open(self.files[part.name]) as file:
+        with self.open(self.files[part.name]) as file:
             stored = file.get_slice(part.name)
             shape = tuple(stored.get_shape())
             if shape != part.shape:
@@ -213,11 +185,15 @@ class _Reader:
         return torch.cat([piece, piece.new_zeros(missing, *piece.shape[1:])]) if missing else piece
 
 
-def export_buckets(model: nn.Module, architecture: Architecture, bucket_bytes: int, transformer_engine: bool) -> Iterator[Bucket]:
+def export_buckets(
+    model: nn.Module, architecture: Architecture, bucket_bytes: int, transformer_engine: bool, lora: LoRA | None = None
+) -> Iterator[Bucket]:
     """All weights as whole tensors under Hugging Face names, in buckets of about `bucket_bytes` (at least one parameter of each rank).
 
     Every rank of the job must iterate to the end. For each bucket there is one all-gather over TP (for experts over ETP and EP) on the
     stage that owns it, and one broadcast over PP. The extra memory is about two buckets. Tied embeddings are exported once.
+
+    lora: factors whose product is added to the weights.
     """
     entries = _present_map(architecture, transformer_engine)
     if architecture.tie_word_embeddings and entries[-1].parameter == "output_layer.weight":
@@ -225,7 +201,7 @@ def export_buckets(model: nn.Module, architecture: Architecture, bucket_bytes: i
     parameters = dict(model.named_parameters())
     itemsize = next(iter(parameters.values())).element_size()
     for bucket in _cut(entries, bucket_bytes, itemsize):
-        yield _export(bucket, parameters, architecture)
+        yield _export(bucket, parameters, architecture, lora)
 
 
 def _cut(entries: list[Entry], bucket_bytes: int, itemsize: int) -> Iterator[list[Entry]]:
@@ -243,13 +219,16 @@ def _cut(entries: list[Entry], bucket_bytes: int, itemsize: int) -> Iterator[lis
     yield pending
 
 
-def _export(entries: list[Entry], parameters: dict[str, nn.Parameter], architecture: Architecture) -> Bucket:
+def _export(entries: list[Entry], parameters: dict[str, nn.Parameter], architecture: Architecture, lora: LoRA | None) -> Bucket:
     layout = shards_of(entries[0])
     sizes = [prod(part.local_shape(layout.tp)) for entry in entries for part in entry.parts]
     example = next(iter(parameters.values()))
     ranks = layout.tp * layout.ep
     if entries[0].stage == parallel_state.get_pipeline_model_parallel_rank():
-        shards = [shard for e in entries for shard in split(parameters[e.parameter].detach(), len(e.parts), architecture)]
+        whole = {e: parameters[e.parameter].detach() for e in entries}
+        if lora is not None:
+            whole = {e: lora.merged(e.parameter, value) for e, value in whole.items()}
+        shards = [shard for e, value in whole.items() for shard in split(value, len(e.parts), architecture)]
         flat = _gather(torch.cat([shard.reshape(-1) for shard in shards]), ranks, layout.group)
     else:
         flat = torch.empty(ranks * sum(sizes), dtype=example.dtype, device=example.device)

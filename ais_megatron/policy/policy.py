@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -34,9 +35,11 @@ from ais_megatron.algorithm.scaler import LossScaler
 from ais_megatron.batch import Batch, Bucket
 from ais_megatron.config import Config, OptimizerConfig
 from ais_megatron.distributed import all_reduce_sum, device, rank_consistent
+from ais_megatron.export.adapter import AdapterReader
 from ais_megatron.policy import cpu_backend
 from ais_megatron.policy.calibration import Calibration, Calibrator
 from ais_megatron.policy.hf_weights import export_buckets, load_hf
+from ais_megatron.policy.lora import LoRA
 from ais_megatron.policy.microbatches import make_microbatch, pad_columns, split_by_tokens
 from ais_megatron.policy.model import build_model, uses_transformer_engine
 from ais_megatron.policy.optimizer import Guard, optimizer_config, schedule
@@ -109,6 +112,9 @@ class Policy:
             with rank_consistent():
                 if path is not None:
                     load_hf(self.model, config.architecture, path, self.transformer_engine)
+                self.lora = LoRA(self.model, config, self.transformer_engine) if config.policy.lora.rank else None
+                if self.lora and config.model.adapter is not None:
+                    self.lora.load_adapter(AdapterReader(config.model.adapter, config))
             ddp_config = DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=True)
             self.ddp = DistributedDataParallel(self.model.config, ddp_config, self.model)
             self.ddp.broadcast_params()
@@ -124,7 +130,7 @@ class Policy:
         recomputes = config.model.recompute == "full"
         self.calibrator = Calibrator(self.model, config.architecture.num_hidden_layers, config.calibration.margin, recomputes)
         keeps_reference = config.objective.kl_coefficient > 0.0
-        self._reference = [p.detach().to("cpu", copy=True) for p in self.model.parameters()] if keeps_reference else None
+        self._reference = [p.detach().to("cpu", copy=True) for p in self._trained()] if keeps_reference else None
 
     @property
     def is_last_stage(self) -> bool:
@@ -167,10 +173,10 @@ class Policy:
         return self.logprobs_and_calibration(batch.rows(torch.arange(rows), int(batch.lengths[:rows].max())))[1]
 
     def reference_logprobs(self, batch: Batch) -> Tensor | None:
-        """`logprobs` of the starting policy, whose weights are kept on the CPU. None without a KL penalty."""
+        """`logprobs` of the starting policy, of which the CPU keeps what is trained: with LoRA only factors. None without a KL penalty."""
         if self._reference is None:
             return None
-        current = [p.detach().clone() for p in self.model.parameters()]
+        current = [p.detach().clone() for p in self._trained()]
         try:
             self._set_parameters(self._reference)
             return self.logprobs(batch)
@@ -179,8 +185,24 @@ class Policy:
 
     @torch.no_grad()
     def _set_parameters(self, values: list[Tensor]) -> None:
-        for parameter, value in zip(self.model.parameters(), values, strict=True):
+        for parameter, value in zip(self._trained(), values, strict=True):
             parameter.copy_(value)
+
+    def _trained(self) -> list[torch.nn.Parameter]:
+        """All parameters, or with LoRA the factors."""
+        return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+
+    def sharded_weights(self) -> dict[str, Any]:
+        """What is trained, for Megatron's distributed checkpoint."""
+        state: dict[str, Any] = self.lora.sharded_state_dict() if self.lora else self.model.sharded_state_dict()
+        return state
+
+    def load_weights(self, state: dict[str, Any]) -> None:
+        """Copy what a distributed checkpoint gave for `sharded_weights`."""
+        if self.lora:
+            self.lora.load(state)
+        else:
+            self.model.load_state_dict(state)
 
     def train_step(
         self, batch: Batch, old_logprobs: Tensor, scaler: LossScaler, reference_logprobs: Tensor | None = None
@@ -361,7 +383,7 @@ class Policy:
 
     def export_buckets(self, bucket_bytes: int) -> Iterator[Bucket]:
         """See `hf_weights.export_buckets`."""
-        return export_buckets(self.model, self.config.architecture, bucket_bytes, self.transformer_engine)
+        return export_buckets(self.model, self.config.architecture, bucket_bytes, self.transformer_engine, self.lora)
 
 
 def _routing(config: Config) -> Routing:

@@ -18,7 +18,7 @@ PAGE = ROOT / "docs" / "configuration.md"
 def test_every_key_is_there_and_described() -> None:
     keys = all_keys()
     names = [key.name for key in keys]
-    sections = {name.rpartition(".")[0] for name in names} | {"model"}
+    sections = {name.rpartition(".")[0] for name in names} | {"model", "policy"}
     assert set(names) == set(known_keys(Config)) - sections and len(set(names)) == len(names)
     assert [key.name for key in keys if not key.description] == []
 

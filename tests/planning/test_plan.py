@@ -198,6 +198,19 @@ def test_qwen3_8b_by_hand() -> None:
     assert forward_flops(a, 1, 1000) == 1000 * (2 * (36 * layer + 151936 * 4096) + 2 * 36 * 4096 * 1000)
 
 
+def test_lora_keeps_gradients_and_moments_of_the_factors_only() -> None:
+    whole, lora = (with_gpus(load_config(DENSE, ["policy.lora.rank=64", "sft.steps=1"][: 2 * n]), None) for n in (0, 1))
+    tp, layers = lora.parallel.tp, 36 // lora.parallel.pp
+    q, kv, mlp, hidden = 4096, 1024, 12288, 4096
+    columns = 3 * hidden + (q + 2 * kv) // tp + 2 * (hidden + mlp // tp)  # A whole, B split
+    rows = q // tp + hidden + mlp // tp + hidden  # A split, B whole
+    first, before = make_plan(lora, Assumptions()).ranks[0], make_plan(whole, Assumptions()).ranks[0]
+    assert first.gradients == 4 * layers * 64 * (columns + rows)
+    assert first.weights == before.weights + first.gradients // 2
+    assert first.optimizer == 12 * -(-layers * 64 * (columns + rows) // lora.parallel.dp)
+    assert first.peak < before.peak
+
+
 def test_data_parallelism_shares_the_optimizer_and_experts_have_their_own() -> None:
     layout = ["parallel.tp=4", "parallel.pp=2", "model.recompute=none"]
     config = with_gpus(load_config(MOE, layout), 32)

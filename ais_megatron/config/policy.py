@@ -1,0 +1,75 @@
+"""The section `policy`: what of the policy is trained."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+from pydantic import Field
+
+from ais_megatron.config.architecture import Architecture
+from ais_megatron.config.section import Section
+from ais_megatron.config.settings import ModelConfig
+from ais_megatron.models.family import Weight
+
+Target = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+class LoraConfig(Section):
+    rank: int = Field(
+        0, ge=0, description="rank of the factors; 0: all weights are trained. Otherwise these are frozen, and only the factors are trained"
+    )
+    alpha: float = Field(32.0, gt=0.0, description="the product of the factors is scaled by alpha / rank")
+    targets: list[Target] = Field(
+        [], description="projections that have factors; empty: all of a dense model, those of the attention in a MoE model"
+    )
+    dropout: float = Field(0.0, description="only 0 is possible: with dropout the policy would differ at every call")
+
+
+class PolicyConfig(Section):
+    lora: LoraConfig = LoraConfig()
+
+
+def lora_targets(lora: LoraConfig, architecture: Architecture) -> dict[str, Weight]:
+    """The rows of a layer's table that have factors, by their short names such as ``q_proj``; empty without LoRA."""
+    projections = {name: row for row in architecture.family.layer if (name := projection(row)) in _ALL}
+    return {name: row for name, row in projections.items() if lora.rank and (not lora.targets or name in lora.targets)}
+
+
+def projection(weight: Weight) -> str:
+    """``q_proj`` for ``self_attn.q_proj.weight``; empty for a bias or a norm."""
+    *_, name, kind = weight.name.split(".")
+    return name if kind == "weight" and len(weight.shape) == 2 else ""
+
+
+_ALL: Sequence[str] = Target.__args__  # type: ignore[attr-defined]
+
+
+def lora_problems(lora: LoraConfig, model: ModelConfig, architecture: Architecture | None, sft_steps: int) -> list[str]:
+    """Settings of LoRA that cannot work."""
+    problems = []
+    if lora.dropout:
+        problems.append(
+            f"policy.lora.dropout={lora.dropout:g}: must be 0, because with dropout the log-probabilities of the trainer would differ at "
+            "every call, and importance weights would measure the dropout"
+        )
+    if not lora.rank:
+        if model.adapter is not None:
+            problems.append(f"model.adapter={model.adapter}: needs LoRA; set policy.lora.rank to the rank of this adapter")
+        return problems
+    if model.path is None and not sft_steps:
+        problems.append(
+            f"policy.lora.rank={lora.rank}: there are no weights to freeze; set model.path to a Hugging Face checkpoint, or sft.steps for "
+            "a warm start"
+        )
+    if model.adapter is not None and sft_steps:
+        problems.append(
+            f"model.adapter={model.adapter}: belongs to the weights in model.path, but sft.steps={sft_steps} trains these first; set "
+            "sft.steps=0"
+        )
+    if architecture is not None and (unknown := sorted(set(lora.targets) - set(lora_targets(lora, architecture)))):
+        problems.append(
+            f"policy.lora.targets: {', '.join(unknown)} belong to the experts of this model, and factors of experts are not supported, "
+            f"because SGLang and PEFT name them differently; use {', '.join(lora_targets(LoraConfig(rank=1), architecture))}"
+        )
+    return problems
