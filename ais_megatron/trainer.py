@@ -32,10 +32,12 @@ from ais_megatron.quantization.kv_scales import KVScales
 from ais_megatron.runs.folder import SUMMARY_FILE, open_run_folder, write_json_atomic
 from ais_megatron.runs.metrics import PhaseTimer, Sinks, read_metrics
 from ais_megatron.runs.report import write_report
-from ais_megatron.runs.samples import Sample, sample_of
+from ais_megatron.runs.samples import Sample, repetition, sample_of
 from ais_megatron.runs.summary import print_table, summarize
 from ais_megatron.session import Session, build_session
 from ais_megatron.update import Update, lagged_update, update
+
+LAST_TOKENS = 64  # of a response, in which repetition is measured every step: a loop shows there first
 
 
 def train(config: Config) -> Path:
@@ -207,6 +209,7 @@ def _finish(run_dir: Path, start_accuracy: float, wall_seconds: float) -> None:
 def _rollout_metrics(session: Session, collected: Collected, step: int, seconds: float) -> dict[str, float]:
     """Figures about all responses of the whole job, whether they are in the batch or not. Exactly one rank generated each response.
 
+    repetition_at_the_end: `repetition` of the last `LAST_TOKENS` tokens, as a mean over responses.
     staleness: how many updates the trainer (at `step`) is ahead of the weights that sampled a token, as a mean over tokens.
     """
     present = [not r.is_dropped for r in collected.rollouts]
@@ -225,6 +228,7 @@ def _rollout_metrics(session: Session, collected: Collected, step: int, seconds:
             "well_formed": (sum(r.well_formed for r in rewards), judged),
             "reward_errors": (n - judged, 1.0 / torch.distributed.get_world_size()),
             "response_length_mean": (tokens, n),
+            "repetition_at_the_end": (sum(repetition(r.token_ids[-LAST_TOKENS:]) for r in rollouts), n),
             "finished_fraction": (sum(r.finish_reason == "stop" for r in rollouts), n),
             "staleness": (sum((step - version) * count for version, count in spans), tokens),
             "mixed_version_fraction": (sum(len(r.versions_by_token) > 1 for r in rollouts), n),

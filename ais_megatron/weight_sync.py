@@ -48,6 +48,7 @@ class WeightSync:
             RuntimeError: it failed twice. All ranks raise any of these errors together.
         """
         self._last = (scales, version)
+        self._policy.engine_has(scales)
         if scales is not None and self._rollout.kv_cache_is_fp8:
             self._warn_about_q(scales.q_overflow_layers())
         try:

@@ -40,14 +40,14 @@ MODEL = dict(
 )
 
 
-def pretrained_sections(folder: str, data: str, dtype: str) -> dict[str, object]:
-    """The configuration of a pretrained model on the questions of a GSM8K file."""
+def pretrained_sections(folder: str, data: str, dtype: str, **train: object) -> dict[str, object]:
+    """The configuration of a pretrained model on the questions of a GSM8K file. train: further keys of this section."""
     return {
         "model": {"path": str(Path(folder).resolve()), "dtype": dtype},
         "tokenizer": {"kind": "hf"},
         "task": {"name": "qa", "train_path": data, "test_path": str(Path(data).with_name("test.jsonl")), "instruction": ""},
         "rollout": {"quantization": "none", "prompts_per_step": 8, "group_size": 8, "max_response_tokens": 128},
-        "train": {"steps": PRETRAINED_STEPS, "tokens_per_microbatch": 2048, "optimizer": {"lr": 1e-5}},
+        "train": {"steps": PRETRAINED_STEPS, "tokens_per_microbatch": 2048, "optimizer": {"lr": 1e-5}, **train},
     }
 
 
@@ -87,10 +87,13 @@ def peer(python: str, *arguments: str) -> list[float]:
 
 def compare_pretrained(arguments: argparse.Namespace) -> None:
     sections = pretrained_sections(arguments.pretrained, arguments.data, arguments.dtype)
+    whole_rows = pretrained_sections(arguments.pretrained, arguments.data, arguments.dtype, share_prefixes=False)
     rows: list[dict[str, float]] = []
+    unshared: list[dict[str, float]] = []
     theirs: list[float] = []
     for _ in range(arguments.rounds):
         rows += ours(sections)
+        unshared += ours(whole_rows)
         if arguments.peer_python:
             theirs += peer(arguments.peer_python, arguments.pretrained, arguments.data, arguments.dtype, str(PRETRAINED_STEPS))
     step = statistics.median(row["time/step"] for row in rows)
@@ -101,6 +104,7 @@ def compare_pretrained(arguments: argparse.Namespace) -> None:
         figures = {"GRPO step, against TRL 1.16": against_peer(step, statistics.median(theirs), "s", goal=1.3, note=arguments.dtype)}
     for name in PHASES:
         figures[f"    {name}"] = plain(statistics.median(row[f"time/{name}"] for row in rows), "s")
+    figures["GRPO step, train.share_prefixes=false"] = plain(statistics.median(row["time/step"] for row in unshared), "s", "whole rows")
     emit(figures)
 
 

@@ -7,6 +7,7 @@ or their geometric mean (`geometric`, exp(mean l)), and all its tokens have it. 
 
     none             s = 1
     tis, ais         s = min(w, C)                     truncated importance sampling, as in verl and slime
+    the same, two-sided   s = max(1/C, min(w, C))      log s within [-log C, log C], as QaRL's (arXiv 2604.07853)
     mis, icepop      s = w inside [low, high], else 0  the mask does not change: such tokens still count in the divisor of the loss
     geo_rs           a response with exp(mean l) outside [low, high] is rejected: it leaves mask and divisor; s = 1
     k3_rs            a response with mean(exp(l) - 1 - l) above the limit is rejected in the same way
@@ -39,6 +40,8 @@ class Correction:
     """What has one weight: a token, or a response."""
     weight_cap: float = 2.0
     """C."""
+    two_sided: bool = False
+    """Weights below 1 / C are raised to it."""
     low: float = 0.0
     """Lower end of the band of mis, icepop and geo_rs."""
     high: float = math.inf
@@ -55,7 +58,8 @@ class Correction:
         options = config.correction_options
         low, high = options.band(config.correction)
         cap = config.ais.weight_cap
-        return Correction(config.correction, config.weight_level, cap, low, high, options.k3_limit, options.batch_normalise)
+        two_sided = config.objective.name == "tbpo" if options.two_sided is None else options.two_sided
+        return Correction(config.correction, config.weight_level, cap, two_sided, low, high, options.k3_limit, options.batch_normalise)
 
     def weights(self, log_ratio: Tensor, loss_mask: Tensor) -> Tensor:
         """The factor of every token at full strength, in the dtype and shape of `log_ratio`. Values outside the mask have no meaning."""
@@ -79,8 +83,8 @@ class Correction:
 
 
 def truncated(correction: Correction, w: Tensor) -> Tensor:
-    """min(w, C)."""
-    return w.clamp(max=correction.weight_cap)
+    """min(w, C), and at least 1 / C if both sides are limited."""
+    return w.clamp(min=1.0 / correction.weight_cap if correction.two_sided else None, max=correction.weight_cap)
 
 
 def zero_outside_band(correction: Correction, w: Tensor) -> Tensor:

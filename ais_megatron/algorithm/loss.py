@@ -8,6 +8,7 @@ penalty and the bonus are regularisers of the policy, so alpha does not scale th
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -17,7 +18,8 @@ from ais_megatron.algorithm.objectives import kl_penalty, surrogate
 from ais_megatron.algorithm.scaler import TokenFactors
 from ais_megatron.config.algorithm import ObjectiveConfig
 
-POLICY_METRICS = ("loss", "entropy", "policy_ratio_mean", "clip_fraction", "reference_kl")
+POLICY_METRICS = ("loss", "entropy", "policy_ratio_mean", "clip_fraction", "reference_kl", "unlikely_fraction")
+UNLIKELY = 1e-4  # a token to which the trainer gives less than this is unlikely; garbled responses have many (arXiv 2604.07853)
 
 
 class PolicyLoss(NamedTuple):
@@ -55,7 +57,7 @@ def policy_loss(
         total = total + objective.kl_coefficient * (factors.shares * kl).sum()
     if objective.entropy_bonus:
         total = total - objective.entropy_bonus * (factors.shares * entropy.masked_fill(~kept, 0.0)).sum()
-    sums = [masked_sum(x, kept) for x in (entropy, j.policy_ratio, j.clipped.float(), kl)]
+    sums = [masked_sum(x, kept) for x in (entropy, j.policy_ratio, j.clipped.float(), kl, logprobs < math.log(UNLIKELY))]
     return PolicyLoss(total, torch.stack([total.detach().double(), *sums]))
 
 

@@ -116,6 +116,11 @@ class CorrectionOptions(Section):
         description="mis, icepop, geo_rs: tokens or responses with a weight above this are dropped; empty: mis 2, icepop 5, geo_rs 1.01",
     )
     k3_limit: float = Field(2e-3, gt=0.0, description="k3_rs: a response with a larger mean k3 (nats per token) is dropped")
+    two_sided: bool | None = Field(
+        None,
+        description="for ais and tis: also raise weights below 1 / ais.weight_cap to this value, so that log weights have the same limit "
+        "on both sides; empty: true with objective.name=tbpo, else false",
+    )
     batch_normalise: bool = Field(
         False,
         description="divide the weights by their mean over the global batch, after truncation. The mean is over tokens, or over "

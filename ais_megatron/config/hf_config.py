@@ -43,6 +43,12 @@ def hf_config(architecture: Architecture, dtype: str, eos_ids: Sequence[int] = (
     }
 
 
+def fp8_config(block: int) -> dict[str, object]:
+    """The ``quantization_config`` of a checkpoint with E4M3 weights in blocks of `block` rows and columns, and inputs that are quantised at
+    each call. transformers and SGLang both read it."""
+    return {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": [block, block]}
+
+
 def generation_config(eos_ids: Sequence[int], pad_id: int | None) -> dict[str, object]:
     """The content of generation_config.json. One end-of-sequence token is a number there, and several are a list."""
     return {"eos_token_id": list(eos_ids) if len(eos_ids) > 1 else next(iter(eos_ids), None), "pad_token_id": pad_id}

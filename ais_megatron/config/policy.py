@@ -8,6 +8,7 @@ from typing import Literal
 from pydantic import Field
 
 from ais_megatron.config.architecture import Architecture
+from ais_megatron.config.rollout import RolloutConfig
 from ais_megatron.config.section import Section
 from ais_megatron.config.settings import ModelConfig
 from ais_megatron.models.family import Weight
@@ -27,7 +28,26 @@ class LoraConfig(Section):
 
 
 class PolicyConfig(Section):
+    forward_precision: Literal["bf16", "fp8_aligned"] = Field(
+        "bf16",
+        description="arithmetic of the trainer's linear layers. bf16: that of model.dtype. fp8_aligned: the rollout engine's, with its "
+        "quantised weights, inputs, K and V, and gradients straight through; the trained model is then the quantised one",
+    )
     lora: LoraConfig = LoraConfig()
+
+
+def precision_problems(policy: PolicyConfig, model: ModelConfig, rollout: RolloutConfig) -> list[str]:
+    """A forward pass that cannot be aligned with the engine's."""
+    if policy.forward_precision == "bf16":
+        return []
+    key, problems = f"policy.forward_precision={policy.forward_precision}", []
+    if rollout.quantization == "none":
+        problems.append(f"{key}: rollout.quantization=none leaves nothing to align with; set it to fp8_e4m3, or forward_precision to bf16")
+    if policy.lora.rank:
+        problems.append(f"{key}: does not work with policy.lora.rank={policy.lora.rank} yet; set one of them to its default")
+    if model.transformer_impl == "transformer_engine":
+        problems.append(f"{key}: needs Megatron's own layers; set model.transformer_impl to local or auto")
+    return problems
 
 
 def lora_targets(lora: LoraConfig, architecture: Architecture) -> dict[str, Weight]:

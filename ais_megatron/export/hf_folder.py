@@ -13,18 +13,33 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ais_megatron.config import Architecture
-from ais_megatron.config.hf_config import generation_config, hf_config
+from ais_megatron.config.hf_config import fp8_config, generation_config, hf_config
 from ais_megatron.models import family
 
 SHARD_BYTES = 5 * 10**9
 INDEX_FILE = "model.safetensors.index.json"
 _DTYPES = {"bf16": ("BF16", torch.bfloat16), "fp32": ("F32", torch.float32)}
+_FP8 = "F8_E4M3", torch.float8_e4m3fn
 _ALIGNMENT = 8  # of a file's first tensor
+
+
+class Kind(NamedTuple):
+    """Shape and precision of a tensor in a file."""
+
+    shape: tuple[int, ...]
+    code: str
+    """The name of its dtype in safetensors."""
+    dtype: torch.dtype
+
+    @property
+    def nbytes(self) -> int:
+        return self.dtype.itemsize * prod(self.shape)
 
 
 @dataclass(frozen=True)
@@ -34,7 +49,7 @@ class Place:
     file: str
     offset: int
     """Its first byte, counted from the beginning of the file."""
-    shape: tuple[int, ...]
+    kind: Kind
 
 
 class HFFolder:
@@ -43,35 +58,37 @@ class HFFolder:
     Args:
         dtype: "bf16" or "fp32", the precision of the files.
         shard_bytes: the most bytes of tensors in one file. A tensor that is larger has a file of its own.
+        fp8_block: the projections are written as E4M3, with a float32 scale for every so many rows and columns; None: like all others.
     Raises:
         OSError: the folder cannot be written.
     """
 
-    def __init__(self, folder: Path, architecture: Architecture, dtype: str, shard_bytes: int = SHARD_BYTES) -> None:
-        self._folder, self._architecture, self._dtype = folder, architecture, dtype
+    def __init__(
+        self, folder: Path, architecture: Architecture, dtype: str, shard_bytes: int = SHARD_BYTES, fp8_block: int | None = None
+    ) -> None:
+        self._folder, self._architecture, self._dtype, self._fp8_block = folder, architecture, dtype, fp8_block
         folder.mkdir(parents=True, exist_ok=True)
         self._places: dict[str, Place] = {}
         self._missing: set[str] = set()
-        shards = _shards(architecture, itemsize(dtype), shard_bytes)
+        shards = _shards(_tensors(architecture, dtype, fp8_block), shard_bytes)
         names = [f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors" for number in range(len(shards))]
         for name, shard in zip(["model.safetensors"] if len(shards) == 1 else names, shards, strict=True):
             self._begin(name, shard)
 
-    def _begin(self, file: str, shard: dict[str, tuple[int, ...]]) -> None:
+    def _begin(self, file: str, shard: dict[str, Kind]) -> None:
         """Write the header of a file, and give the file its final size."""
-        kind, size = _DTYPES[self._dtype][0], itemsize(self._dtype)
         entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
         end, starts = 0, {}
-        for name, shape in shard.items():
+        for name, kind in shard.items():
             starts[name] = end
-            end += size * prod(shape)
-            entries[name] = {"dtype": kind, "shape": list(shape), "data_offsets": [starts[name], end]}
+            end += kind.nbytes
+            entries[name] = {"dtype": kind.code, "shape": list(kind.shape), "data_offsets": [starts[name], end]}
         header = json.dumps(entries, separators=(",", ":")).encode()
         header += b" " * (-len(header) % _ALIGNMENT)
         with (self._folder / file).open("wb") as stream:
             stream.write(len(header).to_bytes(8, "little") + header)
             stream.truncate(8 + len(header) + end)
-        self._places |= {name: Place(file, 8 + len(header) + starts[name], shape) for name, shape in shard.items()}
+        self._places |= {name: Place(file, 8 + len(header) + starts[name], kind) for name, kind in shard.items()}
         self._missing |= shard.keys()
 
     def write(self, name: str, tensor: Tensor) -> None:
@@ -81,8 +98,8 @@ class HFFolder:
             OSError: the file cannot be written.
         """
         place = self._places[name]
-        assert tuple(tensor.shape) == place.shape, f"{name}: has shape {tuple(tensor.shape)}, not {place.shape}"
-        flat = tensor.detach().to("cpu", _DTYPES[self._dtype][1]).contiguous().view(-1).view(torch.uint8)
+        assert tuple(tensor.shape) == place.kind.shape, f"{name}: has shape {tuple(tensor.shape)}, not {place.kind.shape}"
+        flat = tensor.detach().to("cpu", place.kind.dtype).contiguous().view(-1).view(torch.uint8)
         with (self._folder / place.file).open("r+b") as stream:
             stream.seek(place.offset)
             stream.write(flat.numpy().data)
@@ -96,40 +113,45 @@ class HFFolder:
             with (self._folder / file).open("r+b") as stream:
                 os.fsync(stream.fileno())
         if len(set(files.values())) > 1:
-            total = itemsize(self._dtype) * sum(prod(place.shape) for place in self._places.values())
+            total = sum(place.kind.nbytes for place in self._places.values())
             self._write_json(INDEX_FILE, {"metadata": {"total_size": total}, "weight_map": files})
-        self._write_json("config.json", hf_config(self._architecture, self._dtype, eos_ids, pad_id))
+        quantization = {} if self._fp8_block is None else {"quantization_config": fp8_config(self._fp8_block)}
+        self._write_json("config.json", hf_config(self._architecture, self._dtype, eos_ids, pad_id) | quantization)
         self._write_json("generation_config.json", generation_config(eos_ids, pad_id))
 
     def _write_json(self, name: str, content: dict[str, object]) -> None:
         (self._folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
-def itemsize(dtype: str) -> int:
-    """Bytes of one number; dtype: "bf16" or "fp32"."""
-    return _DTYPES[dtype][1].itemsize
-
-
-def total_bytes(architecture: Architecture, dtype: str) -> int:
+def total_bytes(architecture: Architecture, dtype: str, fp8_block: int | None = None) -> int:
     """Bytes of all tensors of an exported model."""
-    return itemsize(dtype) * sum(prod(shape) for shape in _tensors(architecture).values())
+    return sum(kind.nbytes for kind in _tensors(architecture, dtype, fp8_block).values())
 
 
-def _tensors(architecture: Architecture) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every tensor of an exported model. A tied head is the embedding, and is not written twice."""
+def _tensors(architecture: Architecture, dtype: str, fp8_block: int | None) -> dict[str, Kind]:
+    """Every tensor of an exported model. A tied head is the embedding, and is not written twice."""
     skipped = {family.HEAD.name} if architecture.tie_word_embeddings else set()
-    return {tensor.name: tensor.shape for tensor in family.tensors_of(architecture) if tensor.name not in skipped}
+    kinds = {}
+    for tensor in family.tensors_of(architecture):
+        if tensor.name in skipped:
+            continue
+        if tensor.quantized and fp8_block is not None:
+            kinds[tensor.name] = Kind(tensor.shape, *_FP8)
+            scales = tuple(-(-size // fp8_block) for size in tensor.shape)
+            kinds[tensor.name.removesuffix("weight") + "weight_scale_inv"] = Kind(scales, *_DTYPES["fp32"])
+        else:
+            kinds[tensor.name] = Kind(tensor.shape, *_DTYPES[dtype])
+    return kinds
 
 
-def _shards(architecture: Architecture, itemsize: int, shard_bytes: int) -> list[dict[str, tuple[int, ...]]]:
+def _shards(kinds: dict[str, Kind], shard_bytes: int) -> list[dict[str, Kind]]:
     """The tensors of each file."""
-    shards: list[dict[str, tuple[int, ...]]] = [{}]
+    shards: list[dict[str, Kind]] = [{}]
     filled = 0
-    for name, shape in _tensors(architecture).items():
-        size = itemsize * prod(shape)
-        if shards[-1] and filled + size > shard_bytes:
+    for name, kind in kinds.items():
+        if shards[-1] and filled + kind.nbytes > shard_bytes:
             shards.append({})
             filled = 0
-        shards[-1][name] = shape
-        filled += size
+        shards[-1][name] = kind
+        filled += kind.nbytes
     return shards

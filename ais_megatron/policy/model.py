@@ -40,7 +40,7 @@ def uses_transformer_engine(config: Config) -> bool:
     if wish == "transformer_engine" and not (on_cuda and installed):
         missing = "Transformer Engine is not installed" if on_cuda else "this job runs on CPUs"
         raise ValueError(f"model.transformer_impl=transformer_engine: {missing}; set it to local or auto")
-    return wish != "local" and on_cuda and installed
+    return wish != "local" and on_cuda and installed and config.policy.forward_precision == "bf16"
 
 
 def build_model(config: Config, temperature: float, transformer_engine: bool) -> PolicyModel:
@@ -197,20 +197,21 @@ def transformer_config_of(config: Config, transformer_engine: bool) -> Transform
         variable_seq_lengths=True,  # microbatches differ in length; Megatron then requires alltoall, even for dense models
         moe_token_dispatcher_type="alltoall",
         use_cpu_initialization=device().type == "cpu",
-        **_fusions(transformer_engine),
+        **_fusions(config, transformer_engine),
         **(recompute if config.model.recompute == "full" else {}),
         **(_moe_options(config, transformer_engine) if architecture.is_moe else {}),
     )
 
 
-def _fusions(transformer_engine: bool) -> dict[str, bool]:
+def _fusions(config: Config, transformer_engine: bool) -> dict[str, bool]:
     """Fused kernels that are available, see `doctor`.
 
     gradient_accumulation_fusion needs NVIDIA Apex. Transformer Engine's layers do the same without Apex
-    (`_accumulate_gradients_in_place`).
+    (`_accumulate_gradients_in_place`). It adds to the gradient of a parameter, and an aligned forward pass has quantised weights instead.
     """
+    has_apex = importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None
     return dict(
-        gradient_accumulation_fusion=device().type == "cuda" and importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None,
+        gradient_accumulation_fusion=device().type == "cuda" and has_apex and config.policy.forward_precision == "bf16",
         apply_rope_fusion=transformer_engine,
         bias_activation_fusion=transformer_engine,
         bias_dropout_fusion=transformer_engine,

@@ -37,6 +37,7 @@ from ais_megatron.config import Config, OptimizerConfig
 from ais_megatron.distributed import all_reduce_sum, device, rank_consistent
 from ais_megatron.export.adapter import AdapterReader
 from ais_megatron.policy import cpu_backend
+from ais_megatron.policy.aligned import Aligned
 from ais_megatron.policy.calibration import Calibration, Calibrator
 from ais_megatron.policy.hf_weights import export_buckets, load_hf
 from ais_megatron.policy.lora import LoRA
@@ -45,6 +46,7 @@ from ais_megatron.policy.model import build_model, uses_transformer_engine
 from ais_megatron.policy.optimizer import Guard, optimizer_config, schedule
 from ais_megatron.policy.routing import Routing, attach
 from ais_megatron.policy.shared_prefixes import pack, split_sharing
+from ais_megatron.quantization.kv_scales import KVScales
 from ais_megatron.shapes import Shapes
 
 # (microbatch, its row numbers, logprobs, entropy) -> (loss sum with grad, number of tokens, float64 metric sums)
@@ -129,6 +131,7 @@ class Policy:
             attach(self.model, self.routing)
         recomputes = config.model.recompute == "full"
         self.calibrator = Calibrator(self.model, config.architecture.num_hidden_layers, config.calibration.margin, recomputes)
+        self.aligned = Aligned(self.model, config) if config.policy.forward_precision == "fp8_aligned" else None
         keeps_reference = config.objective.kl_coefficient > 0.0
         self._reference = [p.detach().to("cpu", copy=True) for p in self._trained()] if keeps_reference else None
 
@@ -187,6 +190,16 @@ class Policy:
     def _set_parameters(self, values: list[Tensor]) -> None:
         for parameter, value in zip(self._trained(), values, strict=True):
             parameter.copy_(value)
+        self._weights_changed()
+
+    def _weights_changed(self) -> None:
+        if self.aligned is not None:
+            self.aligned.weights_changed()
+
+    def engine_has(self, scales: KVScales | None) -> None:
+        """The rollout engine has the present weights, and these scales for its FP8 cache."""
+        if self.aligned is not None:
+            self.aligned.use_scales(scales)
 
     def _trained(self) -> list[torch.nn.Parameter]:
         """All parameters, or with LoRA the factors."""
@@ -203,6 +216,7 @@ class Policy:
             self.lora.load(state)
         else:
             self.model.load_state_dict(state)
+        self._weights_changed()
 
     def train_step(
         self, batch: Batch, old_logprobs: Tensor, scaler: LossScaler, reference_logprobs: Tensor | None = None
@@ -210,7 +224,7 @@ class Policy:
         """`train.updates_per_batch` optimizer steps over this batch.
 
         Returns:
-            Means over the updates of loss, entropy, policy_ratio_mean, clip_fraction, reference_kl and grad_norm, and lr; and
+            Means over the updates of `POLICY_METRICS` and grad_norm, and lr; and
             skipped_updates, the number of updates that were skipped because their loss or gradient was not finite.
         Raises:
             RuntimeError: too many updates in a row were skipped (`Guard`). All ranks raise it together.
@@ -307,16 +321,17 @@ class Policy:
             # Before the update, so that with warm-up the first update does not have learning rate 0. A skipped update counts too.
             self.schedule.step(1)
             skipped = self.guard.step(self.optimizer.step, metrics["loss"])
+        self._weights_changed()
         lr = self.schedule.get_lr(self.optimizer.param_groups[0])
         return {**metrics, "grad_norm": self.guard.grad_norm, "lr": lr, "skipped_updates": skipped}, reduced
 
     def _run(self, batch: Batch, loss_function: LossFunction, forward_only: bool) -> Tensor:
         """Run all microbatches through Megatron's schedule. On the last stage returns the metric sums, float64
         ``[microbatches, metrics + 1]``, whose last column is the number of tokens."""
+        if self.aligned is not None:
+            self.aligned.refresh()
         shapes = Shapes.on(device().type, self.seq_multiple)
-        groups = (
-            split_sharing(batch, self.config.train.tokens_per_microbatch) if self.shares_prefixes else self._microbatches(batch, shapes)
-        )
+        groups = self._microbatches(batch, shapes)
         # One microbatch at a time is moved to the device, because the routes of all together would take gigabytes.
         microbatches = ((make_microbatch(batch, index, self.seq_multiple).to(device()), index) for index in groups)
         with cpu_backend.active():

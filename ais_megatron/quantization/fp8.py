@@ -29,7 +29,7 @@ E4M3 = FP8_E4M3.dtype
 E4M3_MAX = FP8_E4M3.largest
 BLOCK = FP8_E4M3.group
 
-_MIN_GROUP_AMAX = 1e-10  # as in SGLang's kernel, so that a group of zeros does not become 0/0
+MIN_GROUP_AMAX = 1e-10  # as in SGLang's kernel, so that a group of zeros does not become 0/0
 _CAST_CAPABILITY = (8, 9)  # the first CUDA compute capability on which Triton can cast to E4M3
 
 
@@ -149,7 +149,7 @@ def quantize_dequantize_groups(x: Tensor, fmt: Format = FP8_E4M3) -> Tensor:
     group = min(fmt.group, columns)  # a single smaller group needs no padding
     padded = F.pad(x.float(), (0, -columns % group)) if columns % group else x.float()
     groups = padded.unflatten(-1, (-1, group))
-    scale = groups.abs().amax(-1, keepdim=True).clamp_(min=_MIN_GROUP_AMAX).div_(fmt.largest)
+    scale = groups.abs().amax(-1, keepdim=True).clamp_(min=MIN_GROUP_AMAX).div_(fmt.largest)
     return fmt.round_scaled(groups / scale).mul_(scale).flatten(-2)[..., :columns]
 
 

@@ -33,6 +33,7 @@ def factors(correction: Correction, alpha: float = 1.0, **scaler: object) -> Tok
     [
         (Correction("none"), (1.0, 1.0, 1.0)),
         (Correction("tis", weight_cap=3.0), (2.0, 0.5, 3.0)),
+        (Correction("tis", weight_cap=1.6, two_sided=True), (1.6, 0.625, 1.6)),
         (Correction("tis", "sequence", weight_cap=3.0), (1.0, 1.0, 3.0)),
         (Correction("tis", "geometric", weight_cap=3.0), (1.0, 1.0, 3.0)),
         (Correction("mis", low=0.4, high=2.5), (2.0, 0.5, 0.0)),
@@ -245,3 +246,11 @@ def test_the_table_gives_the_chains_results_to_the_last_bit(name: str) -> None:
         assert torch.equal(correction.limited(w), limited) and torch.equal(correction.weights(log_ratio, mask), weights)
         assert torch.equal(correction.kept(log_ratio, mask), kept)
         assert correction.acts_on_tokens == (level == "token" and name in ("tis", "ais", "mis", "icepop"))
+
+
+def test_tbpo_limits_weights_on_both_sides() -> None:
+    """QaRL, arXiv 2604.07853. For other objectives the option switches it on."""
+    assert Correction.of(config_with(objective={"name": "tbpo"})).two_sided
+    assert not Correction.of(config_with(objective={"name": "tbpo"}, correction_options={"two_sided": False})).two_sided
+    assert not Correction.of(config_with()).two_sided
+    assert Correction.of(config_with(correction_options={"two_sided": True})).two_sided

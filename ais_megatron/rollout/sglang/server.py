@@ -20,7 +20,7 @@ from pathlib import Path
 from ais_megatron.cluster.cuda_environment import ALLOCATOR_VARIABLES, MAX_CONNECTIONS
 from ais_megatron.cluster.ports import try_bind
 from ais_megatron.config import Architecture, Config, RolloutConfig
-from ais_megatron.config.hf_config import hf_config
+from ais_megatron.config.hf_config import fp8_config, hf_config
 from ais_megatron.config.sglang import LOOPBACK, SGLangConfig
 from ais_megatron.rollout.sglang import guardian
 from ais_megatron.rollout.sglang.access_key import authorization, read_or_create_key
@@ -47,12 +47,7 @@ def write_model_folder(architecture: Architecture, rollout: RolloutConfig, folde
     """
     content = {**hf_config(architecture, "bf16"), "torch_dtype": "bfloat16"}
     if rollout.quantization == "fp8_e4m3":
-        content["quantization_config"] = {
-            "quant_method": "fp8",
-            "fmt": "e4m3",
-            "activation_scheme": "dynamic",
-            "weight_block_size": [rollout.weight_block, rollout.weight_block],
-        }
+        content["quantization_config"] = fp8_config(rollout.weight_block)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(content, indent=2), encoding="utf-8")
     return folder

@@ -1,0 +1,242 @@
+"""Forward passes with the rollout engine's arithmetic, so that the trainer computes what the engine has sampled from.
+
+`policy.forward_precision=fp8_aligned`: the linear layers that the engine quantises use its weights (quantised in the blocks of whole
+Hugging Face tensors) and its inputs (quantised in groups, row by row), and attention uses K and V as the engine's FP8 cache stores
+them. Everything else, such as embeddings, norms, the router and the output layer, is as before. The backward pass is straight-through:
+
+    y = Q(x) Q(W)^T,      dx = dy Q(W),      dW = dy^T Q(x),      and the gradients of Q are taken to be 1
+
+Source: QaRL (arXiv 2604.07853), which calls it the aligned forward pass; the estimator is that of arXiv 1308.3432. The format is that of
+`rollout.quantization`, so FP4 and E5M2 work too.
+
+A block may lie on two tensor-parallel ranks, and Megatron interleaves Q, K and V. So every rank takes the amax of its part of each block,
+one all-reduce makes them those of whole blocks, and the result does not depend on the layout. Weights are quantised once per optimizer
+step and kept, in float32 on a CPU like the engine's, and otherwise in the model's dtype.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from megatron.core import parallel_state
+from torch import Tensor, nn
+
+from ais_megatron.config import Config
+from ais_megatron.distributed import device
+from ais_megatron.export.parameters import join, split
+from ais_megatron.models.family import Weight, parameters_of, shape_of
+from ais_megatron.quantization.formats import Format, format_of
+from ais_megatron.quantization.fp8 import MIN_GROUP_AMAX, round_to_e4m3
+from ais_megatron.quantization.kv_scales import KVScales
+
+
+class _StraightThrough(torch.autograd.Function):
+    """Returns `quantized` in the forward pass, and gives the whole gradient to `original` in the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, original: Tensor, quantized: Tensor) -> Tensor:
+        ctx.dtype = original.dtype
+        return quantized.view_as(quantized)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return grads[0].to(ctx.dtype), None
+
+
+def straight_through(original: Tensor, quantized: Tensor) -> Tensor:
+    """The values of `quantized`, with the gradient of `original`."""
+    result: Tensor = _StraightThrough.apply(original, quantized)
+    return result
+
+
+@dataclass(frozen=True)
+class Piece:
+    """This rank's part of one matrix: where it begins in the whole matrix, and the whole matrix's shape."""
+
+    row: int
+    column: int
+    whole: tuple[int, int]
+
+    def block_amax(self, values: Tensor, fmt: Format) -> Tensor:
+        """The largest magnitudes of this part in each block of the whole matrix, float32, and 0 in blocks that are elsewhere."""
+        (height, width), (rows, columns) = fmt.weight_block, values.shape
+        top, left = self.row % height, self.column % width
+        padded = F.pad(values.float().abs(), (left, -(left + columns) % width, top, -(top + rows) % height))
+        own = padded.unflatten(1, (-1, width)).unflatten(0, (-1, height)).amax((1, 3))
+        grid = own.new_zeros(fmt.scales_shape(self.whole))
+        grid[self.row // height :, self.column // width :][: own.shape[0], : own.shape[1]] = own
+        return grid
+
+    def quantized(self, values: Tensor, amax: Tensor, fmt: Format) -> Tensor:
+        """This part quantised and dequantised, float32. amax: of every block of the whole matrix. As `quantize_block` does."""
+        (height, width), (rows, columns) = fmt.weight_block, values.shape
+        scale = amax / torch.full((), fmt.largest, device=amax.device)
+        scale = torch.where(scale == 0, 1.0, scale)
+        of_row = (torch.arange(rows, device=amax.device) + self.row) // height
+        of_column = (torch.arange(columns, device=amax.device) + self.column) // width
+        scale = scale[of_row][:, of_column]
+        return fmt.round_scaled(values.float() / scale).mul_(scale)
+
+
+@dataclass
+class AlignedLinear:
+    """One linear layer of Megatron, whose product is replaced."""
+
+    linear: Any
+    pieces: tuple[Piece, ...]
+    """One for each Hugging Face matrix in its weight."""
+    group: dist.ProcessGroup | None
+    """The ranks that share the layer's matrices; None if this rank has them whole."""
+    weight: Tensor | None = None
+    """The quantised weight after the latest `Aligned.refresh`."""
+
+
+class Aligned:
+    """Replaces the products of all linear layers that the engine quantises, and rounds K and V as its cache does.
+
+    Call `weights_changed` after every change of the model's weights, and `refresh` before the next forward pass.
+    """
+
+    def __init__(self, model: Any, config: Config) -> None:
+        fmt = format_of(config.rollout)
+        assert fmt is not None, "the configuration refuses an aligned forward pass without a quantised engine"
+        self._config, self._fmt = config, fmt
+        self._model_dtype = next(model.parameters()).dtype
+        self._dtype = torch.float32 if device().type == "cpu" else self._model_dtype
+        self._linears = list(self._find(model))
+        self._is_fresh = False
+        self.kv_scales: Tensor | None = None
+        """float32 ``[num_layers, 2]``, those of the engine's FP8 cache; None if the cache is not quantised."""
+        for aligned in self._linears:
+            aligned.linear._forward_impl = self._product(aligned, aligned.linear._forward_impl)
+            aligned.linear.register_forward_hook(self._rounded)
+        if config.rollout.kv_cache_is_fp8:
+            self.use_scales(KVScales.unit(config.architecture.num_hidden_layers))
+            for layer in model.decoder.layers:
+                layer.self_attention.core_attention.register_forward_pre_hook(self._cached(layer.layer_number - 1))
+
+    def use_scales(self, scales: KVScales | None) -> None:
+        """The scales that the engine has from now on."""
+        if self._config.rollout.kv_cache_is_fp8 and scales is not None:
+            self.kv_scales = torch.stack([scales.k_scale, scales.v_scale], 1).to(device())
+
+    def weights_changed(self) -> None:
+        """Quantise the weights again before they are used next."""
+        self._is_fresh = False
+
+    def _find(self, model: Any) -> Iterator[AlignedLinear]:
+        """The linear layers with a quantised weight, on this rank."""
+        a = self._config.architecture
+        for layer in model.decoder.layers:
+            for rows in parameters_of(a.family.layer):
+                if rows[0].quantized:
+                    yield self._aligned(layer, rows, rows[0].megatron, is_expert=False)
+            for slot in range(a.num_experts // self._config.parallel.ep):
+                for rows in parameters_of(a.family.experts):
+                    if rows[0].quantized:
+                        yield self._aligned(layer, rows, rows[0].megatron.format(slot=slot), is_expert=True)
+
+    def _aligned(self, layer: nn.Module, rows: tuple[Weight, ...], name: str, is_expert: bool) -> AlignedLinear:
+        ps = parallel_state
+        if is_expert:
+            size, rank, group = ps.get_expert_tensor_parallel_world_size(), ps.get_expert_tensor_parallel_rank(), _expert_group()
+        else:
+            size, rank, group = (
+                ps.get_tensor_model_parallel_world_size(),
+                ps.get_tensor_model_parallel_rank(),
+                ps.get_tensor_model_parallel_group(),
+            )
+        pieces = []
+        for row in rows:
+            height, width = shape_of(row, self._config.architecture)
+            first_row, first_column = (rank * height // size, 0) if row.tp_dim == 0 else (0, rank * width // size)
+            pieces.append(Piece(first_row, first_column, (height, width)))
+        return AlignedLinear(layer.get_submodule(name.removesuffix(".weight")), tuple(pieces), group if size > 1 else None)
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Quantise the weights if they have changed. Collective over the ranks that share matrices: one all-reduce for all dense
+        layers, and one for experts."""
+        if self._is_fresh:
+            return
+        architecture = self._config.architecture
+        parts = [split(a.linear.weight.detach(), len(a.pieces), architecture) for a in self._linears]
+        grids = [
+            [piece.block_amax(part, self._fmt) for piece, part in zip(aligned.pieces, own, strict=True)]
+            for aligned, own in zip(self._linears, parts, strict=True)
+        ]
+        # In the order of the layers, which is the same on all ranks of a group. Otherwise they could wait for each other.
+        for group in dict.fromkeys(aligned.group for aligned in self._linears if aligned.group is not None):
+            shared = [grid for aligned, own in zip(self._linears, grids, strict=True) if aligned.group is group for grid in own]
+            flat = torch.cat([grid.flatten() for grid in shared])
+            dist.all_reduce(flat, op=dist.ReduceOp.MAX, group=group)
+            for grid, whole in zip(shared, flat.split([grid.numel() for grid in shared]), strict=True):
+                grid.copy_(whole.view_as(grid))
+        for aligned, own, amax in zip(self._linears, parts, grids, strict=True):
+            quantized = [
+                piece.quantized(part, grid, self._fmt).to(self._dtype) for piece, part, grid in zip(aligned.pieces, own, amax, strict=True)
+            ]
+            aligned.weight = join(quantized, architecture) if len(quantized) > 1 else quantized[0]
+        self._is_fresh = True
+
+    def _product(self, aligned: AlignedLinear, product: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        """Megatron's product of the layer, with both factors quantised."""
+        columns = aligned.pieces[0]
+        is_split = aligned.group is not None and columns.whole[1] != aligned.linear.weight.shape[1]
+        first = columns.column if is_split else 0
+
+        def forward(input: Tensor, weight: Tensor, **options: Any) -> Tensor:
+            assert self._is_fresh and aligned.weight is not None, "call refresh before the forward pass"
+            x = straight_through(input, self._quantize_input(input, first, columns.whole[1], aligned.group if is_split else None))
+            return product(input=x, weight=straight_through(weight, aligned.weight), **options)
+
+        return forward
+
+    @torch.no_grad()
+    def _quantize_input(self, x: Tensor, first: int, whole: int, group: dist.ProcessGroup | None) -> Tensor:
+        """`quantize_dequantize_groups` of this rank's columns, which begin at column `first` of `whole`.
+
+        group: the ranks that have the other columns of the same rows; None if this rank has all."""
+        size = min(self._fmt.group, whole)
+        left, columns = first % size, x.shape[-1]
+        values = x.float()
+        padding = (left, -(left + columns) % size)
+        groups = (F.pad(values, padding) if any(padding) else values).unflatten(-1, (-1, size))
+        amax = groups.abs().amax(-1)
+        if group is not None and any(padding):  # a group lies on two ranks
+            count, start = -(-whole // size), first // size
+            everywhere = F.pad(amax, (start, count - start - amax.shape[-1]))
+            dist.all_reduce(everywhere, op=dist.ReduceOp.MAX, group=group)
+            amax = everywhere[..., start : start + amax.shape[-1]]
+        scale = amax.clamp_(min=MIN_GROUP_AMAX).div_(self._fmt.largest)[..., None]
+        quantized = self._fmt.round_scaled(groups / scale).mul_(scale).flatten(-2)[..., left : left + columns]
+        return quantized.to(self._dtype)
+
+    def _rounded(self, linear: nn.Module, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor | None]) -> tuple[Tensor, Tensor | None]:
+        """A hook after the layer, whose output is in float32 until it has been summed over ranks. The engine rounds it once, too."""
+        return output[0].to(self._model_dtype), output[1]
+
+    def _cached(self, layer: int) -> Callable[[nn.Module, tuple[Tensor, ...]], tuple[Tensor, ...]]:
+        """A hook before the core attention, which rounds K and V as the engine's cache stores them."""
+
+        def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            query, key, value, *others = inputs
+            assert self.kv_scales is not None
+            stored = []
+            for x, scale in zip((key, value), self.kv_scales[layer], strict=True):
+                with torch.no_grad():
+                    rounded = round_to_e4m3(x.float() / scale).mul_(scale).to(self._dtype)
+                stored.append(straight_through(x, rounded))
+            return query, *stored, *others
+
+        return hook
+
+
+def _expert_group() -> dist.ProcessGroup:
+    group: dist.ProcessGroup = parallel_state.get_expert_tensor_parallel_group()
+    return group
