@@ -32,7 +32,7 @@ MOST_ROW_TOKENS = 4
 """Attention gathers the keys and values of whole rows. So a microbatch may have this many times `train.tokens_per_microbatch` in its
 rows, however few of them are packed."""
 
-Attention = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]  # queries, keys, values and mask, see `Packed.attend`
+Attention = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]  # queries, keys, values and mask, see `Packed.attend`
 
 
 @dataclass(frozen=True)
@@ -43,8 +43,9 @@ class Block:
     """int64 ``[rows, queries]``, places in the packed sequence of each row's own tokens. Those beyond a row's end mean nothing."""
     keys: Tensor
     """int64 ``[rows, keys]``, places of all tokens of each row, the same."""
-    mask: Tensor
-    """float32 ``[rows, 1, queries, keys]``: 0 where the query attends to the key, -inf elsewhere."""
+    mask: Tensor | None
+    """float32 ``[rows, 1, queries, keys]``: 0 where the query attends to the key, -inf elsewhere. None if every row is whole here, so that
+    causal attention needs no mask. (A single long row would have a very large one.)"""
 
 
 @dataclass
@@ -68,7 +69,8 @@ class Packed(PackedSeqParams):
         """Attention within rows.
 
         Args:
-            attention: gets queries, keys and values ``[rows, heads, tokens, head_dim]`` and a mask, and returns what the queries have.
+            attention: gets queries, keys and values ``[rows, heads, tokens, head_dim]`` and a block's mask, and returns what the queries
+                have.
             query, key, value: ``[packed, heads, head_dim]``; keys and values may have fewer heads.
         Returns:
             ``[packed, heads * head_dim]``.
@@ -157,6 +159,9 @@ def _is_own(first: Tensor, lengths: Tensor) -> Tensor:
 
 def _block(places: Tensor, first: Tensor, lengths: Tensor) -> Block:
     """The block of the given rows, whose own tokens begin at column `first`."""
+    if not int(first.max()):
+        whole = places[:, : int(lengths.max())]
+        return Block(whole, whole, None)
     keys = torch.arange(int(lengths.max()), device=places.device)
     columns = first[:, None] + torch.arange(int((lengths - first).max()), device=places.device)
     visible = keys <= columns[..., None]
