@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib.util
 import math
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -17,6 +18,7 @@ import torch.nn.functional as F
 from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec, get_gpt_layer_with_transformer_engine_spec
+from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer import ModuleSpec, TransformerConfig
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from torch import Tensor, nn
@@ -68,6 +70,8 @@ def build_model(config: Config, temperature: float, transformer_engine: bool) ->
     if architecture.rope_scaling is not None:
         rope = model.rotary_pos_emb
         rope.inv_freq = stretched_frequencies(rope.inv_freq, architecture.rope_scaling)
+    if transformer_config.bf16 and bf16_products_are_slow():
+        _multiply_in_float32(model)
     if transformer_engine:
         _accumulate_gradients_in_place(model)
         _count_all_experts(model)
@@ -84,6 +88,27 @@ def stretched_frequencies(frequencies: Tensor, scaling: RopeScaling) -> Tensor:
     periods = scaling.original_max_position_embeddings * frequencies / (2 * math.pi)
     kept = ((periods - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)).clamp(0.0, 1.0)
     return frequencies * (kept + (1.0 - kept) / scaling.factor)
+
+
+def bf16_products_are_slow() -> bool:
+    """Whether this is a job on CPUs without instructions for BF16, where a BF16 product takes several times as long as a float32 one."""
+    return device().type == "cpu" and not (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+
+
+def _multiply_in_float32(model: PolicyModel) -> None:
+    """Let linear layers multiply BF16 values in float32 and round the result to BF16. BF16 kernels add in float32 too, so only the order
+    of sums differs."""
+
+    def in_float32(product: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def forward(input: Tensor, weight: Tensor, **options: Any) -> Tensor:
+            return product(input=input.float(), weight=weight.float(), **options).to(input.dtype)
+
+        return forward
+
+    for module in model.modules():
+        if isinstance(module, (ColumnParallelLinear, RowParallelLinear)):
+            layer: Any = module  # its product is an attribute without a type
+            layer._forward_impl = in_float32(layer._forward_impl)
 
 
 def _accumulate_gradients_in_place(model: PolicyModel) -> None:
