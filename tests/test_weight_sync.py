@@ -13,6 +13,7 @@ from ais_megatron.config import RolloutConfig
 from ais_megatron.distributed import all_reduce_sum
 from ais_megatron.quantization.formats import FORMATS
 from ais_megatron.quantization.fp8 import quantize_bucket
+from ais_megatron.quantization.kv_scales import KVScales
 from tests.helpers.policies import LAYOUTS, MOE_LAYOUTS, make_config, make_policy
 from tests.helpers.ranks import RankPool
 from tests.helpers.syncing import agreement, make_engine, pushed_state
@@ -77,6 +78,9 @@ class CountedPolicy:
 
     def __init__(self, weight: torch.Tensor) -> None:
         self.weight, self.gathers = weight, 0
+
+    def engine_has(self, scales: KVScales | None) -> None:
+        pass
 
     def export_buckets(self, bucket_bytes: int) -> Iterator[Bucket]:
         for layer in range(3):

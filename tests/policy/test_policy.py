@@ -131,3 +131,26 @@ def test_calibration_sees_global_ranges_of_real_tokens(ranks: RankPool, untied_c
     expected = reference_amax(untied_checkpoint, make_batch())
     for amax in ranks.run(world, calibrated, path=untied_checkpoint, tp=tp, pp=pp, sp=sp):
         torch.testing.assert_close(amax, expected, rtol=1e-4, atol=1e-5)
+
+
+def logprobs_with(rank: int, path: Path, slow: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-probabilities and a gradient of a BF16 policy on a machine on which BF16 products are slow, or are not."""
+    from ais_megatron.policy import model
+
+    original, model.bf16_products_are_slow = model.bf16_products_are_slow, lambda: slow
+    try:
+        policy = make_policy(make_config(path, dtype="bf16"), path)
+    finally:
+        model.bf16_products_are_slow = original
+    seen = {}
+    policy.optimizer.step = lambda: seen.update(policy.model.named_parameters())
+    policy.sft_step(make_batch())
+    return policy.logprobs(make_batch()), seen["decoder.layers.1.mlp.linear_fc2.weight"].main_grad.clone()
+
+
+def test_products_in_float32_change_only_rounding(ranks: RankPool, untied_checkpoint: Path) -> None:
+    (logprobs, gradient), (native, native_gradient) = (
+        ranks.run(1, logprobs_with, path=untied_checkpoint, slow=slow)[0] for slow in (True, False)
+    )
+    assert (logprobs - native).abs().max() < 3e-2
+    assert (gradient - native_gradient).norm() < 2e-2 * native_gradient.norm()
