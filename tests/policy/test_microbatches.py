@@ -108,7 +108,8 @@ def one_update(
     config = moe_config(path, parallel, budget=40, **(dict(aux_coefficient=0.02, z_coefficient=1e-3) if is_moe else {}))
     if is_moe:
         config = config.model_copy(update={"moe": config.moe.model_copy(update={"routing_replay": True})})
-    config = config.model_copy(update={"model": config.model.model_copy(update={"recompute": recompute})})
+    whole_rows = config.train.model_copy(update={"share_prefixes": False})  # as on a GPU; packed rows have no shapes to round
+    config = config.model_copy(update={"model": config.model.model_copy(update={"recompute": recompute}), "train": whole_rows})
     policy = make_policy(config, path)
     batch = make_batch()
     if is_moe:
