@@ -30,6 +30,7 @@ from ais_megatron.config import Config
 from ais_megatron.distributed import device
 from ais_megatron.export.parameters import join, split
 from ais_megatron.models.family import Weight, parameters_of, shape_of
+from ais_megatron.policy.model import RMSNorm
 from ais_megatron.quantization.formats import Format, format_of
 from ais_megatron.quantization.fp8 import MIN_GROUP_AMAX, round_to_e4m3
 from ais_megatron.quantization.kv_scales import KVScales
@@ -115,6 +116,10 @@ class Aligned:
         for aligned in self._linears:
             aligned.linear._forward_impl = self._product(aligned, aligned.linear._forward_impl)
             aligned.linear.register_forward_hook(self._rounded)
+        # A difference in the last bit of a BF16 value moves every thirtieth input to another value of FP8, so norms must round alike too.
+        for module in model.modules():
+            if isinstance(module, RMSNorm):
+                module.rounds_first = True
         if config.rollout.kv_cache_is_fp8:
             self.use_scales(KVScales.unit(config.architecture.num_hidden_layers))
             for layer in model.decoder.layers:

@@ -292,8 +292,12 @@ class RMSNorm(nn.Module):
         weight.sequence_parallel = config.sequence_parallel  # an attribute that Megatron reads; torch's type does not have it
         self.weight: nn.Parameter = weight
         self.eps = eps
+        self.rounds_first = False
+        """Round the normed values to their dtype before they are multiplied by the weight, as transformers' models do."""
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.rounds_first:
+            return F.rms_norm(x, self.weight.shape, None, self.eps) * self.weight
         return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
 

@@ -186,7 +186,7 @@ def test_the_mismatch_with_the_engine_falls(ranks: RankPool, wide_checkpoint: Pa
 @pytest.mark.parametrize("kv", ["bf16", "fp8_e4m3"])
 @pytest.mark.parametrize("layout", ["one", "ETP2"])
 def test_the_mismatch_of_a_moe_model_falls(ranks: RankPool, moe_checkpoint: Path, layout: str, kv: str) -> None:
-    """In float32. In BF16 the two sides round at different places, which alone sends some tokens to other experts."""
+    """In float32. In BF16 a different last bit sends some tokens to other experts."""
     world, parallel = MOE_LAYOUTS[layout]
     plain, aligned = ranks.run(world, divergence, path=moe_checkpoint, kv=kv, parallel=parallel, dtype="fp32")[0]
     assert plain > (30 if kv == "bf16" else 10) * aligned, (plain, aligned)
