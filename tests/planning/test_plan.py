@@ -101,12 +101,17 @@ def measured(rank: int, data: dict) -> dict[str, int]:
 
     from ais_megatron.batch import Batch
     from ais_megatron.config import OptimizerConfig
+    from ais_megatron.policy import model
     from ais_megatron.policy.policy import Policy, initialize_parallel
     from ais_megatron.weight_sync import weight_stream
 
     config = build_config(data)
     initialize_parallel(config)
-    policy = Policy(config, OptimizerConfig(lr=1e-3), 10, 1.0, None)
+    original, model.bf16_products_are_slow = model.bf16_products_are_slow, lambda: False  # the plan does not count float32 copies
+    try:
+        policy = Policy(config, OptimizerConfig(lr=1e-3), 10, 1.0, None)
+    finally:
+        model.bf16_products_are_slow = original
     rows = config.parallel.pp * BUDGET // SEQ
     mask = torch.ones(rows, SEQ, dtype=torch.bool)
     mask[:, 0] = False
