@@ -1,9 +1,8 @@
-"""The section `policy`: what of the policy is trained."""
+"""The section `policy`: what of the policy is trained, and in which precision it computes."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, get_args
 
 from pydantic import Field
 
@@ -25,6 +24,11 @@ class LoraConfig(Section):
         [], description="projections that have factors; empty: all of a dense model, those of the attention in a MoE model"
     )
     dropout: float = Field(0.0, description="only 0 is possible: with dropout the policy would differ at every call")
+
+    @property
+    def scale(self) -> float:
+        """The factor of the product. There must be a rank."""
+        return self.alpha / self.rank
 
 
 class PolicyConfig(Section):
@@ -52,7 +56,7 @@ def precision_problems(policy: PolicyConfig, model: ModelConfig, rollout: Rollou
 
 def lora_targets(lora: LoraConfig, architecture: Architecture) -> dict[str, Weight]:
     """The rows of a layer's table that have factors, by their short names such as ``q_proj``; empty without LoRA."""
-    projections = {name: row for row in architecture.family.layer if (name := projection(row)) in _ALL}
+    projections = {name: row for row in architecture.family.layer if (name := projection(row)) in get_args(Target)}
     return {name: row for name, row in projections.items() if lora.rank and (not lora.targets or name in lora.targets)}
 
 
@@ -60,9 +64,6 @@ def projection(weight: Weight) -> str:
     """``q_proj`` for ``self_attn.q_proj.weight``; empty for a bias or a norm."""
     *_, name, kind = weight.name.split(".")
     return name if kind == "weight" and len(weight.shape) == 2 else ""
-
-
-_ALL: Sequence[str] = Target.__args__  # type: ignore[attr-defined]
 
 
 def lora_problems(lora: LoraConfig, model: ModelConfig, architecture: Architecture | None, sft_steps: int) -> list[str]:

@@ -15,8 +15,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ais_megatron.config import Architecture, Config
+from ais_megatron.config import Config
 from ais_megatron.config.policy import LoraConfig, lora_targets
+from ais_megatron.models.family import shape_of
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model.model."
@@ -24,15 +25,21 @@ _PREFIX = "base_model.model.model."
 
 def factor_shapes(config: Config) -> dict[str, tuple[int, int]]:
     """The shape of every factor, named from ``layers.`` on."""
-    a: Architecture = config.architecture
-    rank = config.policy.lora.rank
+    a, lora = config.architecture, config.policy.lora
+    targets = lora_targets(lora, a).values()
     shapes: dict[str, tuple[int, int]] = {}
     for layer in range(a.num_hidden_layers):
-        for row in lora_targets(config.policy.lora, a).values():
-            out, width = (getattr(a, size) for size in row.shape)
-            name = f"layers.{layer}.{row.name.removesuffix('.weight')}"
-            shapes |= {f"{name}.lora_A.weight": (rank, width), f"{name}.lora_B.weight": (out, rank)}
+        for row in targets:
+            out, width = shape_of(row, a)
+            name_a, name_b = factor_names(f"layers.{layer}.{row.name}")
+            shapes |= {name_a: (lora.rank, width), name_b: (out, lora.rank)}
     return shapes
+
+
+def factor_names(weight: str) -> tuple[str, str]:
+    """The names of A and B of a weight, such as ``layers.0.self_attn.q_proj.weight``."""
+    projection = weight.removesuffix("weight")
+    return f"{projection}lora_A.weight", f"{projection}lora_B.weight"
 
 
 def write_adapter(folder: Path, config: Config, base: str, factors: Iterable[tuple[str, Tensor]]) -> None:
@@ -112,4 +119,4 @@ def _setting_problems(settings: dict[str, object], lora: LoraConfig, config: Con
 def add_product(weight: Tensor, a: Tensor, b: Tensor, lora: LoraConfig) -> Tensor:
     """W + (alpha / rank) B A, in the dtype of W."""
     with torch.no_grad():
-        return (weight.float() + (lora.alpha / lora.rank) * (b.float() @ a.float())).to(weight.dtype)
+        return (weight.float() + lora.scale * (b.float() @ a.float())).to(weight.dtype)

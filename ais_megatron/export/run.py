@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ais_megatron.config import Config, ConfigError, load_config
-from ais_megatron.export.adapter import add_product, factor_shapes, write_adapter
+from ais_megatron.export.adapter import add_product, factor_names, factor_shapes, write_adapter
 from ais_megatron.export.checkpoint_reader import CheckpointReader
 from ais_megatron.export.hf_folder import SHARD_BYTES, HFFolder, total_bytes
 from ais_megatron.export.hf_reader import HFReader
@@ -108,9 +108,9 @@ def _merged(reader: CheckpointReader, config: Config) -> Iterator[tuple[str, Ten
         if config.architecture.tie_word_embeddings and tensor.name == HEAD.name:
             continue
         weight = base.read(tensor.name).to(dtype)
-        name = tensor.name.removeprefix("model.").removesuffix("weight")
-        if f"{name}lora_A.weight" in shapes:
-            a, b = (reader.factor(f"{name}{factor}.weight", shapes[f"{name}{factor}.weight"]) for factor in ("lora_A", "lora_B"))
+        names = factor_names(tensor.name.removeprefix("model."))
+        if names[0] in shapes:
+            a, b = (reader.factor(name, shapes[name]) for name in names)
             weight = add_product(weight, a, b, config.policy.lora)
         yield tensor.name, weight
 

@@ -36,7 +36,7 @@ from torch import Tensor, nn
 
 from ais_megatron.config import Config
 from ais_megatron.config.policy import lora_targets, projection
-from ais_megatron.export.adapter import AdapterReader
+from ais_megatron.export.adapter import AdapterReader, add_product, factor_names
 from ais_megatron.export.parameters import join
 from ais_megatron.models.family import Weight, parameters_of, shape_of
 
@@ -54,7 +54,7 @@ class Factors(nn.Module):
     def __init__(self, config: Config, rows: tuple[Weight, ...], targets: set[str], layer: int, like: Tensor) -> None:
         super().__init__()
         a, lora, tp = config.architecture, config.policy.lora, parallel_state.get_tensor_model_parallel_world_size()
-        self.architecture, self.layer, self.rank, self.scale = a, layer, lora.rank, lora.alpha / lora.rank
+        self.architecture, self.layer, self.lora = a, layer, lora
         self.is_column = rows[0].tp_dim == 0
         self.sequence_parallel = config.parallel.sequence_parallel
         self.heights = [shape_of(row, a)[0] // (tp if self.is_column else 1) for row in rows]
@@ -80,19 +80,15 @@ class Factors(nn.Module):
 
     def whole_b(self) -> Tensor:
         """``[out, projections * rank]``, or this rank's rows, in the order of Megatron's parameter."""
-        width = len(self.a) * self.rank
+        width = len(self.a) * self.lora.rank
         blocks, column = [], 0
         for name, height in zip(self.names, self.heights, strict=True):
             if name is None:
                 blocks.append(next(iter(self.b.values())).new_zeros(height, width))
                 continue
-            blocks.append(F.pad(self.b[name], (column, width - column - self.rank)))
-            column += self.rank
+            blocks.append(F.pad(self.b[name], (column, width - column - self.lora.rank)))
+            column += self.lora.rank
         return join(blocks, self.architecture)
-
-    def product(self) -> Tensor:
-        """(alpha / rank) B A in the layout of the frozen parameter, float32."""
-        return self.scale * (self.whole_b().float() @ self.whole_a().float())
 
     def forward(self, x: Tensor) -> Tensor:
         """What the factors add to the layer's output, from the layer's input ``[seq, batch, in]``."""
@@ -107,13 +103,13 @@ class Factors(nn.Module):
             low = reduce_scatter_to_sequence_parallel_region(low)
         else:
             low = reduce_from_tensor_model_parallel_region(low)
-        return F.linear(low, self.whole_b() * self.scale)
+        return F.linear(low, self.whole_b() * self.lora.scale)
 
     def add(self, linear: nn.Module, inputs: tuple[Any, ...], output: Any) -> Any:
         """A hook after the frozen layer, which returns (output, bias)."""
         result, bias = output
         x = inputs[0]
-        if isinstance(result, tuple):  # Transformer Engine's layer has the norm in it, and returns the normed input too (`attach`)
+        if isinstance(result, tuple):  # Transformer Engine's layer has the norm in it, and returns the normed input too (see `LoRA`)
             result, x = result
         return result + self(x), bias
 
@@ -121,9 +117,9 @@ class Factors(nn.Module):
         """(name, factor, dimension that TP splits) of each factor. Names are those of PEFT, from ``layers.`` on."""
         rows = {projection(row): row for row in self.architecture.family.layer}
         for name in self.a:
-            prefix = f"layers.{self.layer}.{rows[name].name.removesuffix('.weight')}"
-            yield f"{prefix}.lora_A.weight", self.a[name], None if self.is_column else 1
-            yield f"{prefix}.lora_B.weight", self.b[name], 0 if self.is_column else None
+            name_a, name_b = factor_names(f"layers.{self.layer}.{rows[name].name}")
+            yield name_a, self.a[name], None if self.is_column else 1
+            yield name_b, self.b[name], 0 if self.is_column else None
 
 
 def initial_a(seed: int, layer: int, name: str, rank: int, width: int) -> Tensor:
@@ -140,7 +136,7 @@ def _shard(whole: Tensor, dim: int) -> Tensor:
 class LoRA(nn.Module):
     """All factors of this rank's pipeline stage. Building it freezes the model's weights and hooks the factors to its layers."""
 
-    def __init__(self, model: Any, config: Config, transformer_engine: bool) -> None:
+    def __init__(self, model: Any, config: Config) -> None:
         super().__init__()
         targets = set(lora_targets(config.policy.lora, config.architecture))
         self.parts = nn.ModuleList()
@@ -166,7 +162,7 @@ class LoRA(nn.Module):
     def merged(self, name: str, parameter: Tensor) -> Tensor:
         """The parameter with its factors' product added, in the parameter's dtype."""
         factors = self.of_parameter.get(name)
-        return parameter if factors is None else (parameter.float() + factors.product()).to(parameter.dtype)
+        return parameter if factors is None else add_product(parameter, factors.whole_a(), factors.whole_b(), factors.lora)
 
     def named_factors(self) -> Iterator[tuple[str, nn.Parameter, int | None]]:
         """See `Factors.named_factors`, over all layers of this stage."""

@@ -114,7 +114,7 @@ class Policy:
             with rank_consistent():
                 if path is not None:
                     load_hf(self.model, config.architecture, path, self.transformer_engine)
-                self.lora = LoRA(self.model, config, self.transformer_engine) if config.policy.lora.rank else None
+                self.lora = LoRA(self.model, config) if config.policy.lora.rank else None
                 if self.lora and config.model.adapter is not None:
                     self.lora.load_adapter(AdapterReader(config.model.adapter, config))
             ddp_config = DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=True)
