@@ -123,6 +123,7 @@ def train_step(
     seconds = time.perf_counter() - began
     row = {
         "alpha": outcome.alpha,
+        "weight_cap": outcome.weight_cap,
         **asdict(outcome.diagnostics),
         **outcome.metrics,
         **_rollout_metrics(session, collected, state.step, seconds),

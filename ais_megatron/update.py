@@ -9,12 +9,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from ais_megatron.algorithm import ais
 from ais_megatron.algorithm.ais import AISState
 from ais_megatron.algorithm.correction import Correction
-from ais_megatron.algorithm.diagnostics import Diagnostics, diagnose
+from ais_megatron.algorithm.diagnostics import Diagnostics, diagnose_with
+from ais_megatron.algorithm.gradients import GradientSums
 from ais_megatron.batch import Batch
 from ais_megatron.policy.calibration import Calibration
 from ais_megatron.policy.policy import Policy, data_parallel_group
@@ -27,6 +29,8 @@ class Update:
 
     alpha: float
     """The alpha with which this batch was weighted."""
+    weight_cap: float
+    """C, at which its weights were truncated."""
     diagnostics: Diagnostics
     """Of this batch."""
     metrics: dict[str, float]
@@ -43,15 +47,17 @@ def update(policy: Policy, batch: Batch, state: AISState, timer: PhaseTimer, kee
     """`train.updates_per_batch` optimizer steps with this batch's own alpha. The log-probabilities are kept in any case."""
     config = policy.config
     with timer.phase("logprobs"):
-        old_logprobs, calibration = policy.logprobs_and_calibration(batch)
+        gradients = policy.response_gradients(batch)
+        old_logprobs, calibration = policy.logprobs_and_calibration(batch, gradients)
         reference_logprobs = policy.reference_logprobs(batch)
     with timer.phase("diagnose"):
         parts = (old_logprobs, batch.rollout_logprobs, batch.advantages, batch.loss_mask)
-        diagnostics = diagnose(*parts, Correction.of(config), data_parallel_group())
-        scaler, state = ais.loss_scaler(diagnostics, config, state)
+        own_sums = torch.zeros(0, dtype=torch.float64) if gradients is None else policy.gradient_sums(gradients)
+        diagnostics, sums = diagnose_with(own_sums, *parts, Correction.of(config), data_parallel_group())
+        scaler, state = ais.loss_scaler(diagnostics, config, state, None if gradients is None else GradientSums.of(sums))
     with timer.phase("train"):
         metrics = policy.train_step(batch, old_logprobs, scaler, reference_logprobs)
-    return Update(scaler.alpha, diagnostics, metrics, calibration, state, old_logprobs)
+    return Update(scaler.alpha, scaler.correction.weight_cap, diagnostics, metrics, calibration, state, old_logprobs)
 
 
 def lagged_update(policy: Policy, batch: Batch, state: AISState, timer: PhaseTimer, keep_logprobs: bool = False) -> Update:
@@ -60,7 +66,9 @@ def lagged_update(policy: Policy, batch: Batch, state: AISState, timer: PhaseTim
         reference_logprobs = policy.reference_logprobs(batch)
     with timer.phase("train"):
         scaler = ais.lagged_loss_scaler(policy.config, state)
-        metrics, diagnostics, calibration, old_logprobs = policy.lagged_train_step(batch, scaler, reference_logprobs, keep_logprobs)
+        metrics, diagnostics, gradients, calibration, old_logprobs = policy.lagged_train_step(
+            batch, scaler, reference_logprobs, keep_logprobs
+        )
     with timer.phase("diagnose"):
-        _, state = ais.step(state, diagnostics, policy.config.ais)
-    return Update(scaler.alpha, diagnostics, metrics, calibration, state, old_logprobs)
+        _, state = ais.step(state, diagnostics, policy.config.ais, gradients)
+    return Update(scaler.alpha, scaler.correction.weight_cap, diagnostics, metrics, calibration, state, old_logprobs)

@@ -31,7 +31,7 @@ def measure(which: str, tokens: int, vocab: int) -> None:
     if which == "naive":
         logprobs, entropy = naive(logits, targets)
     else:
-        logprobs, entropy = vocab_parallel_logprobs(logits, targets, vocab_size=vocab, chunk_tokens=256)
+        logprobs, entropy, _ = vocab_parallel_logprobs(logits, targets, vocab_size=vocab, chunk_tokens=256)
     (logprobs.sum() + 0.01 * entropy.sum()).backward()
     print(1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before))
 

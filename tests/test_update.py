@@ -8,11 +8,17 @@ import pytest
 import torch
 
 from ais_megatron.batch import Batch
-from tests.helpers.policies import LAYOUTS, make_batch, make_config, make_policy, my_rows
+from tests.helpers.policies import LAYOUTS, TEMPERATURE, make_batch, make_config, make_policy, my_rows
 from tests.helpers.ranks import RankPool
 
 pytestmark = pytest.mark.slow  # every case under every split
 
+MEASURED = {"coefficient": "measured", "caps": [1.05, 1.1, 1.3], "horizon": 0.1}
+# A split of the rows between ranks must not split a group.
+SINGLE_RESPONSES = {
+    "rollout": {"max_response_tokens": 20, "temperature": TEMPERATURE, "group_size": 1, "prompts_per_step": 6},
+    "objective": {"advantages": "reward"},
+}
 CASES = {
     "sequence TIS": dict(correction="tis", correction_options={"level": "sequence"}, ais={"weight_cap": 1.05}),
     "geo_rs": dict(correction="geo_rs", objective={"aggregation": "sequence"}),
@@ -24,6 +30,8 @@ CASES = {
     "dr_grpo": dict(objective={"name": "dr_grpo"}, ais={"coefficient": "oracle"}),
     "regularised": dict(objective={"name": "cispo", "kl_coefficient": 0.1, "entropy_bonus": 0.01}),
     "lagged": dict(ais={"lag": 1, "alpha_min": 0.2, "tau": "auto", "ema": 0.5}),
+    "measured": dict(ais=MEASURED, **SINGLE_RESPONSES),
+    "lagged measured": dict(ais={**MEASURED, "lag": 1}, **SINGLE_RESPONSES),
     "tis": dict(correction="tis"),
     "lagged tis": dict(correction="tis", ais={"lag": 1}),
     "lagged geo_rs": dict(correction="geo_rs", ais={"lag": 1}),
@@ -58,7 +66,8 @@ def updated(rank: int, path: Path, case: str, reverse: bool = False, **layout): 
             expected = (rows.rollout_logprobs + mismatch(rows)) * rows.loss_mask
             torch.testing.assert_close(outcome.old_logprobs * rows.loss_mask, expected, rtol=1e-3, atol=1e-3)
         amax = {"k_amax": float(outcome.calibration.scales.k_amax.max())}
-        history.append({"alpha": outcome.alpha, **vars(outcome.diagnostics), **outcome.metrics, **amax})
+        noise = {f"noise {i}": value for i, value in enumerate(state.evidence.covariances)}
+        history.append({"alpha": outcome.alpha, "weight_cap": outcome.weight_cap, **noise, **vars(outcome.diagnostics), **outcome.metrics, **amax})
     return {name: tensor.clone() for bucket in policy.export_buckets(20_000) for name, tensor in bucket}, history
 
 
@@ -94,6 +103,11 @@ def test_the_cases_exercise_what_they_are_for(alone) -> None:  # noqa: ANN001
     assert 0 < first["sequence TIS"]["fraction_truncated"] < 1
     kl = [row["reference_kl"] for row in alone["regularised"][1]]
     assert kl[0] == pytest.approx(0.0, abs=1e-9) and kl[1] > 1e-5, "the reference is the starting policy, not the present one"
+    measured, lagged = alone["measured"][1], alone["lagged measured"][1]
+    assert measured[0]["noise 0"] > 0
+    assert lagged[0]["noise 0"] == pytest.approx(measured[0]["noise 0"], rel=1e-4), "the training forward pass sees the same"
+    choices = [[row[name] for name in ("alpha", "weight_cap")] for row in (lagged[0], lagged[1], measured[0])]
+    assert choices[0] == [1.0, 2.0] and choices[1] == pytest.approx(choices[2], rel=1e-3), "and its choice is for the next batch"
     lagged = alone["lagged"][1]
     assert lagged[0]["alpha"] == 0.2, "alpha_min before anything is known"
     assert lagged[1]["alpha"] > 0.2 and lagged[0]["policy_ratio_mean"] == 1.0

@@ -3,6 +3,7 @@
     product    alpha = clip( rho (1 - exp(-D / tau)) / max(1, nu),  alpha_min, alpha_max )
     oracle     alpha = clip( (b2 + (V0 - C01) / N) / (b2 + (V0 + V1 - 2 C01) / N) ),  b2 = max(0, mean(g1 - g0)^2 - Var(g1 - g0) / N)
     constant   alpha = constant_alpha
+    measured   (alpha, C) with the least estimated error of the gradient, see `measured`
 
 The correction is stronger if the divergence D is large. It is weaker if few samples carry the importance weights (rho), or if the
 weights amplify the variance of the signal (nu). The oracle minimises the mean-squared error of (1 - alpha) mean(g0) + alpha mean(g1)
@@ -12,11 +13,13 @@ under the assumption that g1 is unbiased. Source: AIS (arXiv 2605.13907), Propos
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from ais_megatron.algorithm.correction import Correction
 from ais_megatron.algorithm.diagnostics import Diagnostics
+from ais_megatron.algorithm.gradients import GradientSums
+from ais_megatron.algorithm.measured import Choice, Evidence
 from ais_megatron.algorithm.scaler import LossScaler
 from ais_megatron.config import AISConfig, Config
 
@@ -31,25 +34,40 @@ class AISState:
     """The sum of their D."""
     alpha: float | None = None
     """Of the latest batch, smoothed by `ais.ema`; None before the first batch."""
+    evidence: Evidence = Evidence()
+    """Of the measured coefficient."""
+
+    @staticmethod
+    def from_json(raw: dict[str, Any]) -> AISState:
+        """The reverse of `to_json`. Older states have no evidence."""
+        return AISState(**raw | {"evidence": Evidence.from_json(raw.get("evidence", {}))})
 
     def to_json(self) -> dict[str, Any]:
         """Plain numbers. JSON preserves floats to the last bit."""
         return asdict(self)
 
 
-def step(state: AISState, diagnostics: Diagnostics, ais: AISConfig) -> tuple[float, AISState]:
-    """alpha of the batch with these diagnostics, and the state after it. A pure function, so it is the same on every rank."""
-    batches, total = state.batches, state.divergence_sum
+def step(state: AISState, diagnostics: Diagnostics, ais: AISConfig, gradients: GradientSums | None = None) -> tuple[Choice, AISState]:
+    """alpha and C of the batch with these diagnostics, and the state after it. A pure function, so it is the same on every rank.
+
+    gradients: of the batch, if they are measured (`Config.measures_gradients`)."""
+    batches, total, evidence = state.batches, state.divergence_sum, state.evidence
     if batches < ais.auto_batches:
         batches, total = batches + 1, total + diagnostics.divergence_severity
-    alpha = coefficient(diagnostics, ais, tau=total / batches if ais.tau == "auto" else ais.tau)
+    if gradients is not None:
+        evidence = evidence.after(gradients, ais.memory)
+        alpha, weight_cap = evidence.choice(ais)
+    else:
+        alpha = coefficient(diagnostics, ais, tau=total / batches if ais.tau == "auto" else ais.tau)
+        weight_cap = ais.weight_cap
     if state.alpha is not None:
         alpha = ais.ema * state.alpha + (1.0 - ais.ema) * alpha
-    return alpha, AISState(batches, total, alpha)
+    return Choice(alpha, weight_cap), AISState(batches, total, alpha, evidence)
 
 
 def coefficient(diagnostics: Diagnostics, ais: AISConfig, tau: float) -> float:
-    """alpha of one batch by `ais.coefficient`, in [alpha_min, alpha_max]."""
+    """alpha of one batch by `ais.coefficient`, in [alpha_min, alpha_max]. `measured` needs more than diagnostics,
+    and the corrections that come here with it do not use alpha."""
     if ais.coefficient == "constant":
         return _clip(ais.constant_alpha, ais)
     if ais.coefficient == "oracle":
@@ -88,21 +106,28 @@ def oracle_coefficient(diagnostics: Diagnostics, ais: AISConfig) -> float:
     return _clip((bias_sq - diagnostics.signal_gap_covariance / n) / (bias_sq + variance), ais)
 
 
-def loss_scaler(diagnostics: Diagnostics, config: Config, state: AISState | None = None) -> tuple[LossScaler, AISState]:
+def loss_scaler(
+    diagnostics: Diagnostics, config: Config, state: AISState | None = None, gradients: GradientSums | None = None
+) -> tuple[LossScaler, AISState]:
     """The scaler of the batch with these diagnostics, and the state after it (`AISState()` before the first batch)."""
-    alpha, state = step(state or AISState(), diagnostics, config.ais)
-    return _scaler(config, alpha, diagnostics.mean_weight), state
+    assert (gradients is not None) == config.measures_gradients, "the measured coefficient needs the sums of the batch's gradients"
+    choice, state = step(state or AISState(), diagnostics, config.ais, gradients)
+    return _scaler(config, choice, diagnostics.mean_weight), state
 
 
 def lagged_loss_scaler(config: Config, state: AISState) -> LossScaler:
-    """The scaler of a batch that is not known yet: with the previous batch's alpha, or alpha_min for the first batch."""
-    return _scaler(config, config.ais.alpha_min if state.alpha is None else state.alpha)
+    """The scaler of a batch that is not known yet: with the previous batch's alpha and C. Before the first batch alpha is alpha_min, or
+    what the measured coefficient chooses without evidence."""
+    if config.measures_gradients:
+        choice = state.evidence.choice(config.ais)
+        return _scaler(config, choice if state.alpha is None else choice._replace(alpha=state.alpha))
+    return _scaler(config, Choice(config.ais.alpha_min if state.alpha is None else state.alpha, config.ais.weight_cap))
 
 
-def _scaler(config: Config, alpha: float, mean_full_weight: float = 1.0) -> LossScaler:
+def _scaler(config: Config, choice: Choice, mean_full_weight: float = 1.0) -> LossScaler:
     """Only ais uses alpha. The other corrections have full strength (1), and none has 0."""
-    correction = Correction.of(config)
-    alpha = {"ais": alpha, "none": 0.0}.get(correction.name, 1.0)
+    correction = replace(Correction.of(config), weight_cap=choice.weight_cap)
+    alpha = {"ais": choice.alpha, "none": 0.0}.get(correction.name, 1.0)
     return LossScaler(
         alpha=alpha,
         aggregation=config.objective.resolved.aggregation,

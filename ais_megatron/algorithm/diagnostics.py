@@ -23,6 +23,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ais_megatron.algorithm.correction import Correction, importance_weights, log_importance_ratio, response_mean
+from ais_megatron.algorithm.gradients import GradientSums, ResponseGradients
 from ais_megatron.distributed import all_reduce_sum
 
 CPU_CHUNK = 2**16  # number of elements of [batch, seq] that are processed at a time
@@ -153,9 +154,24 @@ def diagnose(
     correction: Correction,
     group: dist.ProcessGroup | None = None,
 ) -> Diagnostics:
-    """The `Diagnostics` of a batch, from every rank's own tokens and one all-reduce.
+    """The `Diagnostics` of a batch, from every rank's own tokens and one all-reduce. See `diagnose_with`."""
+    nothing = torch.zeros(0, dtype=torch.float64)
+    return diagnose_with(nothing, old_logprobs, rollout_logprobs, advantages, loss_mask, correction, group)[0]
+
+
+def diagnose_with(
+    further: Tensor,
+    old_logprobs: Tensor,
+    rollout_logprobs: Tensor,
+    advantages: Tensor,
+    loss_mask: Tensor,
+    correction: Correction,
+    group: dist.ProcessGroup | None = None,
+) -> tuple[Diagnostics, Tensor]:
+    """The `Diagnostics` of a batch, and `further` summed over ranks, with one all-reduce.
 
     Args:
+        further: float64 ``[n]``, further sums of this rank.
         old_logprobs, rollout_logprobs: float32 ``[batch, seq]``.
         advantages: ``[batch]``, or ``[batch, seq]`` if the tokens of a response differ.
         loss_mask: bool ``[batch, seq]``.
@@ -163,10 +179,10 @@ def diagnose(
         group: the data-parallel x context-parallel group. (With TP or PP, copies would count twice.)
     """
     sums, extremes = statistics(old_logprobs, rollout_logprobs, advantages, loss_mask, correction)
-    vector = join(sums, extremes, group)
+    vector = torch.cat([further.to(sums.device), join(sums, extremes, group)])
     if group is not None and dist.get_world_size(group) > 1:
         vector = all_reduce_sum(vector, group)
-    return split(vector)
+    return split(vector[len(further) :]), vector[: len(further)]
 
 
 def join(sums: Tensor, extremes: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
@@ -331,19 +347,32 @@ def from_statistics(sums: Tensor, extremes: Tensor) -> Diagnostics:
 
 
 class RunningStatistics:
-    """`statistics` of a batch that comes in microbatches. Sums are added and extremes compared, without communication."""
+    """`statistics` of a batch that comes in microbatches, and its `ResponseGradients` if they are measured. Sums are added and extremes
+    compared, without communication."""
 
-    def __init__(self, correction: Correction) -> None:
-        self._correction = correction
+    def __init__(self, correction: Correction, gradients: ResponseGradients | None = None) -> None:
+        self._correction, self._gradients = correction, gradients
         self._sums = torch.zeros(NUM_SUMS, dtype=torch.float64)
         self._extremes = torch.full((NUM_EXTREMES,), -math.inf, dtype=torch.float64)
 
-    def add(self, old_logprobs: Tensor, rollout_logprobs: Tensor, advantages: Tensor, loss_mask: Tensor) -> None:
-        """Add whole rows, as in `statistics`. On a GPU nothing waits for the result."""
+    def add(
+        self, old_logprobs: Tensor, rollout_logprobs: Tensor, advantages: Tensor, loss_mask: Tensor, index: Tensor, sketches: Tensor
+    ) -> None:
+        """Add whole rows, as in `statistics` and `ResponseGradients.add`. On a GPU nothing waits for the result."""
         sums, extremes = statistics(old_logprobs, rollout_logprobs, advantages, loss_mask, self._correction)
         self._sums = self._sums.to(sums.device) + sums
         self._extremes = torch.maximum(self._extremes.to(sums.device), extremes)
+        if self._gradients is not None:
+            self._gradients.add(index, sketches, old_logprobs, rollout_logprobs, advantages, loss_mask)
 
     def joined(self, group: dist.ProcessGroup) -> Tensor:
-        """`join` of all microbatches so far, on the CPU."""
-        return join(self._sums.cpu(), self._extremes.cpu(), group)
+        """The gradients' sums and `join` of all microbatches so far, on the CPU."""
+        joined = join(self._sums.cpu(), self._extremes.cpu(), group)
+        return joined if self._gradients is None else torch.cat([self._gradients.sums(), joined])
+
+    def split(self, vector: Tensor) -> tuple[Diagnostics, GradientSums | None]:
+        """The figures from a reduced `joined`."""
+        if self._gradients is None:
+            return split(vector), None
+        sums, joined = vector.tensor_split([self._gradients.length])
+        return split(joined), GradientSums.of(sums)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 from functools import lru_cache
+from itertools import pairwise
 from typing import Literal, NamedTuple
 
 from pydantic import Field, ValidationError, field_validator, model_validator
@@ -53,10 +54,25 @@ CORRECTION_BANDS = {"mis": (0.5, 2.0), "icepop": (0.5, 5.0), "geo_rs": (0.99, 1.
 class AISConfig(Section):
     """How alpha is computed. docs/algorithm.md explains the terms."""
 
-    coefficient: Literal["product", "oracle", "constant"] = Field(
+    coefficient: Literal["product", "oracle", "constant", "measured"] = Field(
         "product",
         description="how alpha is computed. product: rho (1 - exp(-D / tau)) / max(1, nu). oracle: the alpha with the least estimated "
-        "error. constant: constant_alpha",
+        "error of a scalar surrogate. constant: constant_alpha. measured: alpha and the cap of the weights with the least estimated error "
+        "of the gradient",
+    )
+    caps: list[float] = Field(
+        [1.5, 2.0, 3.0, 5.0, 10.0],
+        min_length=1,
+        description="with coefficient=measured: the caps to choose from, ascending; the gradient with the largest one counts as unbiased",
+    )
+    horizon: float = Field(
+        100.0, gt=0.0, description="with coefficient=measured: number of batches over which training averages the noise of gradients"
+    )
+    memory: float = Field(
+        0.98,
+        ge=0.0,
+        lt=1.0,
+        description="with coefficient=measured: a batch counts this much less than the next one; 0: only the latest counts",
     )
     constant_alpha: Fraction = Field(0.5, description="alpha if coefficient=constant")
     factors: list[Literal["reliability", "severity", "amplification"]] = Field(
@@ -91,6 +107,8 @@ class AISConfig(Section):
     def _range(self) -> AISConfig:
         if self.alpha_min > self.alpha_max:
             raise ValueError(f"alpha_min={self.alpha_min} must not exceed alpha_max={self.alpha_max}")
+        if any(low >= high for low, high in pairwise([1.0, *self.caps])):
+            raise ValueError(f"caps={self.caps}: must be ascending, and greater than 1")
         if self.tau != "auto" and not self.tau > 0.0:
             raise ValueError(f"tau={self.tau} must be greater than 0, or auto")
         return self
@@ -210,6 +228,11 @@ def _check_preset(name: str, preset: ObjectivePreset) -> None:
         raise ValueError(f"objective.name={name!r}: its preset: {wrong}") from error
 
 
+def measures_gradients(correction: str, ais: AISConfig) -> bool:
+    """Whether alpha needs sketches of gradients."""
+    return correction == "ais" and ais.coefficient == "measured"
+
+
 def weight_level(correction: str, ais: AISConfig, options: CorrectionOptions, objective: ObjectiveConfig) -> Level:
     """The level of the importance weights, with `auto` resolved."""
     if correction == "ais":
@@ -240,6 +263,8 @@ def algorithm_problems(
         )
     if correction == "ais" and options.level != "auto":
         problems.append(f"correction_options.level={options.level}: correction=ais has its own key; set ais.level")
+    if measures_gradients(correction, ais):
+        problems += _measured_problems(ais, options, objective)
     if ais.lag:
         problems += _lag_problems(correction, options, resolved, updates_per_batch)
     if resolved.advantages == "reward" and resolved.dynamic_sampling:
@@ -251,6 +276,20 @@ def algorithm_problems(
         problems.append(
             f"rollout.group_size=1: the group-relative advantage (objective.advantages={resolved.advantages}) of a single response is "
             "always zero; use 2 or more, or objective.advantages=reward"
+        )
+    return problems
+
+
+def _measured_problems(ais: AISConfig, options: CorrectionOptions, objective: ObjectiveConfig) -> list[str]:
+    problems = []
+    if weight_level("ais", ais, options, objective) != "token":
+        problems.append(
+            f"ais.coefficient=measured: weights single tokens, but with objective.name={objective.name} and ais.level={ais.level} "
+            "a response has one weight; set ais.level=token, or ais.coefficient to product, oracle or constant"
+        )
+    if options.batch_normalise:
+        problems.append(
+            "ais.coefficient=measured: correction_options.batch_normalise=true needs the mean weight before C is chosen; set it to false"
         )
     return problems
 

@@ -12,6 +12,7 @@ from ais_megatron.config.algorithm import (
     Level,
     ObjectiveConfig,
     algorithm_problems,
+    measures_gradients,
     weight_level,
 )
 from ais_megatron.config.architecture import Architecture
@@ -85,6 +86,11 @@ class Config(Section):
     def weight_level(self) -> Level:
         """What an importance weight belongs to: a token, or a response (as the product or the geometric mean over its tokens)."""
         return weight_level(self.correction, self.ais, self.correction_options, self.objective)
+
+    @property
+    def measures_gradients(self) -> bool:
+        """Whether alpha needs sketches of the responses' gradients."""
+        return measures_gradients(self.correction, self.ais)
 
     @property
     def evaluation_sets(self) -> list[EvaluationSet]:

@@ -18,11 +18,12 @@ import torch.nn.functional as F
 from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec, get_gpt_layer_with_transformer_engine_spec
-from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear, gather_from_sequence_parallel_region
 from megatron.core.transformer import ModuleSpec, TransformerConfig
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from torch import Tensor, nn
 
+from ais_megatron.algorithm.gradients import Sketch
 from ais_megatron.config import Architecture, Config
 from ais_megatron.config.architecture import RopeScaling
 from ais_megatron.distributed import device
@@ -65,6 +66,8 @@ def build_model(config: Config, temperature: float, transformer_engine: bool) ->
     model.logprob_chunk_tokens = config.train.logprob_chunk_tokens
     model.entropy_gradient = config.objective.entropy_bonus > 0.0
     if model.post_process:
+        if config.measures_gradients:
+            model.sketch = Sketch.random(architecture.vocab_size, architecture.hidden_size, transformer_config.params_dtype, device())
         model.output_layer.register_forward_pre_hook(model.only_scored)
     model.rotary_pos_emb.register_forward_hook(model.rotate_by_position)
     if architecture.rope_scaling is not None:
@@ -134,8 +137,9 @@ class PolicyModel(GPTModel):
     """A `GPTModel` whose "loss" is the pair (log-probability, entropy) of every scored token.
 
     Called with ``labels`` (int64 ``[batch, seq]``, the rows) and ``loss_mask`` (bool ``[batch, seq]``, the scored tokens), the last
-    pipeline stage returns float32 ``[2, batch, seq]``. Index t describes token t. Other tokens have 0, as has column 0, because no token
-    predicts it. The input is either the same rows, or `packed` and its tokens.
+    pipeline stage returns float32 ``[2, batch, seq]``. With a `sketch` it returns ``[2 + a + b, batch, seq]``, where a and b numbers
+    without grad are the sketches of the token's score and of its hidden state. Index t describes token t. Other tokens have 0, as has
+    column 0, because no token predicts it. The input is either the same rows, or `packed` and its tokens.
 
     The output layer gets only the hidden states that predict a scored token. Prompts are not scored, and with a large vocabulary their
     logits would cost a good part of a step. Under sequence parallelism each rank has other positions, so there all go through it.
@@ -145,6 +149,8 @@ class PolicyModel(GPTModel):
     temperature: float
     logprob_chunk_tokens: int
     entropy_gradient: bool
+    sketch: Sketch | None = None
+    _states: Tensor  # sketches of the hidden states that predict a scored token, [scored, b]
     _scored: tuple[Tensor, Tensor]  # rows and columns of the scored tokens
     _predicting: Tensor  # for each of them, where the state that predicts it is among the hidden states
     _positions: Tensor | None  # of the packed tokens in their rows
@@ -162,15 +168,25 @@ class PolicyModel(GPTModel):
 
     def only_scored(self, output_layer: torch.nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
         """A hook before the output layer, which replaces ``[seq, batch, hidden]`` by the scored states, ``[scored, 1, hidden]``."""
+        hidden, *rest = inputs
+        if self.sketch is not None:
+            self._states = self._sketched(hidden, self.sketch)
         if self.config.sequence_parallel:
             return None
-        hidden, *rest = inputs
         return hidden.flatten(0, 1)[self._predicting][:, None], *rest
+
+    @torch.no_grad()
+    def _sketched(self, hidden: Tensor, sketch: Sketch) -> Tensor:
+        """float32 ``[scored, b]``, from hidden states ``[seq, batch, hidden]``, or under sequence parallelism this rank's positions."""
+        states = hidden @ sketch.directions
+        if self.config.sequence_parallel:
+            states = gather_from_sequence_parallel_region(states)
+        return states.flatten(0, 1)[self._predicting].float()
 
     def compute_language_model_loss(self, labels: Tensor, logits: Tensor) -> Tensor:
         if self.config.sequence_parallel:
             logits = logits.flatten(0, 1)[self._predicting]
-        pair = vocab_parallel_logprobs(
+        logprobs, entropy, scores = vocab_parallel_logprobs(
             logits.flatten(0, -2),
             labels[self._scored],
             vocab_size=self.true_vocab_size,
@@ -178,9 +194,13 @@ class PolicyModel(GPTModel):
             group=parallel_state.get_tensor_model_parallel_group(),
             chunk_tokens=self.logprob_chunk_tokens,
             entropy_gradient=self.entropy_gradient,
+            signs=None if self.sketch is None else self.sketch.signs,
         )
-        everywhere = logits.new_zeros(2, *labels.shape, dtype=torch.float32)
-        return everywhere.index_put((torch.arange(2, device=labels.device)[:, None], *self._scored), torch.stack(pair))
+        values = torch.stack([logprobs, entropy])
+        if self.sketch is not None:
+            values = torch.cat([values, scores.t(), self._states.t()])
+        everywhere = logits.new_zeros(len(values), *labels.shape, dtype=torch.float32)
+        return everywhere.index_put((torch.arange(len(values), device=labels.device)[:, None], *self._scored), values)
 
 
 def padded_vocab_size(architecture: Architecture, tp: int) -> int:

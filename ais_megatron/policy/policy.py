@@ -29,7 +29,8 @@ from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 from torch import Tensor
 
 from ais_megatron.algorithm.correction import Correction
-from ais_megatron.algorithm.diagnostics import Diagnostics, RunningStatistics, split
+from ais_megatron.algorithm.diagnostics import Diagnostics, RunningStatistics
+from ais_megatron.algorithm.gradients import GradientSums, ResponseGradients
 from ais_megatron.algorithm.loss import POLICY_METRICS, policy_loss
 from ais_megatron.algorithm.scaler import LossScaler
 from ais_megatron.batch import Batch, Bucket
@@ -49,8 +50,8 @@ from ais_megatron.policy.shared_prefixes import pack, split_sharing
 from ais_megatron.quantization.kv_scales import KVScales
 from ais_megatron.shapes import Shapes
 
-# (microbatch, its row numbers, logprobs, entropy) -> (loss sum with grad, number of tokens, float64 metric sums)
-LossFunction = Callable[[Batch, Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
+# (microbatch, its row numbers, logprobs, entropy, sketches) -> (loss sum with grad, number of tokens, float64 metric sums)
+LossFunction = Callable[[Batch, Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
 
 
 def initialize_parallel(config: Config) -> None:
@@ -139,24 +140,38 @@ class Policy:
     def is_last_stage(self) -> bool:
         return parallel_state.is_pipeline_last_stage()
 
-    def logprobs(self, batch: Batch) -> Tensor:
+    def response_gradients(self, batch: Batch) -> ResponseGradients | None:
+        """What sketches the gradients of the batch's responses; None if they are not measured (`Config.measures_gradients`)."""
+        config = self.config
+        if not config.measures_gradients:
+            return None
+        mean_of_responses = config.objective.resolved.aggregation == "sequence"
+        return ResponseGradients(Correction.of(config), config.ais.caps, len(batch), config.rollout.group_size, mean_of_responses)
+
+    def gradient_sums(self, gradients: ResponseGradients) -> Tensor:
+        """`ResponseGradients.sums` of the last pipeline stage, on every stage."""
+        return self._from_last_stage(gradients.sums())
+
+    def logprobs(self, batch: Batch, gradients: ResponseGradients | None = None) -> Tensor:
         """log pi of every token in the mask, float32 ``[batch, seq]`` on the CPU, 0 elsewhere. Equal on all ranks of the model-parallel
-        group."""
+        group. `gradients` is filled on the last pipeline stage."""
         padded = pad_columns(batch, self.seq_multiple)
         result = torch.zeros(padded.tokens.shape, dtype=torch.float32)
 
-        def collect(rows: Batch, index: Tensor, logprobs: Tensor, entropy: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        def collect(rows: Batch, index: Tensor, logprobs: Tensor, entropy: Tensor, sketches: Tensor) -> tuple[Tensor, Tensor, Tensor]:
             result[index, : logprobs.shape[1]] = logprobs.cpu()
+            if gradients is not None:
+                gradients.add(index, sketches, logprobs, rows.rollout_logprobs, rows.advantages, rows.loss_mask)
             return logprobs.sum(), rows.loss_mask.sum(), logprobs.new_zeros(0)
 
         with torch.no_grad():
             self._run(padded, collect, forward_only=True)
         return self._from_last_stage(result)[:, : batch.tokens.shape[1]]
 
-    def logprobs_and_calibration(self, batch: Batch) -> tuple[Tensor, Calibration]:
+    def logprobs_and_calibration(self, batch: Batch, gradients: ResponseGradients | None = None) -> tuple[Tensor, Calibration]:
         """`logprobs`, and the ranges of Q, K and V in the same pass. For a MoE model also which experts got the tokens."""
         with self._recording():
-            logprobs = self.logprobs(batch)
+            logprobs = self.logprobs(batch, gradients)
         return logprobs, self._recorded()
 
     @contextmanager
@@ -239,18 +254,19 @@ class Policy:
 
     def lagged_train_step(
         self, batch: Batch, scaler: LossScaler, reference_logprobs: Tensor | None = None, keep_logprobs: bool = False
-    ) -> tuple[dict[str, float], Diagnostics, Calibration, Tensor | None]:
+    ) -> tuple[dict[str, float], Diagnostics, GradientSums | None, Calibration, Tensor | None]:
         """One optimizer step whose own forward pass gives old_logprobs, this batch's diagnostics and the ranges of Q, K and V.
 
-        Nothing is computed twice, and the policy ratio is exactly 1. Returns and raises as `train_step`. With `keep_logprobs` it also
-        returns old_logprobs, as `logprobs` does."""
-        running = RunningStatistics(Correction.of(self.config))
+        Nothing is computed twice, and the policy ratio is exactly 1. Returns and raises as `train_step`. It also returns the sums of the
+        responses' gradients if they are measured, and with `keep_logprobs` old_logprobs, as `logprobs` does."""
+        running = RunningStatistics(Correction.of(self.config), self.response_gradients(batch))
         kept = torch.zeros(pad_columns(batch, self.seq_multiple).tokens.shape) if keep_logprobs else None
         with self._recording():
             metrics, reduced = self._update(batch, None, scaler, reference_logprobs, running, kept)
         calibration = self._recorded()
         old_logprobs = None if kept is None else self._from_last_stage(kept)[:, : batch.tokens.shape[1]]
-        return metrics | self.routing_metrics, split(reduced), calibration, old_logprobs
+        figures, gradients = running.split(reduced)
+        return metrics | self.routing_metrics, figures, gradients, calibration, old_logprobs
 
     def _update(
         self,
@@ -274,13 +290,13 @@ class Policy:
             local = torch.stack([batch.loss_mask.sum(), batch.loss_mask.any(1).sum()]).double()
             scaler = scaler.for_update(*all_reduce_sum(local, data_parallel_group()).tolist())
 
-        def loss_function(rows: Batch, index: Tensor, logprobs: Tensor, entropy: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        def loss_function(rows: Batch, index: Tensor, logprobs: Tensor, entropy: Tensor, sketches: Tensor) -> tuple[Tensor, Tensor, Tensor]:
             old = logprobs.detach() if old_logprobs is None else _cut(old_logprobs, index, logprobs)
             if kept is not None:
                 kept[index, : old.shape[1]] = old.cpu()
             reference = None if reference_logprobs is None else _cut(reference_logprobs, index, logprobs)
             if running is not None:
-                running.add(old, rows.rollout_logprobs, rows.advantages, rows.loss_mask)
+                running.add(old, rows.rollout_logprobs, rows.advantages, rows.loss_mask, index, sketches)
             factors = scaler.factors(old, rows.rollout_logprobs, rows.loss_mask)
             loss = policy_loss(self.config.objective, logprobs, entropy, old, reference, rows.advantages, factors)
             return loss.total, factors.kept.sum(), loss.metric_sums
@@ -290,7 +306,7 @@ class Policy:
     def sft_step(self, batch: Batch) -> dict[str, float]:
         """One optimizer step on the cross-entropy of the tokens in the mask. Returns loss (nats per token), grad_norm and lr."""
 
-        def loss_function(rows: Batch, index: Tensor, logprobs: Tensor, entropy: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        def loss_function(rows: Batch, index: Tensor, logprobs: Tensor, entropy: Tensor, sketches: Tensor) -> tuple[Tensor, Tensor, Tensor]:
             loss = -logprobs.masked_fill(~rows.loss_mask, 0.0).sum()
             return loss, rows.loss_mask.sum(), loss.detach().double()[None]
 
@@ -380,9 +396,9 @@ class Policy:
             positions = torch.arange(given.tokens.shape[1], device=given.tokens.device).expand_as(given.tokens)
             output = model(given.tokens, positions, None, labels=given.tokens, loss_mask=given.loss_mask)
 
-        def loss(pair: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-            pair = pair[:, : rows.tokens.shape[0], : rows.tokens.shape[1]]  # removes the padding
-            total, num_tokens, sums = loss_function(rows, index, *pair.unbind(0))
+        def loss(values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            values = values[:, : rows.tokens.shape[0], : rows.tokens.shape[1]]  # removes the padding
+            total, num_tokens, sums = loss_function(rows, index, values[0], values[1], values[2:].detach())
             return total, num_tokens.int(), torch.cat([sums.double(), num_tokens.double()[None]])
 
         return output, loss

@@ -64,7 +64,7 @@ class TrainingState:
             start_accuracy=raw["start_accuracy"],
             calibration=calibration,
             next_prompt=raw["next_prompt"],
-            ais=AISState(**raw["ais"]),
+            ais=AISState.from_json(raw["ais"]),
             expert_fractions=fractions,
             skipped_in_a_row=raw["skipped_in_a_row"],
         )

@@ -32,7 +32,7 @@ def main() -> None:
     vocabulary, tokens = (1001, 64) if bench.tiny else (151_936, 4096)
 
     def chunked(logits: Tensor, targets: Tensor, chunk: int) -> tuple[Tensor, Tensor]:
-        return vocab_parallel_logprobs(logits, targets, vocab_size=vocabulary, temperature=TEMPERATURE, chunk_tokens=chunk)
+        return vocab_parallel_logprobs(logits, targets, vocab_size=vocabulary, temperature=TEMPERATURE, chunk_tokens=chunk)[:2]
 
     def both(function: Function, logits: Tensor, targets: Tensor, *arguments: int) -> Tensor:
         logits = logits.detach().requires_grad_()

@@ -41,7 +41,9 @@ def sharded(rank: int, temperature: float, chunk: int) -> list[Tensor]:
     mine = padded.chunk(world, dim=1)[rank].contiguous()
 
     def function(leaf: Tensor) -> tuple[Tensor, Tensor]:
-        return vocab_parallel_logprobs(leaf, targets, vocab_size=VOCAB, temperature=temperature, group=dist.group.WORLD, chunk_tokens=chunk)
+        return vocab_parallel_logprobs(
+            leaf, targets, vocab_size=VOCAB, temperature=temperature, group=dist.group.WORLD, chunk_tokens=chunk
+        )[:2]
 
     return with_gradients(mine, function)
 
@@ -77,7 +79,7 @@ def test_float32_exists_for_one_chunk_only() -> None:
     logits = torch.randn(512, 64, dtype=torch.bfloat16, requires_grad=True)
     targets = torch.randint(0, 64, (512,))
     with Watch():
-        logprobs, entropy = vocab_parallel_logprobs(logits, targets, vocab_size=64, chunk_tokens=32)
+        logprobs, entropy, _ = vocab_parallel_logprobs(logits, targets, vocab_size=64, chunk_tokens=32)
         (logprobs.sum() + entropy.sum()).backward()
     assert logits.grad.dtype is torch.bfloat16
     assert largest <= 32 * 64
@@ -90,7 +92,7 @@ def test_without_the_gradient_of_the_entropy_the_rest_is_the_same(dtype: torch.d
     original, results = logits.clone(), []
     for entropy_gradient in (True, False):
         leaf = logits.clone().requires_grad_()
-        logprobs, entropy = vocab_parallel_logprobs(
+        logprobs, entropy, _ = vocab_parallel_logprobs(
             leaf, targets, vocab_size=VOCAB, temperature=temperature, chunk_tokens=3, entropy_gradient=entropy_gradient
         )
         assert entropy.requires_grad == entropy_gradient

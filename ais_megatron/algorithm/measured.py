@@ -1,0 +1,110 @@
+"""The measured coefficient: (alpha, C) with the least estimated error of the gradient.
+
+With s = 1 + alpha (min(w, C) - 1) let g(alpha, C) be the gradient of one batch. Training accumulates its bias and averages its noise:
+
+    error(alpha, C) = |E g(alpha, C) - E g(1, C_max)|^2 + tr Var g(alpha, C) / H
+
+The largest cap stands for the unbiased gradient. H (`ais.horizon`) is the number of batches over which the optimizer averages. Both terms
+come from the sketched gradients of `gradients`: phi_0 with weights 1 and phi_k with weights min(w, C_k) - 1. g is linear in them, so
+
+    bias  = alpha E phi_k - E phi_max              noise = tr Var phi_0 + 2 alpha tr Cov(phi_0, phi_k) + alpha^2 tr Var phi_k
+
+and for each C the best alpha has a closed form. Groups are the independent units. <E phi_k, E phi_l> is estimated without bias from all
+pairs of different groups, in the same batch or in two batches, because one batch alone cannot see a bias of a third of the gradient's
+length. Older batches count less, by `ais.memory` per batch, since the policy changes. A bias that turns with the policy averages out in
+training as noise does, and it does so here.
+
+At equal precision every phi_k is 0, so the choice does not matter and s is exactly 1 (Proposition 3 of arXiv 2605.13907). The idea is that
+of its Proposition 1. There the two terms are those of a scalar surrogate, and here they are those of gradients.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ais_megatron.algorithm.gradients import SIZE, GradientSums
+from ais_megatron.config import AISConfig
+
+
+class Choice(NamedTuple):
+    alpha: float
+    weight_cap: float
+    """C."""
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What the batches so far say, each counted with ais.memory ** (its age in batches). Plain numbers, equal on every rank."""
+
+    means: tuple[float, ...] = ()
+    """``[1 + K, SIZE]``, sums over batches of phi per token."""
+    own_products: tuple[float, ...] = ()
+    """``[1 + K, 1 + K]``, the part of the inner products of `means` that pairs each group with itself."""
+    covariances: tuple[float, ...] = ()
+    """``[1 + K, 1 + K]``, sums over batches of tr Cov(phi_k, phi_l) of one batch per token."""
+    batches: float = 0.0
+    """Sum of the counts."""
+    own_pairs: float = 0.0
+    """The share of `batches` squared that pairs each group with itself."""
+
+    @staticmethod
+    def from_json(raw: dict[str, Any]) -> Evidence:
+        plain: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in raw.items()}
+        return Evidence(**plain)
+
+    def after(self, batch: GradientSums, memory: float) -> Evidence:
+        """The evidence with one more batch. A batch with fewer than two groups adds nothing."""
+        groups = float(batch.groups)
+        if groups < 2:
+            return self
+        means, products = batch.sums / batch.tokens, batch.products / batch.tokens**2
+        covariances = (products - means @ means.T / groups) * (groups / (groups - 1.0))
+        if self.batches:
+            old_means, old_products, old_covariances = self._tensors()
+            means, products = memory * old_means + means, memory**2 * old_products + products
+            covariances = memory * old_covariances + covariances
+        return Evidence(
+            means=tuple(means.flatten().tolist()),
+            own_products=tuple(products.flatten().tolist()),
+            covariances=tuple(covariances.flatten().tolist()),
+            batches=memory * self.batches + 1.0,
+            own_pairs=memory**2 * self.own_pairs + 1.0 / groups,
+        )
+
+    def moments(self) -> tuple[Tensor, Tensor]:
+        """Estimates of <E phi_k, E phi_l> and of tr Cov(phi_k, phi_l) of one batch, float64 ``[1 + K, 1 + K]`` each. There must have been a
+        batch."""
+        means, products, covariances = self._tensors()
+        return (means @ means.T - products) / (self.batches**2 - self.own_pairs), covariances / self.batches
+
+    def _tensors(self) -> tuple[Tensor, Tensor, Tensor]:
+        means = torch.tensor(self.means, dtype=torch.float64).view(-1, SIZE)
+        products, covariances = (torch.tensor(x, dtype=torch.float64).view(len(means), -1) for x in (self.own_products, self.covariances))
+        return means, products, covariances
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def choice(self, ais: AISConfig) -> Choice:
+        """The (alpha, C) of least estimated error. Before the first batch the correction is full, with ais.weight_cap."""
+        if not self.batches:
+            return Choice(ais.alpha_max, ais.weight_cap)
+        squares, noise = self.moments()
+        return min((best_alpha(squares, noise, k, ais) for k in range(1, len(squares))), key=lambda found: found[0])[1]
+
+
+def best_alpha(squares: Tensor, noise: Tensor, k: int, ais: AISConfig) -> tuple[float, Choice]:
+    """The least error with cap number k, without the terms that depend on neither alpha nor C, and where it is.
+
+    squares, noise: as from `Evidence.moments`. The last cap is the largest."""
+    curvature = float(squares[k, k] + noise[k, k] / ais.horizon)
+    slope = float(noise[0, k] / ais.horizon - squares[k, -1])  # half of it, at alpha = 0
+    candidates = [ais.alpha_min, ais.alpha_max]
+    if curvature > 0.0:
+        candidates.append(min(max(-slope / curvature, ais.alpha_min), ais.alpha_max))
+    error, alpha = min((alpha * (alpha * curvature + 2.0 * slope), alpha) for alpha in candidates)
+    return error, Choice(alpha, ais.caps[k - 1])
