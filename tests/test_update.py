@@ -67,7 +67,8 @@ def updated(rank: int, path: Path, case: str, reverse: bool = False, **layout): 
             torch.testing.assert_close(outcome.old_logprobs * rows.loss_mask, expected, rtol=1e-3, atol=1e-3)
         amax = {"k_amax": float(outcome.calibration.scales.k_amax.max())}
         noise = {f"noise {i}": value for i, value in enumerate(state.evidence.covariances)}
-        history.append({"alpha": outcome.alpha, "weight_cap": outcome.weight_cap, **noise, **vars(outcome.diagnostics), **outcome.metrics, **amax})
+        choice = {"alpha": outcome.alpha, "weight_cap": outcome.weight_cap}
+        history.append({**choice, **noise, **vars(outcome.diagnostics), **outcome.metrics, **amax})
     return {name: tensor.clone() for bucket in policy.export_buckets(20_000) for name, tensor in bucket}, history
 
 
