@@ -351,7 +351,7 @@ class RunningStatistics:
     compared, without communication."""
 
     def __init__(self, correction: Correction, gradients: ResponseGradients | None = None) -> None:
-        self._correction, self._gradients = correction, gradients
+        self._correction, self.gradients = correction, gradients
         self._sums = torch.zeros(NUM_SUMS, dtype=torch.float64)
         self._extremes = torch.full((NUM_EXTREMES,), -math.inf, dtype=torch.float64)
 
@@ -362,17 +362,17 @@ class RunningStatistics:
         sums, extremes = statistics(old_logprobs, rollout_logprobs, advantages, loss_mask, self._correction)
         self._sums = self._sums.to(sums.device) + sums
         self._extremes = torch.maximum(self._extremes.to(sums.device), extremes)
-        if self._gradients is not None:
-            self._gradients.add(index, sketches, old_logprobs, rollout_logprobs, advantages, loss_mask)
+        if self.gradients is not None:
+            self.gradients.add(index, sketches, old_logprobs, rollout_logprobs, advantages, loss_mask)
 
     def joined(self, group: dist.ProcessGroup) -> Tensor:
         """The gradients' sums and `join` of all microbatches so far, on the CPU."""
         joined = join(self._sums.cpu(), self._extremes.cpu(), group)
-        return joined if self._gradients is None else torch.cat([self._gradients.sums(), joined])
+        return joined if self.gradients is None else torch.cat([self.gradients.sums(), joined])
 
     def split(self, vector: Tensor) -> tuple[Diagnostics, GradientSums | None]:
         """The figures from a reduced `joined`."""
-        if self._gradients is None:
+        if self.gradients is None:
             return split(vector), None
-        sums, joined = vector.tensor_split([self._gradients.length])
+        sums, joined = vector.tensor_split([self.gradients.length])
         return split(joined), GradientSums.of(sums)

@@ -137,7 +137,7 @@ class PolicyModel(GPTModel):
     """A `GPTModel` whose "loss" is the pair (log-probability, entropy) of every scored token.
 
     Called with ``labels`` (int64 ``[batch, seq]``, the rows) and ``loss_mask`` (bool ``[batch, seq]``, the scored tokens), the last
-    pipeline stage returns float32 ``[2, batch, seq]``. With a `sketch` it returns ``[2 + a + b, batch, seq]``, where a and b numbers
+    pipeline stage returns float32 ``[2, batch, seq]``. If it is `sketched`, it returns ``[2 + a + b, batch, seq]``, where a and b numbers
     without grad are the sketches of the token's score and of its hidden state. Index t describes token t. Other tokens have 0, as has
     column 0, because no token predicts it. The input is either the same rows, or `packed` and its tokens.
 
@@ -150,12 +150,15 @@ class PolicyModel(GPTModel):
     logprob_chunk_tokens: int
     entropy_gradient: bool
     sketch: Sketch | None = None
+    """Given to models whose gradients are measured."""
+    _sketch: Sketch | None  # in this forward pass
     _states: Tensor  # sketches of the hidden states that predict a scored token, [scored, b]
     _scored: tuple[Tensor, Tensor]  # rows and columns of the scored tokens
     _predicting: Tensor  # for each of them, where the state that predicts it is among the hidden states
     _positions: Tensor | None  # of the packed tokens in their rows
 
-    def forward(self, *args: Any, loss_mask: Tensor, packed: Packed | None = None, **kwargs: Any) -> Tensor:
+    def forward(self, *args: Any, loss_mask: Tensor, packed: Packed | None = None, sketched: bool = False, **kwargs: Any) -> Tensor:
+        self._sketch = self.sketch if sketched else None
         row, column = loss_mask[:, 1:].t().nonzero().flip(1).unbind(1)  # in the order of the hidden states, [seq, batch, hidden]
         self._scored = row, column + 1
         self._predicting = column * len(loss_mask) + row if packed is None else packed.places[row, column]
@@ -169,8 +172,8 @@ class PolicyModel(GPTModel):
     def only_scored(self, output_layer: torch.nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
         """A hook before the output layer, which replaces ``[seq, batch, hidden]`` by the scored states, ``[scored, 1, hidden]``."""
         hidden, *rest = inputs
-        if self.sketch is not None:
-            self._states = self._sketched(hidden, self.sketch)
+        if self._sketch is not None:
+            self._states = self._sketched(hidden, self._sketch)
         if self.config.sequence_parallel:
             return None
         return hidden.flatten(0, 1)[self._predicting][:, None], *rest
@@ -194,10 +197,10 @@ class PolicyModel(GPTModel):
             group=parallel_state.get_tensor_model_parallel_group(),
             chunk_tokens=self.logprob_chunk_tokens,
             entropy_gradient=self.entropy_gradient,
-            signs=None if self.sketch is None else self.sketch.signs,
+            signs=None if self._sketch is None else self._sketch.signs,
         )
         values = torch.stack([logprobs, entropy])
-        if self.sketch is not None:
+        if self._sketch is not None:
             values = torch.cat([values, scores.t(), self._states.t()])
         everywhere = logits.new_zeros(len(values), *labels.shape, dtype=torch.float32)
         return everywhere.index_put((torch.arange(len(values), device=labels.device)[:, None], *self._scored), values)

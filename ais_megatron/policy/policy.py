@@ -165,7 +165,7 @@ class Policy:
             return logprobs.sum(), rows.loss_mask.sum(), logprobs.new_zeros(0)
 
         with torch.no_grad():
-            self._run(padded, collect, forward_only=True)
+            self._run(padded, collect, forward_only=True, sketched=gradients is not None)
         return self._from_last_stage(result)[:, : batch.tokens.shape[1]]
 
     def logprobs_and_calibration(self, batch: Batch, gradients: ResponseGradients | None = None) -> tuple[Tensor, Calibration]:
@@ -327,7 +327,7 @@ class Policy:
         with cpu_backend.active():
             self.ddp.zero_grad_buffer()
             self.optimizer.zero_grad()
-        sums = self._run(batch, loss_function, forward_only=False)
+        sums = self._run(batch, loss_function, forward_only=False, sketched=running is not None and running.gradients is not None)
         local = sums.sum(0) if self.is_last_stage else torch.zeros(len(names) + 1, dtype=torch.float64)
         local = torch.cat([local.cpu(), *([running.joined(data_parallel_group())] if running else [])])
         totals, reduced = self._from_last_stage(all_reduce_sum(local, data_parallel_group())).tensor_split([len(names) + 1])
@@ -341,7 +341,7 @@ class Policy:
         lr = self.schedule.get_lr(self.optimizer.param_groups[0])
         return {**metrics, "grad_norm": self.guard.grad_norm, "lr": lr, "skipped_updates": skipped}, reduced
 
-    def _run(self, batch: Batch, loss_function: LossFunction, forward_only: bool) -> Tensor:
+    def _run(self, batch: Batch, loss_function: LossFunction, forward_only: bool, sketched: bool = False) -> Tensor:
         """Run all microbatches through Megatron's schedule. On the last stage returns the metric sums, float64
         ``[microbatches, metrics + 1]``, whose last column is the number of tokens."""
         if self.aligned is not None:
@@ -352,7 +352,7 @@ class Policy:
         microbatches = ((make_microbatch(batch, index, self.seq_multiple).to(device()), index) for index in groups)
         with cpu_backend.active():
             results = get_forward_backward_func()(
-                forward_step_func=partial(self._forward_step, loss_function, shapes),
+                forward_step_func=partial(self._forward_step, loss_function, shapes, sketched),
                 data_iterator=microbatches,
                 model=[self.ddp],
                 num_microbatches=len(groups),
@@ -380,6 +380,7 @@ class Policy:
         self,
         loss_function: LossFunction,
         shapes: Shapes,
+        sketched: bool,
         microbatches: Iterator[tuple[Batch, Tensor]],
         model: torch.nn.Module,
     ) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]]:
@@ -387,14 +388,15 @@ class Policy:
         if self.shares_prefixes:
             packed = pack(rows, self.seq_multiple)
             self.calibrator.lengths = packed.lengths
-            output = model(packed.tokens, packed.positions[None], None, labels=rows.tokens, loss_mask=rows.loss_mask, packed=packed)
+            wanted = dict(labels=rows.tokens, loss_mask=rows.loss_mask, sketched=sketched)
+            output = model(packed.tokens, packed.positions[None], None, **wanted, packed=packed)
         else:
             given = shapes.fill(rows)
             self.calibrator.lengths = given.lengths
             if self.routing is not None:
                 self.routing.see(given)
             positions = torch.arange(given.tokens.shape[1], device=given.tokens.device).expand_as(given.tokens)
-            output = model(given.tokens, positions, None, labels=given.tokens, loss_mask=given.loss_mask)
+            output = model(given.tokens, positions, None, labels=given.tokens, loss_mask=given.loss_mask, sketched=sketched)
 
         def loss(values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
             values = values[:, : rows.tokens.shape[0], : rows.tokens.shape[1]]  # removes the padding
