@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from ais_megatron.algorithm.advantages import num_zero_signal_groups
+from ais_megatron.algorithm.correction import Correction
 from ais_megatron.batch import Batch, Rollout, assemble
 from ais_megatron.cluster.watchdog import Watchdog
 from ais_megatron.collection import Collected, collect, next_prompts
@@ -123,7 +124,7 @@ def train_step(
     seconds = time.perf_counter() - began
     row = {
         "alpha": outcome.alpha,
-        "weight_cap": outcome.weight_cap,
+        **(_chosen_limit(outcome.correction) if config.measures_gradients else {}),
         **asdict(outcome.diagnostics),
         **outcome.metrics,
         **_rollout_metrics(session, collected, state.step, seconds),
@@ -131,6 +132,12 @@ def train_step(
         "time/step": seconds,
     }
     return row, replace(state, step=state.step + 1, next_prompt=collected.next_prompt, ais=outcome.state), outage, samples
+
+
+def _chosen_limit(correction: Correction) -> dict[str, float]:
+    """Above weight_cap and below weight_floor weights are limited, by truncation if there is no floor."""
+    is_band = correction.name == "mis"
+    return {"weight_cap": correction.high if is_band else correction.weight_cap, "weight_floor": correction.low if is_band else 0.0}
 
 
 def _wants_samples(config: Config, step: int) -> bool:

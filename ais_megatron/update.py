@@ -29,8 +29,8 @@ class Update:
 
     alpha: float
     """The alpha with which this batch was weighted."""
-    weight_cap: float
-    """C, at which its weights were truncated."""
+    correction: Correction
+    """What this alpha scaled. It says how the batch's weights were limited."""
     diagnostics: Diagnostics
     """Of this batch."""
     metrics: dict[str, float]
@@ -57,7 +57,7 @@ def update(policy: Policy, batch: Batch, state: AISState, timer: PhaseTimer, kee
         scaler, state = ais.loss_scaler(diagnostics, config, state, None if gradients is None else GradientSums.of(sums))
     with timer.phase("train"):
         metrics = policy.train_step(batch, old_logprobs, scaler, reference_logprobs)
-    return Update(scaler.alpha, scaler.correction.weight_cap, diagnostics, metrics, calibration, state, old_logprobs)
+    return Update(scaler.alpha, scaler.correction, diagnostics, metrics, calibration, state, old_logprobs)
 
 
 def lagged_update(policy: Policy, batch: Batch, state: AISState, timer: PhaseTimer, keep_logprobs: bool = False) -> Update:
@@ -71,4 +71,4 @@ def lagged_update(policy: Policy, batch: Batch, state: AISState, timer: PhaseTim
         )
     with timer.phase("diagnose"):
         _, state = ais.step(state, diagnostics, policy.config.ais, gradients)
-    return Update(scaler.alpha, scaler.correction.weight_cap, diagnostics, metrics, calibration, state, old_logprobs)
+    return Update(scaler.alpha, scaler.correction, diagnostics, metrics, calibration, state, old_logprobs)

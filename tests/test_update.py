@@ -13,7 +13,7 @@ from tests.helpers.ranks import RankPool
 
 pytestmark = pytest.mark.slow  # every case under every split
 
-MEASURED = {"coefficient": "measured", "caps": [1.05, 1.1, 1.3], "horizon": 0.1}
+MEASURED = {"coefficient": "measured", "caps": [1.05, 1.1, 1.3], "bands": [], "horizon": 0.1}
 # A split of the rows between ranks must not split a group.
 SINGLE_RESPONSES = {
     "rollout": {"max_response_tokens": 20, "temperature": TEMPERATURE, "group_size": 1, "prompts_per_step": 6},
@@ -67,7 +67,7 @@ def updated(rank: int, path: Path, case: str, reverse: bool = False, **layout): 
             torch.testing.assert_close(outcome.old_logprobs * rows.loss_mask, expected, rtol=1e-3, atol=1e-3)
         amax = {"k_amax": float(outcome.calibration.scales.k_amax.max())}
         noise = {f"noise {i}": value for i, value in enumerate(state.evidence.covariances)}
-        choice = {"alpha": outcome.alpha, "weight_cap": outcome.weight_cap}
+        choice = {"alpha": outcome.alpha, "weight_cap": outcome.correction.weight_cap}
         history.append({**choice, **noise, **vars(outcome.diagnostics), **outcome.metrics, **amax})
     return {name: tensor.clone() for bucket in policy.export_buckets(20_000) for name, tensor in bucket}, history
 

@@ -3,7 +3,7 @@
     product    alpha = clip( rho (1 - exp(-D / tau)) / max(1, nu),  alpha_min, alpha_max )
     oracle     alpha = clip( (b2 + (V0 - C01) / N) / (b2 + (V0 + V1 - 2 C01) / N) ),  b2 = max(0, mean(g1 - g0)^2 - Var(g1 - g0) / N)
     constant   alpha = constant_alpha
-    measured   (alpha, C) with the least estimated error of the gradient, see `measured`
+    measured   alpha and the limit of the weights with the least estimated error of the gradient, see `measured`
 
 The correction is stronger if the divergence D is large. It is weaker if few samples carry the importance weights (rho), or if the
 weights amplify the variance of the signal (nu). The oracle minimises the mean-squared error of (1 - alpha) mean(g0) + alpha mean(g1)
@@ -13,10 +13,9 @@ under the assumption that g1 is unbiased. Source: AIS (arXiv 2605.13907), Propos
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
-from ais_megatron.algorithm.correction import Correction
 from ais_megatron.algorithm.diagnostics import Diagnostics
 from ais_megatron.algorithm.gradients import GradientSums
 from ais_megatron.algorithm.measured import Choice, Evidence
@@ -48,7 +47,7 @@ class AISState:
 
 
 def step(state: AISState, diagnostics: Diagnostics, ais: AISConfig, gradients: GradientSums | None = None) -> tuple[Choice, AISState]:
-    """alpha and C of the batch with these diagnostics, and the state after it. A pure function, so it is the same on every rank.
+    """alpha and the limit for the batch with these diagnostics, and the state after it. A pure function, so it is the same on every rank.
 
     gradients: of the batch, if they are measured (`Config.measures_gradients`)."""
     batches, total, evidence = state.batches, state.divergence_sum, state.evidence
@@ -56,13 +55,13 @@ def step(state: AISState, diagnostics: Diagnostics, ais: AISConfig, gradients: G
         batches, total = batches + 1, total + diagnostics.divergence_severity
     if gradients is not None:
         evidence = evidence.after(gradients, ais.memory)
-        alpha, weight_cap = evidence.choice(ais)
+        choice = evidence.choice(ais)
     else:
-        alpha = coefficient(diagnostics, ais, tau=total / batches if ais.tau == "auto" else ais.tau)
-        weight_cap = ais.weight_cap
+        choice = Choice(coefficient(diagnostics, ais, tau=total / batches if ais.tau == "auto" else ais.tau))
+    alpha = choice.alpha
     if state.alpha is not None:
         alpha = ais.ema * state.alpha + (1.0 - ais.ema) * alpha
-    return Choice(alpha, weight_cap), AISState(batches, total, alpha, evidence)
+    return choice._replace(alpha=alpha), AISState(batches, total, alpha, evidence)
 
 
 def coefficient(diagnostics: Diagnostics, ais: AISConfig, tau: float) -> float:
@@ -116,18 +115,18 @@ def loss_scaler(
 
 
 def lagged_loss_scaler(config: Config, state: AISState) -> LossScaler:
-    """The scaler of a batch that is not known yet: with the previous batch's alpha and C. Before the first batch alpha is alpha_min, or
+    """The scaler of a batch that is not known yet: with the previous batch's choice. Before the first batch alpha is alpha_min, or
     what the measured coefficient chooses without evidence."""
     if config.measures_gradients:
         choice = state.evidence.choice(config.ais)
         return _scaler(config, choice if state.alpha is None else choice._replace(alpha=state.alpha))
-    return _scaler(config, Choice(config.ais.alpha_min if state.alpha is None else state.alpha, config.ais.weight_cap))
+    return _scaler(config, Choice(config.ais.alpha_min if state.alpha is None else state.alpha))
 
 
 def _scaler(config: Config, choice: Choice, mean_full_weight: float = 1.0) -> LossScaler:
     """Only ais uses alpha. The other corrections have full strength (1), and none has 0."""
-    correction = replace(Correction.of(config), weight_cap=choice.weight_cap)
-    alpha = {"ais": choice.alpha, "none": 0.0}.get(correction.name, 1.0)
+    correction = choice.correction(config)
+    alpha = {"ais": choice.alpha, "none": 0.0}.get(config.correction, 1.0)
     return LossScaler(
         alpha=alpha,
         aggregation=config.objective.resolved.aggregation,

@@ -9,13 +9,13 @@ so both factors are projected on a few random columns, R ``[vocab, a]`` and Q ``
 The entries of R are +-1/sqrt(a) and those of Q +-1/sqrt(b), so the expectation of <phi_i, phi_j> over R and Q is the inner product of the
 true gradients. R and Q depend on their sizes alone, so they are the same on all ranks, in all layouts and in all runs.
 
-phi is linear in s. With s = 1 + alpha (min(w, C) - 1), one vector for s = 1 and one for min(w, C) - 1 with each C give phi for all alpha.
+phi is linear in s. With s = 1 + alpha (v - 1), where v is w with some limit such as min(w, C), one vector for s = 1 and one for v - 1 with
+each limit give phi for all alpha.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -47,7 +47,7 @@ class Sketch(NamedTuple):
 
 
 class GradientSums(NamedTuple):
-    """Sums over the groups of a batch. Those of several ranks add up. With K caps, number 0 stands for s = 1 and k for min(w, C_k) - 1."""
+    """Sums over the groups of a batch. Those of several ranks add up. With K limits, number 0 stands for s = 1 and k for v_k - 1."""
 
     groups: Tensor
     """float64 scalar, groups with at least one token in the loss."""
@@ -63,9 +63,9 @@ class GradientSums(NamedTuple):
         return torch.cat([x.reshape(-1) for x in self])
 
     @staticmethod
-    def length(caps: Sequence[float]) -> int:
+    def length(limits: int) -> int:
         """The length of `flat`."""
-        return 2 + (1 + len(caps)) * (SIZE + 1 + len(caps))
+        return 2 + (1 + limits) * (SIZE + 1 + limits)
 
     @staticmethod
     def of(flat: Tensor) -> GradientSums:
@@ -81,18 +81,18 @@ class ResponseGradients:
     Responses of a group share their baseline, so not they but groups are independent.
 
     Args:
-        correction: what limits a weight; its cap is replaced by each of `caps`.
+        limits: corrections of single tokens; each limits the weights in another way.
         rows: number of responses, whole groups of `group_size` one after the other.
         mean_of_responses: whether the loss is the mean over responses of their tokens' means, and not over all tokens.
     """
 
-    def __init__(self, correction: Correction, caps: Sequence[float], rows: int, group_size: int, mean_of_responses: bool) -> None:
+    def __init__(self, limits: Sequence[Correction], rows: int, group_size: int, mean_of_responses: bool) -> None:
         assert rows % group_size == 0, "the batch has parts of a group"
-        self._corrections = [replace(correction, weight_cap=cap) for cap in caps]
+        self._limits = limits
         self._group_size, self._mean_of_responses = group_size, mean_of_responses
-        self._phi = torch.zeros(rows, 1 + len(caps), SIZE)
+        self._phi = torch.zeros(rows, 1 + len(limits), SIZE)
         self._tokens = torch.zeros(rows)
-        self.length = GradientSums.length(caps)
+        self.length = GradientSums.length(len(limits))
 
     def add(
         self, index: Tensor, sketches: Tensor, old_logprobs: Tensor, rollout_logprobs: Tensor, advantages: Tensor, loss_mask: Tensor
@@ -109,7 +109,7 @@ class ResponseGradients:
         device = sketches.device
         self._phi, self._tokens, index = self._phi.to(device), self._tokens.to(device), index.to(device)
         w = log_importance_ratio(old_logprobs.double(), rollout_logprobs.double()).exp()
-        weights = torch.stack([torch.ones_like(w), *(correction.limited(w) - 1.0 for correction in self._corrections)], 1)
+        weights = torch.stack([torch.ones_like(w), *(limit.limited(w) - 1.0 for limit in self._limits)], 1)
         tokens = loss_mask.sum(1)
         factor = advantages.double() / tokens.clamp(min=1) if self._mean_of_responses else advantages.double()
         weights = (weights * factor[:, None, None]).masked_fill_(~loss_mask[:, None], 0.0).float()

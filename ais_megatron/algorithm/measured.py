@@ -1,15 +1,16 @@
-"""The measured coefficient: (alpha, C) with the least estimated error of the gradient.
+"""The measured coefficient: the strength alpha and the limit of the weights with the least estimated error of the gradient.
 
-With s = 1 + alpha (min(w, C) - 1) let g(alpha, C) be the gradient of one batch. Training accumulates its bias and averages its noise:
+Let v_k be the importance weight w with limit k: truncated at one of several C, or 0 outside one of several bands. Let g(alpha, k) be the
+gradient of one batch with s = 1 + alpha (v_k - 1). Training accumulates its bias and averages its noise:
 
-    error(alpha, C) = |E g(alpha, C) - E g(1, C_max)|^2 + tr Var g(alpha, C) / H
+    error(alpha, k) = |E g(alpha, k) - E g(1, T)|^2 + tr Var g(alpha, k) / H
 
-The largest cap stands for the unbiased gradient. H (`ais.horizon`) is the number of batches over which the optimizer averages. Both terms
-come from the sketched gradients of `gradients`: phi_0 with weights 1 and phi_k with weights min(w, C_k) - 1. g is linear in them, so
+T is truncation at the largest C, whose gradient counts as unbiased. H (`ais.horizon`) is the number of batches over which training averages
+noise. Both terms come from the sketched gradients of `gradients`: phi_0 with weights 1, and phi_k with weights v_k - 1. g is linear in them, so
 
-    bias  = alpha E phi_k - E phi_max              noise = tr Var phi_0 + 2 alpha tr Cov(phi_0, phi_k) + alpha^2 tr Var phi_k
+    bias  = alpha E phi_k - E phi_T              noise = tr Var phi_0 + 2 alpha tr Cov(phi_0, phi_k) + alpha^2 tr Var phi_k
 
-and for each C the best alpha has a closed form. Groups are the independent units. <E phi_k, E phi_l> is estimated without bias from all
+and for each limit the best alpha has a closed form. Groups are the independent units. <E phi_k, E phi_l> is estimated without bias from all
 pairs of different groups, in the same batch or in two batches, because one batch alone cannot see a bias of a third of the gradient's
 length. Older batches count less, by `ais.memory` per batch, since the policy changes. A bias that turns with the policy averages out in
 training as noise does, and it does so here.
@@ -20,20 +21,34 @@ of its Proposition 1. There the two terms are those of a scalar surrogate, and h
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from ais_megatron.algorithm.correction import Correction
 from ais_megatron.algorithm.gradients import SIZE, GradientSums
-from ais_megatron.config import AISConfig
+from ais_megatron.config import AISConfig, Config
 
 
 class Choice(NamedTuple):
+    """How a batch is corrected."""
+
     alpha: float
-    weight_cap: float
-    """C."""
+    limit: int | None = None
+    """The number of the limit in `limits`; None: that of the configuration, without a choice."""
+
+    def correction(self, config: Config) -> Correction:
+        """What alpha scales."""
+        return Correction.of(config) if self.limit is None else limits(config)[self.limit]
+
+
+def limits(config: Config) -> list[Correction]:
+    """Every limit among which to choose: the caps, and behind them the bands."""
+    own = Correction.of(config)
+    caps = [replace(own, weight_cap=cap) for cap in config.ais.caps]
+    return caps + [replace(own, name="mis", low=low, high=high) for low, high in config.ais.bands]
 
 
 @dataclass(frozen=True)
@@ -90,21 +105,22 @@ class Evidence:
         return asdict(self)
 
     def choice(self, ais: AISConfig) -> Choice:
-        """The (alpha, C) of least estimated error. Before the first batch the correction is full, with ais.weight_cap."""
+        """The choice of least estimated error. Before the first batch the correction is as strong as allowed, with the configured limit."""
         if not self.batches:
-            return Choice(ais.alpha_max, ais.weight_cap)
+            return Choice(ais.alpha_max)
         squares, noise = self.moments()
         return min((best_alpha(squares, noise, k, ais) for k in range(1, len(squares))), key=lambda found: found[0])[1]
 
 
 def best_alpha(squares: Tensor, noise: Tensor, k: int, ais: AISConfig) -> tuple[float, Choice]:
-    """The least error with cap number k, without the terms that depend on neither alpha nor C, and where it is.
+    """The least error with the limit of vector k, without the terms that depend neither on alpha nor on the limit, and where it is.
 
-    squares, noise: as from `Evidence.moments`. The last cap is the largest."""
+    squares, noise: as from `Evidence.moments`."""
+    target = len(ais.caps)
     curvature = float(squares[k, k] + noise[k, k] / ais.horizon)
-    slope = float(noise[0, k] / ais.horizon - squares[k, -1])  # half of it, at alpha = 0
+    slope = float(noise[0, k] / ais.horizon - squares[k, target])  # half of it, at alpha = 0
     candidates = [ais.alpha_min, ais.alpha_max]
     if curvature > 0.0:
         candidates.append(min(max(-slope / curvature, ais.alpha_min), ais.alpha_max))
     error, alpha = min((alpha * (alpha * curvature + 2.0 * slope), alpha) for alpha in candidates)
-    return error, Choice(alpha, ais.caps[k - 1])
+    return error, Choice(alpha, k - 1)

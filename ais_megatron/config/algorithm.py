@@ -57,13 +57,18 @@ class AISConfig(Section):
     coefficient: Literal["product", "oracle", "constant", "measured"] = Field(
         "product",
         description="how alpha is computed. product: rho (1 - exp(-D / tau)) / max(1, nu). oracle: the alpha with the least estimated "
-        "error of a scalar surrogate. constant: constant_alpha. measured: alpha and the cap of the weights with the least estimated error "
-        "of the gradient",
+        "error of a scalar surrogate. constant: constant_alpha. measured: alpha and the limit of the weights with the least estimated "
+        "error of the gradient",
     )
     caps: list[float] = Field(
         [1.5, 2.0, 3.0, 5.0, 10.0],
         min_length=1,
         description="with coefficient=measured: the caps to choose from, ascending; the gradient with the largest one counts as unbiased",
+    )
+    bands: list[list[float]] = Field(
+        [[0.5, 2.0], [0.5, 5.0]],
+        description="with coefficient=measured: further limits to choose from; weights outside a band [low, high] become 0, as with "
+        "correction=mis",
     )
     horizon: float = Field(
         100.0, gt=0.0, description="with coefficient=measured: number of batches over which training averages the noise of gradients"
@@ -109,6 +114,8 @@ class AISConfig(Section):
             raise ValueError(f"alpha_min={self.alpha_min} must not exceed alpha_max={self.alpha_max}")
         if any(low >= high for low, high in pairwise([1.0, *self.caps])):
             raise ValueError(f"caps={self.caps}: must be ascending, and greater than 1")
+        if any(len(band) != 2 or not 0.0 <= band[0] < 1.0 < band[1] for band in self.bands):
+            raise ValueError(f"bands={self.bands}: each must be [low, high] with 0 <= low < 1 < high")
         if self.tau != "auto" and not self.tau > 0.0:
             raise ValueError(f"tau={self.tau} must be greater than 0, or auto")
         return self

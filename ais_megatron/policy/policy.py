@@ -32,6 +32,7 @@ from ais_megatron.algorithm.correction import Correction
 from ais_megatron.algorithm.diagnostics import Diagnostics, RunningStatistics
 from ais_megatron.algorithm.gradients import GradientSums, ResponseGradients
 from ais_megatron.algorithm.loss import POLICY_METRICS, policy_loss
+from ais_megatron.algorithm.measured import limits
 from ais_megatron.algorithm.scaler import LossScaler
 from ais_megatron.batch import Batch, Bucket
 from ais_megatron.config import Config, OptimizerConfig
@@ -146,7 +147,7 @@ class Policy:
         if not config.measures_gradients:
             return None
         mean_of_responses = config.objective.resolved.aggregation == "sequence"
-        return ResponseGradients(Correction.of(config), config.ais.caps, len(batch), config.rollout.group_size, mean_of_responses)
+        return ResponseGradients(limits(config), len(batch), config.rollout.group_size, mean_of_responses)
 
     def gradient_sums(self, gradients: ResponseGradients) -> Tensor:
         """`ResponseGradients.sums` of the last pipeline stage, on every stage."""

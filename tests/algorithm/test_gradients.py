@@ -17,6 +17,7 @@ from ais_megatron.config import AISConfig
 from tests.helpers.batches import config_with, diagnostics_of
 
 CAPS = [1.5, 2.0, 4.0]
+LIMITS = [Correction("ais", weight_cap=cap) for cap in CAPS]
 ROWS, SEQ, VOCAB, HIDDEN = 8, 5, 11, 6
 
 
@@ -35,7 +36,7 @@ def random_responses(seed: int = 0) -> dict[str, Tensor]:
 
 
 def sums_of(parts: dict[str, Tensor], pieces: list[Tensor] | None = None, group_size: int = 2, mean: bool = False) -> GradientSums:
-    gradients = ResponseGradients(Correction("ais"), CAPS, ROWS, group_size, mean)
+    gradients = ResponseGradients(LIMITS, ROWS, group_size, mean)
     for index in pieces or [torch.arange(ROWS)]:
         gradients.add(index, parts["sketches"][:, index], *(parts[name][index] for name in list(parts)[1:]))
     return GradientSums.of(gradients.sums())
@@ -65,7 +66,7 @@ def test_no_split_changes_the_sums() -> None:
     order = torch.tensor([3, 0, 7, 5, 1, 2, 6, 4])
     torch.testing.assert_close(sums_of(parts, list(order.split([3, 1, 4]))).flat(), whole, rtol=1e-6, atol=1e-6)
     halves = [{name: x[:, rows] if name == "sketches" else x[rows] for name, x in parts.items()} for rows in (slice(0, 6), slice(6, 8))]
-    ranks = [ResponseGradients(Correction("ais"), CAPS, len(half["advantages"]), 2, False) for half in halves]
+    ranks = [ResponseGradients(LIMITS, len(half["advantages"]), 2, False) for half in halves]
     for rank, half in zip(ranks, halves, strict=True):
         rank.add(torch.arange(len(half["advantages"])), **half)
     torch.testing.assert_close(ranks[0].sums() + ranks[1].sums(), whole, rtol=1e-6, atol=1e-6)
@@ -137,7 +138,7 @@ def test_finds_the_optimum_of_a_bandit(shift: float, horizon: float) -> None:
     weights = torch.stack([torch.ones(4).double(), *(w.clamp(max=cap) - 1.0 for cap in CAPS)], 1)
     batches, size = 300, 64
     arms = torch.multinomial(mu, batches * size, replacement=True, generator=g).view(batches, size)
-    evidence, config = Evidence(), AISConfig(coefficient="measured", caps=CAPS, horizon=horizon, memory=0.999)
+    evidence, config = Evidence(), AISConfig(coefficient="measured", caps=CAPS, bands=[], horizon=horizon, memory=0.999)
     for drawn in arms:
         phi = weights[drawn][..., None] * signal[drawn][:, None]
         batch = GradientSums(torch.tensor(float(size)), torch.tensor(float(size)), phi.sum(0), torch.einsum("gks,gls->kl", phi, phi))
@@ -152,8 +153,8 @@ def test_finds_the_optimum_of_a_bandit(shift: float, horizon: float) -> None:
 
     best = min(error(alpha / 50, cap) for alpha in range(51) for cap in CAPS)
     found = evidence.choice(config)
-    assert error(*found) <= 1.1 * best + 1e-6, (found, best)
-    assert error(*found) < 0.9 * max(error(0.0, 2.0), error(1.0, CAPS[-1]))
+    assert error(found.alpha, CAPS[found.limit]) <= 1.1 * best + 1e-6, (found, best)
+    assert error(found.alpha, CAPS[found.limit]) < 0.9 * max(error(0.0, 2.0), error(1.0, CAPS[-1]))
 
 
 def test_equal_precision_changes_nothing() -> None:
@@ -161,7 +162,7 @@ def test_equal_precision_changes_nothing() -> None:
     parts["rollout_logprobs"] = parts["old_logprobs"].clone()
     sums = sums_of(parts)
     assert not sums.sums[1:].any() and not sums.products[1:].any() and sums.products[0, 0] > 0
-    config = config_with(ais={"coefficient": "measured", "caps": CAPS})
+    config = config_with(ais={"coefficient": "measured", "caps": CAPS, "bands": []})
     scaler, state = loss_scaler(diagnostics_of(), config, AISState(), sums)
     old = torch.log(torch.rand(3, 4, generator=torch.Generator().manual_seed(0)))
     everywhere = torch.ones(3, 4, dtype=torch.bool)
@@ -170,7 +171,7 @@ def test_equal_precision_changes_nothing() -> None:
 
 
 def test_the_state_survives_json_to_the_last_bit() -> None:
-    config = AISConfig(coefficient="measured", caps=CAPS)
+    config = AISConfig(coefficient="measured", caps=CAPS, bands=[])
     state = AISState()
     for seed in range(3):
         _, state = step(state, diagnostics_of(), config, sums_of(random_responses(seed)))
@@ -185,13 +186,29 @@ def test_before_there_is_evidence() -> None:
     assert (scaler.alpha, scaler.correction.weight_cap) == (0.9, 2.0)
     single = GradientSums(torch.tensor(1.0), torch.tensor(5.0), torch.ones(4, SIZE).double(), torch.ones(4, 4).double())
     assert Evidence().after(single, 0.9) == Evidence(), "one group has no covariance"
-    assert Evidence().choice(config.ais) == Choice(0.9, 2.0)
+    assert Evidence().choice(config.ais) == Choice(0.9)
+
+
+def test_a_band_is_chosen_where_it_is_best() -> None:
+    """Of four groups alike the band leaves no noise and no bias, and truncation leaves both."""
+    config = config_with(ais={"coefficient": "measured", "caps": [2.0], "bands": [[0.5, 3.0]]})
+    noise = torch.tensor([1.0, -1.0, 1.0, -1.0]).double()
+    phi = torch.zeros(4, 3, SIZE).double()
+    phi[:, 0, 0], phi[:, 2, 0] = 1.0 + noise, -noise
+    sums = GradientSums(torch.tensor(4.0), torch.tensor(4.0), phi.sum(0), torch.einsum("gks,gls->kl", phi, phi))
+    scaler, _ = loss_scaler(diagnostics_of(), config, AISState(), sums)
+    assert scaler.alpha == pytest.approx(1.0) and (scaler.correction.low, scaler.correction.high) == (0.5, 3.0)
+    old, rollout = torch.tensor([[0.4, 1.0, 2.5, 4.0]]).log(), torch.zeros(1, 4)
+    torch.testing.assert_close(
+        scaler.factors(old, rollout, torch.ones(1, 4, dtype=torch.bool)).policy, torch.tensor([[0.0, 1.0, 2.5, 0.0]])
+    )
 
 
 @pytest.mark.parametrize(
     ("sections", "message"),
     [
         ({"ais": {"coefficient": "measured", "caps": [2.0, 1.5]}}, r"ais\.caps|caps=\[2\.0, 1\.5\]: must be ascending"),
+        ({"ais": {"bands": [[1.5, 2.0]]}}, r"bands=\[\(1\.5, 2\.0\)\]: each must be"),
         ({"ais": {"coefficient": "measured"}, "objective": {"name": "gspo"}}, r"ais\.coefficient=measured: weights single tokens"),
         (
             {"ais": {"coefficient": "measured"}, "correction_options": {"batch_normalise": True}},

@@ -13,7 +13,7 @@ from ais_megatron.batch import Batch
 from tests.helpers.policies import LAYOUTS, MOE_LAYOUTS, TEMPERATURE, make_batch, make_config, make_policy
 from tests.helpers.ranks import RankPool
 
-CAPS = [1.2, 2.0]
+CAPS, BAND = [1.2, 2.0], (0.5, 1.5)
 ROLLOUT = {"max_response_tokens": 20, "temperature": TEMPERATURE, "group_size": 2}
 
 
@@ -30,7 +30,7 @@ def sums(rank: int, path: Path, parallel: dict[str, object], **sections: object)
 
     from ais_megatron.policy.policy import data_parallel_group
 
-    config = make_config(path, budget=40, rollout=ROLLOUT, ais={"coefficient": "measured", "caps": CAPS}, **sections)
+    config = make_config(path, budget=40, rollout=ROLLOUT, ais={"coefficient": "measured", "caps": CAPS, "bands": [BAND]}, **sections)
     config = config.model_copy(update={"parallel": config.parallel.model_copy(update=parallel)})
     policy = make_policy(config, path)
     groups = torch.arange(6).view(3, 2)[dist.get_rank(data_parallel_group()) :: dist.get_world_size(data_parallel_group())]
@@ -51,14 +51,14 @@ def by_transformers(path: Path) -> Tensor:
         output = model(batch.tokens, output_hidden_states=True)
     hidden, logp = output.hidden_states[-1], (output.logits / TEMPERATURE).log_softmax(-1)
     sketch = Sketch.random(logp.shape[-1], hidden.shape[-1], torch.float32, torch.device("cpu"))
-    phi = torch.zeros(6, 1 + len(CAPS), 128, dtype=torch.float64)
+    phi = torch.zeros(6, 2 + len(CAPS), 128, dtype=torch.float64)
     for i, t in batch.loss_mask.nonzero().tolist():
         token, p = batch.tokens[i, t], logp[i, t - 1].exp()
         outer = torch.outer(sketch.signs[token] - p @ sketch.signs, hidden[i, t - 1] @ sketch.directions).flatten()
         w = float((logp[i, t - 1, token] - batch.rollout_logprobs[i, t]).exp())
-        for k, s in enumerate([1.0, *(min(w, cap) - 1.0 for cap in CAPS)]):
+        for k, s in enumerate([1.0, *(min(w, cap) - 1.0 for cap in CAPS), w * (BAND[0] <= w <= BAND[1]) - 1.0]):
             phi[i, k] += s * batch.advantages[i] * outer
-    groups = phi.view(3, 2, 1 + len(CAPS), 128).sum(1)
+    groups = phi.view(3, 2, 2 + len(CAPS), 128).sum(1)
     counts = torch.tensor([3.0, float(batch.loss_mask.sum())], dtype=torch.float64)
     return torch.cat([counts, groups.sum(0).flatten(), torch.einsum("gks,gls->kl", groups, groups).flatten()])
 
