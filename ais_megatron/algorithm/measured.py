@@ -6,7 +6,8 @@ gradient of one batch with s = 1 + alpha (v_k - 1). Training accumulates its bia
     error(alpha, k) = |E g(alpha, k) - E g(1, T)|^2 + tr Var g(alpha, k) / H
 
 T is truncation at the largest C, whose gradient counts as unbiased. H (`ais.horizon`) is the number of batches over which training averages
-noise. Both terms come from the sketched gradients of `gradients`: phi_0 with weights 1, and phi_k with weights v_k - 1. g is linear in them, so
+noise. Both terms come from the sketched gradients of `gradients`: phi_0 with weights 1, and phi_k with weights v_k - 1. g is linear in
+them, so
 
     bias  = alpha E phi_k - E phi_T              noise = tr Var phi_0 + 2 alpha tr Cov(phi_0, phi_k) + alpha^2 tr Var phi_k
 

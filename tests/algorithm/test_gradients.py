@@ -198,17 +198,15 @@ def test_a_band_is_chosen_where_it_is_best() -> None:
     sums = GradientSums(torch.tensor(4.0), torch.tensor(4.0), phi.sum(0), torch.einsum("gks,gls->kl", phi, phi))
     scaler, _ = loss_scaler(diagnostics_of(), config, AISState(), sums)
     assert scaler.alpha == pytest.approx(1.0) and (scaler.correction.low, scaler.correction.high) == (0.5, 3.0)
-    old, rollout = torch.tensor([[0.4, 1.0, 2.5, 4.0]]).log(), torch.zeros(1, 4)
-    torch.testing.assert_close(
-        scaler.factors(old, rollout, torch.ones(1, 4, dtype=torch.bool)).policy, torch.tensor([[0.0, 1.0, 2.5, 0.0]])
-    )
+    old, rollout, mask = torch.tensor([[0.4, 1.0, 2.5, 4.0]]).log(), torch.zeros(1, 4), torch.ones(1, 4, dtype=torch.bool)
+    torch.testing.assert_close(scaler.factors(old, rollout, mask).policy, torch.tensor([[0.0, 1.0, 2.5, 0.0]]))
 
 
 @pytest.mark.parametrize(
     ("sections", "message"),
     [
         ({"ais": {"coefficient": "measured", "caps": [2.0, 1.5]}}, r"ais\.caps|caps=\[2\.0, 1\.5\]: must be ascending"),
-        ({"ais": {"bands": [[1.5, 2.0]]}}, r"bands=\[\(1\.5, 2\.0\)\]: each must be"),
+        ({"ais": {"bands": [[1.5, 2.0]]}}, r"bands=\[\[1\.5, 2\.0\]\]: each must be"),
         ({"ais": {"coefficient": "measured"}, "objective": {"name": "gspo"}}, r"ais\.coefficient=measured: weights single tokens"),
         (
             {"ais": {"coefficient": "measured"}, "correction_options": {"batch_normalise": True}},
