@@ -1,20 +1,42 @@
 """How far each correction's gradient is from the one that unquantised rollouts give: its bias and its noise, measured.
 
-    python benchmarks/gradient_error.py CONFIG|RUN [KEY=VALUE ...] [--batches 48] [--json FILE]
+    python benchmarks/gradient_error.py CONFIG|RUN [KEY=VALUE ...] [--batches 48] [--horizon 90 ...] [--save FILE] [--trainer aligned]
+    python benchmarks/gradient_error.py --from FILE [--horizon 90 ...] [--reference ARM]
 
 The policy stands still, as its warm start (CONFIG) or its last checkpoint (RUN) left it. Every batch of prompts is answered by
 two engines with the same random numbers: one as the configuration says, whose distribution is mu, and one with BF16 weights and
 KV cache, whose distribution is the trainer's own but for rounding. t is a batch's gradient from the second, g a correction's
 from the first:
 
-    bias     |E (g - t)| / |E t|                (below 0: none seen; its size says how much would have been)
-    cosine   of E g and E t                     (above 1: noise)
-    noise    tr Var(g) / tr Var(t), of one batch
-    B*       batches that must be averaged until their variance is as small as the squared bias
+    bias      |E (g - t)| / |E t|                (below 0: none seen; its size says how much would have been)
+    cosine    of E g and E t                     (above 1: noise)
+    norm      |E g| / |E t|
+    noise     tr Var(g) / tr Var(t), of one batch
+    B*        batches that must be averaged until their variance is as small as the squared bias
+    error(H)  (|E (g - t)|^2 + tr Var(g) / H) / |E t|^2, what is left after averaging H batches
 
-E are estimated without the batches' noise (gradient_statistics.py); errors are a jackknife over blocks of batches. alpha only
-mixes, g = g_none + alpha (g_full - g_none), so one backward pass serves every rule for it. The constant alpha of least bias is
-printed too; nobody can know it in training.
+error(H) judges: training accumulates the bias and averages out the noise. "against" is the difference to the best of
+gradient_arms.BASELINES, with an error that knows that both have the same batches. A rule passes if it is no worse within two of
+these errors. The best baseline is chosen after the fact, so it looks a little better than it is.
+
+E are estimated without the batches' noise, and ± are jackknife errors over batches (gradient_statistics.py). Only a basis of
+gradients needs backward passes, because every rule for alpha and C mixes them (gradient_arms.py). What is kept are inner products
+of their sketches (gradient_sketch.py). So `--from` judges any other rule for alpha and C later, without the model.
+
+`--trainer aligned` adds a trainer with policy.forward_precision=fp8_aligned. It has the same weights, and trains on the same
+quantised rollouts:
+
+    aligned       its straight-through gradient. The engine samples from its policy but for rounding, so no weights are needed.
+                  Against t it shows what aligning changes: the objective, which is now the reward of the quantised policy, and
+                  whatever going straight through the rounding of inputs, K and V gets wrong. So its "bias" need not be a mistake.
+    aligned, tis  the same with the weights of its remaining D. How it differs from `aligned` is the sampling bias that is left.
+    --reference "aligned, tis"
+                  measures all arms against the straight-through gradient of the quantised policy instead. This is the
+                  score-function gradient with respect to the dequantised weights, which straight-through passes on unchanged.
+                  So it tells how well BF16's gradients, corrected or not, serve a quantised policy.
+
+Memory: two engines and a trainer (two, if one is aligned) with weights in float32, the trainers with gradients too, and 4 MB for each
+basic gradient of each batch. Time: two generations, and a forward and a backward pass for each of 13 basic gradients, per batch.
 """
 
 from __future__ import annotations
@@ -22,179 +44,151 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from contract import machine
-from gradient_statistics import BLOCKS, Sums, best_alpha, error_of
-from torch import Tensor
+from gradient_arms import ALIGNED_ARMS, ARMS, BASELINES, CAPS, TARGET, BasicGradient, Mixture, basic_gradient, basis, changed, mixture
+from gradient_basis import Record, build_rig, measure
+from gradient_statistics import Estimate, GradientError, best_alpha, estimate, gradient_error
 
-from ais_megatron.algorithm import ais
-from ais_megatron.algorithm.ais import AISState
-from ais_megatron.algorithm.correction import Correction
-from ais_megatron.algorithm.diagnostics import Diagnostics, diagnose
-from ais_megatron.algorithm.scaler import LossScaler
-from ais_megatron.batch import Batch
-from ais_megatron.collection import Collected, collect
-from ais_megatron.config import Config, build_config, load_config
+from ais_megatron.config import load_config
 from ais_megatron.distributed import init_process_group
-from ais_megatron.policy.policy import Policy
 from ais_megatron.policy.saver import newest_on_all_ranks
-from ais_megatron.runs.metrics import PhaseTimer
-from ais_megatron.session import Session, build_session, with_engine
-from ais_megatron.trainer import begin
-
-ARMS: dict[str, dict[str, Any]] = {
-    "none": {"correction": "none"},
-    "tis": {"correction": "tis"},
-    "tis, C = 1.5": {"correction": "tis", "ais": {"weight_cap": 1.5}},
-    "tis, C = 5": {"correction": "tis", "ais": {"weight_cap": 5.0}},
-    "tis, geometric": {"correction": "tis", "correction_options": {"level": "geometric"}},
-    "tis, sequence": {"correction": "tis", "correction_options": {"level": "sequence"}},
-    "mis": {"correction": "mis"},
-    "icepop": {"correction": "icepop"},
-    "ais": {"correction": "ais"},
-    "ais, tau = 5e-4": {"correction": "ais", "ais": {"tau": 5e-4}},
-    "ais, tau = 1e-2": {"correction": "ais", "ais": {"tau": 1e-2}},
-    "ais, tau = auto": {"correction": "ais", "ais": {"tau": "auto"}},
-    "ais without rho": {"correction": "ais", "ais": {"factors": ["severity", "amplification"]}},
-    "ais without severity": {"correction": "ais", "ais": {"factors": ["reliability", "amplification"]}},
-    "ais without nu": {"correction": "ais", "ais": {"factors": ["reliability", "severity"]}},
-    "ais, C = 5": {"correction": "ais", "ais": {"weight_cap": 5.0}},
-    "ais, oracle": {"correction": "ais", "ais": {"coefficient": "oracle"}},
-    "ais, sequence": {"correction": "ais", "ais": {"level": "sequence"}},
-}
-
-
-@dataclass
-class Measured:
-    """target: t. gap: g_tis - g_none. arms, alphas: by name. diagnostics: of the quantised batches. accuracy: of both engines, by batch."""
-
-    target: Sums
-    gap: Sums
-    arms: dict[str, Sums]
-    alphas: dict[str, list[float]] = field(default_factory=lambda: {name: [] for name in ARMS})
-    diagnostics: list[Diagnostics] = field(default_factory=list)
-    accuracy: tuple[list[float], list[float]] = field(default_factory=lambda: ([], []))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("target", type=Path)
+    parser.add_argument("target", type=Path, nargs="?")
     parser.add_argument("overrides", nargs="*")
-    parser.add_argument("--batches", type=int, default=48, help=f"a multiple of {BLOCKS}")
+    parser.add_argument("--batches", type=int, default=48)
+    parser.add_argument("--trainer", choices=["plain", "aligned"], default="plain")
+    parser.add_argument("--sketch", type=int, default=2**20, help="numbers in a sketch")
+    parser.add_argument("--save", type=Path, help="write what was measured here after every batch, for --from")
+    parser.add_argument("--from", type=Path, dest="file", help="only report what --save wrote")
+    parser.add_argument("--horizon", type=float, nargs="+", default=[90.0], help="H of error(H), in batches; inf: the squared bias alone")
+    parser.add_argument("--reference", default=TARGET, help="the arm that the others are measured against")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
-    if arguments.batches % BLOCKS or arguments.batches < 2 * BLOCKS:
-        parser.error(f"--batches={arguments.batches}: must be a multiple of {BLOCKS}, {2 * BLOCKS} or more")
-    is_run = arguments.target.is_dir()
-    file = arguments.target / "config.yaml" if is_run else arguments.target
-    config = load_config(file, [*arguments.overrides, "parallel.dp=1", "train.updates_per_batch=1", "ais.lag=0"])
+    if (arguments.file is None) == (arguments.target is None):
+        parser.error("give a CONFIG or a RUN, or --from FILE")
+    if arguments.batches < 3:
+        parser.error(f"--batches={arguments.batches}: must be 3 or more")
+    record = Record.load(arguments.file) if arguments.file else collect(arguments)
+    report(record, arguments.horizon, arguments.reference, arguments.json)
+
+
+def collect(arguments: argparse.Namespace) -> Record:
+    target, is_run, with_aligned = arguments.target, arguments.target.is_dir(), arguments.trainer == "aligned"
+    fixed = ["parallel.dp=1", "train.updates_per_batch=1", "ais.lag=0", "policy.forward_precision=bf16"]
+    config = load_config(target / "config.yaml" if is_run else target, [*arguments.overrides, *fixed])
+    vectors = basis(config, [*ARMS.values(), *(ALIGNED_ARMS.values() if with_aligned else [])])
     init_process_group("cpu")
-    quantised = build_session(config, from_checkpoint=is_run)
-    begin(quantised, newest_on_all_ranks(arguments.target / "checkpoints") if is_run else None, with_optimizer=False)
-    measured = measure(quantised, _behind_bf16(quantised), arguments.batches)
-    report(config, arguments.target, measured, arguments.json)
+    rig = build_rig(config, newest_on_all_ranks(target / "checkpoints") if is_run else None, with_aligned)
+    return measure(rig, vectors, arguments.batches, arguments.sketch, str(target), arguments.save)
 
 
-def _behind_bf16(session: Session) -> Session:
-    """The same policy with an engine that rounds neither weights nor KV cache."""
-    rollout = session.config.rollout.model_copy(update={"quantization": "none", "kv_cache": "auto"})
-    config = session.config.model_copy(update={"rollout": rollout})
-    unquantised = with_engine(config, session.policy, session.task, session.tokenizer)
-    unquantised.sync.push(None, version=0)
-    return unquantised
+@dataclass(frozen=True)
+class Judged:
+    """One arm."""
+
+    mixture: Mixture
+    error: GradientError
 
 
-def measure(quantised: Session, unquantised: Session, batches: int) -> Measured:
-    """Every arm's gradient on `batches` batches of the prompt stream."""
-    policy, gradient = quantised.policy, _gradient_of(quantised.policy)
-    arms = {name: _changed(quantised.config, changes) for name, changes in ARMS.items()}
-    states = dict.fromkeys(arms, AISState())
-    uncorrected = ais.lagged_loss_scaler(arms["none"], AISState())  # looks at no batch
-    size = sum(p.numel() for p in policy.model.parameters())
-    result = Measured(Sums.empty(size), Sums.empty(size), {name: Sums.empty(size) for name in arms})
-    position = 0
-    for number in range(batches):
-        block = number * BLOCKS // batches
-        wanted, sampled = collect(unquantised, position, PhaseTimer()), collect(quantised, position, PhaseTimer())
-        position = sampled.next_prompt
-        for values, collected in zip(result.accuracy, (sampled, wanted), strict=True):
-            values.append(_accuracy(collected))
-        t = gradient(wanted.batch, policy.logprobs(wanted.batch), uncorrected)
-        result.target.add(block, t, t)
-        old, batch = policy.logprobs(sampled.batch), sampled.batch
-        g_none = gradient(batch, old, uncorrected)
-        full: dict[Correction, Tensor] = {}  # at alpha = 1
-        for name, config in arms.items():
-            correction = Correction.of(config)
-            diagnostics = diagnose(old, batch.rollout_logprobs, batch.advantages, batch.loss_mask, correction)
-            scaler, states[name] = ais.loss_scaler(diagnostics, config, states[name])
-            weights = replace(correction, name="tis") if correction.name == "ais" else correction
-            if scaler.alpha and weights not in full:
-                full[weights] = gradient(batch, old, replace(scaler, alpha=1.0))
-            g = torch.lerp(g_none, full[weights], scaler.alpha) if scaler.alpha else g_none
-            result.arms[name].add(block, g, t)
-            result.alphas[name].append(scaler.alpha)
-            if name == "tis":
-                result.gap.add(block, g - g_none, t)
-            if name == "ais":
-                result.diagnostics.append(diagnostics)
+def judge(record: Record, reference: str) -> dict[str, Judged]:
+    """Every arm whose gradients were taken, against the gradient of the arm `reference`."""
+    configs = {name: changed(record.config, changes) for name, changes in (ARMS | ALIGNED_ARMS).items()}
+    mixtures = {}
+    for name, config in configs.items():
+        kind = basic_gradient(config)
+        if (kind.quantised, kind.aligned) in record.seen:
+            mixtures[name] = mixture(config, record.vectors, record.seen[kind.quantised, kind.aligned])
+    if reference not in mixtures:
+        raise SystemExit(f"--reference={reference}: must be one of {', '.join(mixtures)}")
+    target = mixtures[reference].coefficients
+    return {name: Judged(mixed, gradient_error(record.gram, mixed.coefficients, target)) for name, mixed in mixtures.items()}
+
+
+def report(record: Record, horizons: list[float], reference: str, out: Path | None) -> None:
+    arms = judge(record, reference)
+    mean, config = statistics.fmean, record.config
+    responses = config.rollout.prompts_per_step * config.rollout.group_size
+    divergence, truncated, raw = (
+        mean(getattr(d, key) for d in arms["ais"].mixture.diagnostics)
+        for key in ("divergence_severity", "weight_reliability", "weight_reliability_raw")
+    )
+    batches = len(record.gram)
+    print(f"{record.target}: rollouts in {config.rollout.quantization}, {batches} batches of {responses} responses; {machine()}")
+    print(f"{record.parameters:,} parameters in sketches of {record.sketch:,}; {record.seconds:.0f} s")
+    print("right answers: {:.1%} quantised, {:.1%} BF16".format(*(mean(record.accuracy[key]) for key in (True, False))))
+    print(f"D {divergence:.2e} nats/token, ESS ratio {truncated:.4f} truncated, {raw:.4f} raw\n")
+    table = print_arms(arms, reference)
+    for horizon in horizons:
+        print_horizon(arms, horizon, table)
+    best = {f"{horizon:g}": print_best_alphas(record, arms[reference].mixture, horizon) for horizon in horizons}
+    if out is not None:
+        figures = {
+            "batches": batches,
+            "reference": reference,
+            "D": divergence,
+            "ess": truncated,
+            "ess_raw": raw,
+            "best": best,
+            "arms": table,
+        }
+        out.write_text(json.dumps(figures, indent=1) + "\n")
+
+
+def print_arms(arms: dict[str, Judged], reference: str) -> dict[str, dict[str, Any]]:
+    """The table of all arms. Returns it for a file."""
+    print(f"{'against ' + reference:<22} {'alpha':>6} {'C':>6}  {'bias':>16}  {'cosine':>15}  {'norm':>15}  {'noise':>15}  {'B*':>8}")
+    table = {}
+    for name, arm in arms.items():
+        alpha, cap = statistics.fmean(arm.mixture.alphas), statistics.fmean(arm.mixture.caps)
+        figures = {key: estimate(getattr(arm.error, key)) for key in ("bias", "cosine", "norm", "noise")}
+        cells = "  ".join(f"{f.value:>{width}.4f} ± {f.error:.4f}" for f, width in zip(figures.values(), (7, 6, 6, 6), strict=True))
+        print(f"{name:<22} {alpha:>6.3f} {cap:>6.2f}  {cells}  {arm.error.batches_to_bias:>8.0f}")
+        errors = {key: figure.error for key, figure in figures.items()}
+        values = {key: figure.value for key, figure in figures.items()}
+        table[name] = {"alpha": alpha, "cap": cap, **values, "batches_to_bias": arm.error.batches_to_bias, "errors": errors}
+    return table
+
+
+def print_horizon(arms: dict[str, Judged], horizon: float, table: dict[str, dict[str, Any]]) -> None:
+    """error(H) of all arms, and its difference to that of the best baseline. Adds both to the table."""
+    errors = {name: arm.error.error(horizon) for name, arm in arms.items()}
+    best = min(BASELINES, key=lambda name: float(errors[name][0]))
+    print(f"\n{f'H = {horizon:g} batches':<22} {'error(H)':>17}  {'against ' + best:>19}")
+    for name, values in errors.items():
+        own, difference = estimate(values), estimate(values - errors[best])
+        verdict = "worse" if difference.value > 2.0 * difference.error else ""
+        print(f"{name:<22} {own.value:>8.4f} ± {own.error:.4f}  {difference.value:>+10.4f} ± {difference.error:.4f}  {verdict}".rstrip())
+        table[name].setdefault("horizons", {})[f"{horizon:g}"] = {"error": own, "against": best, "difference": difference}
+
+
+def print_best_alphas(record: Record, target: Mixture, horizon: float) -> dict[str, tuple[Estimate, Estimate]]:
+    """For every C the constant alpha of least error(H), which nobody can know in training, and that error. Returns them for a file."""
+    print(f"\n{f'best constant, H = {horizon:g}':<22} {'alpha':>15}  {'error(H)':>17}")
+    result = {}
+    for cap in CAPS:
+        full = basic_gradient(changed(record.config, {"correction": "tis", "ais": {"weight_cap": cap}}))
+        if full not in record.vectors:
+            continue
+        none, alone = (one_gradient(record, vector) for vector in (full.uncorrected, full))
+        alpha, least = map(estimate, best_alpha(record.gram, none, alone, target.coefficients, horizon))
+        print(f"{f'C = {cap:g}':<22} {alpha.value:>6.2f} ± {alpha.error:>6.2f}  {least.value:>8.4f} ± {least.error:.4f}")
+        result[f"{cap:g}"] = (alpha, least)
     return result
 
 
-def _changed(config: Config, changes: dict[str, Any]) -> Config:
-    data = config.model_dump()
-    return build_config(data | {key: data[key] | value if isinstance(value, dict) else value for key, value in changes.items()})
-
-
-def _accuracy(collected: Collected) -> float:
-    return statistics.fmean(reward.correct for reward in collected.rewards)
-
-
-def _gradient_of(policy: Policy) -> Callable[[Batch, Tensor, LossScaler], Tensor]:
-    """The gradient of a batch's loss, flat, float32, on the CPU: what the optimizer would have stepped along, which it no longer does."""
-    kept: list[Tensor] = []
-
-    def step() -> None:
-        kept[:] = [torch.cat([p.main_grad.reshape(-1) for p in policy.model.parameters()]).float().cpu()]
-
-    policy.optimizer.step = step
-
-    def gradient(batch: Batch, old_logprobs: Tensor, scaler: LossScaler) -> Tensor:
-        policy.train_step(batch, old_logprobs, scaler)
-        return kept[0]
-
-    return gradient
-
-
-def report(config: Config, target: Path, measured: Measured, out: Path | None) -> None:
-    mean, batches, seen = statistics.fmean, len(measured.diagnostics), measured.diagnostics
-    responses = config.rollout.prompts_per_step * config.rollout.group_size
-    divergence, truncated, raw = (
-        mean(getattr(d, key) for d in seen) for key in ("divergence_severity", "weight_reliability", "weight_reliability_raw")
-    )
-    best = best_alpha(measured.arms["none"], measured.arms["tis"], measured.gap)
-    print(f"{target}: rollouts in {config.rollout.quantization}, {batches} batches of {responses} responses; {machine()}")
-    print("right answers: {:.1%} quantised, {:.1%} BF16".format(*map(mean, measured.accuracy)))
-    print(f"D {divergence:.2e} nats/token, ESS ratio {truncated:.4f} truncated, {raw:.4f} raw")
-    print(f"constant alpha of least bias, C = {config.ais.weight_cap:g}: {best:.2f}")
-    print(f"{'arm':<22} {'alpha':>6}  {'bias':>16}  {'cosine':>15}  {'noise':>6}  {'B*':>8}")
-    table = {}
-    for name, sums in measured.arms.items():
-        value, error = error_of(sums, measured.target, batches)
-        alpha = mean(measured.alphas[name])
-        print(
-            f"{name:<22} {alpha:>6.3f}  {value.bias:>7.4f} ± {error.bias:.4f}  {value.cosine:>7.4f} ± {error.cosine:.4f}  "
-            f"{value.noise:>6.3f}  {value.batches_to_bias:>8.0f}"
-        )
-        table[name] = {"alpha": alpha, **asdict(value), "errors": asdict(error)}
-    if out is not None:
-        figures = {"batches": batches, "D": divergence, "ess": truncated, "ess_raw": raw, "best_alpha": best, "arms": table}
-        out.write_text(json.dumps(figures, indent=1) + "\n")
+def one_gradient(record: Record, vector: BasicGradient) -> torch.Tensor:
+    """The coefficients of one basic gradient alone, ``[batches, vectors]``."""
+    coefficients = torch.zeros(record.gram.shape[:2], dtype=record.gram.dtype)
+    coefficients[:, record.vectors.index(vector)] = 1.0
+    return coefficients
 
 
 if __name__ == "__main__":

@@ -1,95 +1,109 @@
-"""Bias and variance of a gradient estimator from streamed batches, without the bias that the noise of the batches would add.
+"""Bias and variance of gradient estimators from inner products, without the bias that the noise of the batches would add.
 
-For vectors x_i of B independent batches |E x|^2 is estimated by the mean of <x_i, x_j> over pairs i != j,
-
-    (|sum x_i|^2 - sum |x_i|^2) / (B (B - 1)),
-
-and likewise <E x, E y>. All of it follows from sums over batches; kept by block of batches they give a jackknife error too.
+For gradients x_i of B independent batches <E x, E y> is estimated by the mean of <x_i, y_j> over pairs i != j, and the trace of the
+covariance by the mean of <x_i, y_i> minus that. So the matrix of inner products is enough, for any combination of the gradients in it.
+Errors are a jackknife: every figure is computed again without each batch. Two arms share their batches, so a difference of their
+figures is computed without each batch too, and its error is smaller than those of the two figures.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-BLOCKS = 8
+
+class Estimate(NamedTuple):
+    value: float
+    error: float
+    """Its jackknife standard error."""
 
 
-def _zeros() -> Tensor:
-    return torch.zeros(BLOCKS, dtype=torch.float64)
+def estimate(replicates: Tensor) -> Estimate:
+    """From a figure of all batches and then without each of them, ``[batches + 1]``."""
+    value, without = float(replicates[0]), replicates[1:]
+    count = len(without)
+    return Estimate(value, math.sqrt((count - 1) / count * float((without - without.mean()).square().sum())))
 
 
-@dataclass
-class Sums:
-    """Of one estimator's gradients g and the target's t, by block of batches: sums of g and of d = g - t (``[BLOCKS, parameters]``,
-    float32), and of <g, g>, <d, d> and <g, t> (``[BLOCKS]``, float64)."""
+class Moments(NamedTuple):
+    """Of two estimators x and y, of all batches and then without each of them: float64 ``[batches + 1]``."""
 
-    g: Tensor
-    d: Tensor
-    gg: Tensor = field(default_factory=_zeros)
-    dd: Tensor = field(default_factory=_zeros)
-    gt: Tensor = field(default_factory=_zeros)
+    product: Tensor
+    """<E x, E y>."""
+    covariance: Tensor
+    """tr Cov(x, y) of one batch."""
 
-    @staticmethod
-    def empty(parameters: int) -> Sums:
-        return Sums(torch.zeros(BLOCKS, parameters), torch.zeros(BLOCKS, parameters))
 
-    def add(self, block: int, g: Tensor, t: Tensor) -> None:
-        d = g - t
-        self.g[block] += g
-        self.d[block] += d
-        self.gg[block] += g.dot(g)
-        self.dd[block] += d.dot(d)
-        self.gt[block] += g.dot(t)
+def moments(products: Tensor) -> Moments:
+    """products: <x_i, y_j>, float64 ``[batches, batches]``. There must be at least three batches."""
+    own = products.diagonal()
+    everything = products.sum()
+    total = torch.cat([everything[None], everything - products.sum(0) - products.sum(1) + own])
+    same = torch.cat([own.sum()[None], own.sum() - own])
+    count = torch.full_like(total, len(own) - 1)
+    count[0] = len(own)
+    return Moments((total - same) / (count * (count - 1)), (same - total / count) / (count - 1))
+
+
+def combined(gram: Tensor, x: Tensor, y: Tensor) -> Tensor:
+    """Inner products ``[batches, batches]`` of combinations of gradients.
+
+    gram: ``[batches, vectors, batches, vectors]``. x, y: coefficients, ``[batches, vectors]``.
+    """
+    return torch.einsum("bk,bkcl,cl->bc", x, gram, y)
 
 
 @dataclass(frozen=True)
-class ErrorOfGradient:
-    """bias: |E d| / |E t|. cosine: of E g and E t. noise: tr Var(g) / tr Var(t) of one batch. batches_to_bias: how many must be
-    averaged until their variance is as small as the squared bias; infinite where no bias was seen."""
+class GradientError:
+    """How far estimates g are from estimates t. All tensors are float64 ``[batches + 1]``: of all batches, then without each of them."""
 
-    bias: float
-    cosine: float
-    noise: float
-    batches_to_bias: float
+    bias_sq: Tensor
+    """|E (g - t)|^2 / |E t|^2. It may be below 0, because noise is subtracted."""
+    variance: Tensor
+    """tr Var(g) / |E t|^2 of one batch."""
+    noise: Tensor
+    """tr Var(g) / tr Var(t)."""
+    cosine: Tensor
+    """Of E g and E t."""
+    norm: Tensor
+    """|E g| / |E t|."""
+
+    @property
+    def bias(self) -> Tensor:
+        """The root of `bias_sq`. Below 0: no bias is seen, and this is how well it would have been."""
+        return self.bias_sq.sign() * self.bias_sq.abs().sqrt()
+
+    @property
+    def batches_to_bias(self) -> float:
+        """B*: how many batches must be averaged until their variance is as small as the squared bias; infinite where no bias is seen."""
+        return float(self.variance[0] / self.bias_sq[0]) if self.bias_sq[0] > 0.0 else math.inf
+
+    def error(self, horizon: float) -> Tensor:
+        """What is left after averaging `horizon` batches: (|E (g - t)|^2 + tr Var(g) / horizon) / |E t|^2."""
+        return self.bias_sq + self.variance / horizon
 
 
-def error_of(arm: Sums, target: Sums, batches: int) -> tuple[ErrorOfGradient, ErrorOfGradient]:
-    """The figures over `batches` batches, equally many to a block, and their jackknife standard errors."""
-    everything = torch.arange(BLOCKS)
-    value = _error(arm, target, everything, batches)
-    parts = [_error(arm, target, everything[everything != block], batches - batches // BLOCKS) for block in range(BLOCKS)]
-
-    def spread(key: str) -> float:
-        values = torch.tensor([getattr(part, key) for part in parts], dtype=torch.float64)
-        return math.sqrt((BLOCKS - 1) / BLOCKS * float((values - values.mean()).square().sum()))
-
-    return value, ErrorOfGradient(*(spread(key) for key in ("bias", "cosine", "noise", "batches_to_bias")))
-
-
-def _error(arm: Sums, target: Sums, blocks: Tensor, batches: int) -> ErrorOfGradient:
-    pairs = batches * (batches - 1)
-
-    def product(x: Tensor, y: Tensor, same: Tensor) -> tuple[float, float]:
-        """<E x, E y>, and the trace of their covariance; same: sums of <x_i, y_i>."""
-        joint, own = float(x[blocks].sum(0).dot(y[blocks].sum(0))), float(same[blocks].sum())
-        return (joint - own) / pairs, (own - joint / batches) / (batches - 1)
-
-    (t, t_variance), (g, g_variance) = product(target.g, target.g, target.gg), product(arm.g, arm.g, arm.gg)
-    d, (across, _) = product(arm.d, arm.d, arm.dd)[0], product(arm.g, target.g, arm.gt)
-    return ErrorOfGradient(
-        bias=math.copysign(math.sqrt(abs(d / t)), d),  # below 0: none is seen, and this is how well it would have been
-        cosine=across / math.sqrt(max(t * g, 1e-300)),
-        noise=g_variance / t_variance,
-        batches_to_bias=g_variance / d if d > 0.0 else math.inf,
+def gradient_error(gram: Tensor, g: Tensor, t: Tensor) -> GradientError:
+    """gram: ``[batches, vectors, batches, vectors]``. g, t: coefficients of the estimator and of its target, ``[batches, vectors]``."""
+    of_t, of_g, of_d = (moments(combined(gram, x, x)) for x in (t, g, g - t))
+    across = moments(combined(gram, g, t)).product
+    return GradientError(
+        bias_sq=of_d.product / of_t.product,
+        variance=of_g.covariance / of_t.product,
+        noise=of_g.covariance / of_t.covariance,
+        cosine=across / (of_g.product * of_t.product).sqrt(),  # NaN where noise hides a whole gradient
+        norm=(of_g.product / of_t.product).sqrt(),
     )
 
 
-def best_alpha(none: Sums, full: Sums, gap: Sums) -> float:
-    """The alpha of least |E (g_none + alpha e) - E t|^2; `gap` holds e = g_full - g_none: -<E d_none, E e> / |E e|^2."""
-    same = (full.gg - none.gg - gap.gg) / 2 - gap.gt  # sums of <g_none, e> - <t, e>
-    d, e = none.d.sum(0), gap.g.sum(0)
-    return -float((d.dot(e) - same.sum()) / (e.dot(e) - gap.gg.sum()))
+def best_alpha(gram: Tensor, none: Tensor, full: Tensor, t: Tensor, horizon: float) -> tuple[Tensor, Tensor]:
+    """The constant alpha of least `GradientError.error`, which may be outside [0, 1], and that error; both ``[batches + 1]``."""
+    at = [gradient_error(gram, torch.lerp(none, full, alpha), t).error(horizon) for alpha in (0.0, 0.5, 1.0)]
+    # The error is a parabola in alpha: a + b alpha + c alpha^2.
+    a, c = at[0], 2.0 * (at[0] - 2.0 * at[1] + at[2])
+    b = at[2] - a - c
+    return -b / (2.0 * c), a - b.square() / (4.0 * c)

@@ -1,0 +1,142 @@
+"""The corrections that `gradient_error.py` compares, as combinations of a few basic gradients.
+
+A correction's gradient is linear in its tokens' weights, and alpha only mixes: g = g_none + alpha (g_full - g_none). So every rule that
+chooses alpha and C by batch is a row of coefficients for each batch, on basic gradients that do not depend on the rule.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ais_megatron.algorithm import ais
+from ais_megatron.algorithm.ais import AISState
+from ais_megatron.algorithm.correction import Correction
+from ais_megatron.algorithm.diagnostics import Diagnostics, diagnose
+from ais_megatron.config import Config, build_config
+
+TARGET = "bf16 rollouts"
+"""The arm whose gradient the others should have."""
+
+CAPS = (1.5, 2.0, 3.0, 5.0, 10.0)
+"""Every C among which a rule may choose."""
+
+ARMS: dict[str, dict[str, Any]] = {
+    TARGET: {"correction": "none", "rollout": {"quantization": "none", "kv_cache": "auto"}},
+    "none": {"correction": "none"},
+    "tis": {"correction": "tis"},
+    "tis, C = 1.5": {"correction": "tis", "ais": {"weight_cap": 1.5}},
+    "tis, C = 5": {"correction": "tis", "ais": {"weight_cap": 5.0}},
+    "tis, geometric": {"correction": "tis", "correction_options": {"level": "geometric"}},
+    "tis, sequence": {"correction": "tis", "correction_options": {"level": "sequence"}},
+    "mis": {"correction": "mis"},
+    "icepop": {"correction": "icepop"},
+    "ais": {"correction": "ais"},
+    "ais, tau = 5e-4": {"correction": "ais", "ais": {"tau": 5e-4}},
+    "ais, tau = 1e-2": {"correction": "ais", "ais": {"tau": 1e-2}},
+    "ais, tau = auto": {"correction": "ais", "ais": {"tau": "auto"}},
+    "ais without rho": {"correction": "ais", "ais": {"factors": ["severity", "amplification"]}},
+    "ais without severity": {"correction": "ais", "ais": {"factors": ["reliability", "amplification"]}},
+    "ais without nu": {"correction": "ais", "ais": {"factors": ["reliability", "severity"]}},
+    "ais, C = 5": {"correction": "ais", "ais": {"weight_cap": 5.0}},
+    "ais, oracle": {"correction": "ais", "ais": {"coefficient": "oracle"}},
+    "ais, sequence": {"correction": "ais", "ais": {"level": "sequence"}},
+}
+
+ALIGNED_ARMS: dict[str, dict[str, Any]] = {
+    "aligned": {"correction": "none", "policy": {"forward_precision": "fp8_aligned"}},
+    "aligned, tis": {"correction": "tis", "policy": {"forward_precision": "fp8_aligned"}},
+}
+"""Of an aligned trainer, with `--trainer aligned`."""
+
+BASELINES = ("none", "tis, C = 1.5", "tis", "tis, C = 5", "mis", "icepop", "ais")
+"""A new rule should be no worse than the best of these."""
+
+
+@dataclass(frozen=True)
+class BasicGradient:
+    """One gradient per batch that needs a backward pass."""
+
+    correction: Correction
+    """At full strength."""
+    quantised: bool = True
+    """Whether the rollouts come from the quantised engine."""
+    aligned: bool = False
+    """Whether the trainer's forward pass is aligned with it."""
+
+    @property
+    def uncorrected(self) -> BasicGradient:
+        """The same rollouts and trainer without weights."""
+        return replace(self, correction=Correction("none"))
+
+
+class Seen(NamedTuple):
+    """What `diagnose` gets of one batch."""
+
+    old_logprobs: Tensor
+    rollout_logprobs: Tensor
+    advantages: Tensor
+    loss_mask: Tensor
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """An arm's gradients as combinations of basic gradients."""
+
+    coefficients: Tensor
+    """float64 ``[batches, basic gradients]``."""
+    alphas: list[float]
+    caps: list[float]
+    diagnostics: list[Diagnostics]
+    """All three by batch."""
+
+
+def changed(config: Config, changes: dict[str, Any]) -> Config:
+    """The configuration of an arm. Changes of a section leave its other keys as they are."""
+    data = config.model_dump()
+    return build_config(data | {key: data[key] | value if isinstance(value, dict) else value for key, value in changes.items()})
+
+
+def basic_gradient(config: Config, correction: Correction | None = None) -> BasicGradient:
+    """What the correction mixes with the uncorrected gradient. correction: that of one batch, if it depends on the batch."""
+    correction = correction or Correction.of(config)
+    if correction.name == "none":
+        correction = Correction("none")  # the same whatever its cap
+    else:
+        correction = replace(correction, name="tis" if correction.name == "ais" else correction.name, batch_normalise=False)
+    return BasicGradient(correction, config.rollout.quantization != "none", config.policy.forward_precision == "fp8_aligned")
+
+
+def basis(config: Config, arms: Iterable[dict[str, Any]], caps: Iterable[float] = CAPS) -> list[BasicGradient]:
+    """All basic gradients that the arms need, and truncated weights with every cap."""
+    full = [basic_gradient(changed(config, changes)) for changes in arms]
+    full += [basic_gradient(changed(config, {"correction": "tis", "ais": {"weight_cap": cap}})) for cap in caps]
+    return list(dict.fromkeys(vector for wanted in full for vector in (wanted.uncorrected, wanted)))
+
+
+def mixture(config: Config, vectors: list[BasicGradient], batches: list[Seen]) -> Mixture:
+    """What the rule of this configuration does with these batches, one after the other.
+
+    Raises:
+        KeyError: it needs a gradient that is not among `vectors`.
+    """
+    place = {vector: number for number, vector in enumerate(vectors)}
+    result = Mixture(torch.zeros(len(batches), len(vectors), dtype=torch.float64), [], [], [])
+    state = AISState()
+    for row, seen in zip(result.coefficients, batches, strict=True):
+        diagnostics = diagnose(*seen, Correction.of(config))
+        scaler, state = ais.loss_scaler(diagnostics, config, state)
+        full = basic_gradient(config, scaler.correction)
+        row[place[full.uncorrected]] += (1.0 - scaler.alpha) / scaler.mean_weight
+        if scaler.alpha:
+            if full not in place:
+                raise KeyError(f"no gradient of {full.correction} was taken; CAPS has {CAPS}")
+            row[place[full]] += scaler.alpha / scaler.mean_weight
+        result.alphas.append(scaler.alpha)
+        result.caps.append(scaler.correction.weight_cap)
+        result.diagnostics.append(diagnostics)
+    return result
