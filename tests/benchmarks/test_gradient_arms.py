@@ -1,0 +1,100 @@
+"""Arms as combinations of basic gradients, and the whole benchmark on a model of a few thousand parameters."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from ais_megatron.algorithm import ais
+from ais_megatron.algorithm.correction import Correction
+from ais_megatron.algorithm.diagnostics import diagnose
+from ais_megatron.config import build_config
+from tests.helpers.paths import ROOT
+from tests.helpers.runs import small, write
+
+
+@pytest.fixture
+def module(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    return importlib.import_module("gradient_arms")
+
+
+@pytest.fixture
+def config(tmp_path):
+    data = small(tmp_path)
+    data["rollout"] |= {"quantization": "fp8_e4m3"}
+    return build_config(data | {"ais": {"tau": 0.05}})
+
+
+@pytest.fixture
+def batches(module):
+    torch.manual_seed(0)
+    rollout = -torch.rand(3, 4, 6)
+    return [module.Seen(x + 0.3 * torch.randn_like(x), x, torch.randn(4), torch.ones(4, 6, dtype=torch.bool)) for x in rollout]
+
+
+def test_the_arms_need_few_gradients(module, config):
+    vectors = module.basis(config, module.ARMS.values())
+    caps = [v.correction.weight_cap for v in vectors if v.quantised and v.correction.name == "tis" and v.correction.level == "token"]
+    assert sorted(caps) == sorted(module.CAPS + (2.0,) * (2.0 not in module.CAPS))
+    assert len(vectors) == len(caps) + len(["bf16 rollouts", "none", "mis", "icepop", "geometric", "sequence"])
+    for changes in module.ARMS.values():
+        assert module.basic_gradient(module.changed(config, changes)) in vectors
+
+
+def test_alpha_mixes_by_batch(module, config, batches):
+    vectors = module.basis(config, module.ARMS.values())
+    found = module.mixture(config, vectors, batches)
+    full = module.basic_gradient(config)
+    for row, alpha, seen in zip(found.coefficients, found.alphas, batches, strict=True):
+        assert alpha == ais.product_coefficient(diagnose(*seen, Correction.of(config)), config.ais) and 0.0 < alpha < 1.0
+        assert row[vectors.index(full)] == alpha and row[vectors.index(full.uncorrected)] == 1.0 - alpha
+        assert row.count_nonzero() == 2
+    assert found.caps == [2.0] * 3
+
+
+def test_a_mixture_is_the_gradient_that_training_takes(module, config, batches):
+    """If tokens' gradients are unit vectors, an arm's gradient is the factors of its loss scaler."""
+    changes = [*module.ARMS.values(), {"correction": "ais", "correction_options": {"batch_normalise": True}}]
+    vectors = module.basis(config, changes)
+    for change in changes:
+        arm = module.changed(config, change)
+        found, state = module.mixture(arm, vectors, batches), None
+        for row, seen in zip(found.coefficients, batches, strict=True):
+            log_ratio = seen.old_logprobs - seen.rollout_logprobs
+            basic = torch.stack([v.correction.weights(log_ratio, seen.loss_mask) for v in vectors])
+            scaler, state = ais.loss_scaler(diagnose(*seen, Correction.of(arm)), arm, state)
+            wanted = scaler.factors(seen.old_logprobs, seen.rollout_logprobs, seen.loss_mask).policy
+            torch.testing.assert_close(torch.einsum("k,kbs->bs", row.float(), basic), wanted)
+
+
+def test_a_cap_without_a_gradient_is_named(module, config, batches):
+    vectors = module.basis(config, module.ARMS.values())
+    with pytest.raises(KeyError, match="weight_cap=7.0.*CAPS"):
+        module.mixture(module.changed(config, {"ais": {"weight_cap": 7.0}}), vectors, batches)
+
+
+@pytest.mark.slow
+def test_the_whole_benchmark_and_its_saved_record(tmp_path):
+    rollout = {"prompts_per_step": 4, "group_size": 4, "max_response_tokens": 12, "quantization": "fp4_e2m1"}
+    config = write(tmp_path, rollout=rollout)
+
+    def figures(*options):
+        out = tmp_path / "figures.json"
+        command = [sys.executable, ROOT / "benchmarks" / "gradient_error.py", *options, "--json", out]
+        done = subprocess.run(command, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=540)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return json.loads(out.read_text())
+
+    record = tmp_path / "record.pt"
+    measured = figures(config, "--batches", "4", "--trainer", "aligned", "--save", record, "--horizon", "30", "inf")
+    assert figures("--from", record, "--horizon", "30", "inf") == measured
+    assert measured["arms"]["bf16 rollouts"]["norm"] == 1.0 and measured["arms"]["bf16 rollouts"]["bias"] == 0.0
+    against_aligned = figures("--from", record, "--reference", "aligned, tis")
+    assert against_aligned["arms"]["aligned, tis"]["bias"] == 0.0
