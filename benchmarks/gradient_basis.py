@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,8 +15,7 @@ from torch import Tensor
 
 from ais_megatron.algorithm import ais
 from ais_megatron.algorithm.ais import AISState
-from ais_megatron.algorithm.correction import Correction
-from ais_megatron.algorithm.scaler import LossScaler
+from ais_megatron.algorithm.correction import Correction, log_importance_ratio
 from ais_megatron.batch import Batch
 from ais_megatron.collection import collect
 from ais_megatron.config import Config, build_config
@@ -103,27 +101,25 @@ def measure(rig: Rig, vectors: list[BasicGradient], batches: int, sketch_size: i
     """The basic gradients of `batches` batches of the prompt stream. path: the record is saved there after every batch."""
     trained = [p.numel() for p in rig.policies[False].model.parameters() if p.requires_grad]
     sketcher = Sketcher(trained, sketch_size)
-    gradients = {aligned: _sketched_gradient(policy, sketcher) for aligned, policy in rig.policies.items()}
+    takers = {aligned: Taker(policy, sketcher) for aligned, policy in rig.policies.items()}
     gram = GramMatrix(batches, len(vectors), sketcher.size)
     seen: dict[Kind, list[Seen]] = {(vector.quantised, vector.aligned): [] for vector in vectors}
     config = rig.policies[False].config
     record = Record(target, config, vectors, gram.values, seen, {True: [], False: []}, sum(trained), sketcher.size)
-    unweighted = ais.lagged_loss_scaler(changed(config, {"correction": "none"}), AISState())  # looks at no batch
     position, started = 0, time.perf_counter()
     for number in range(batches):
         collected = {quantised: collect(session, position, PhaseTimer()) for quantised, session in rig.sessions.items()}
         position = collected[True].next_prompt
         for quantised, one in collected.items():
             record.accuracy[quantised].append(statistics.fmean(reward.correct for reward in one.rewards))
+        sketches: dict[BasicGradient, Tensor] = {}
         for (quantised, aligned), batches_seen in seen.items():
             batch = collected[quantised].batch
-            batches_seen.append(Seen(rig.policies[aligned].logprobs(batch), batch.rollout_logprobs, batch.advantages, batch.loss_mask))
-        sketches = []
-        for vector in vectors:
-            old = seen[vector.quantised, vector.aligned][-1].old_logprobs
-            scaler = _at_full_strength(unweighted, vector.correction)
-            sketches.append(gradients[vector.aligned](collected[vector.quantised].batch, old, scaler))
-        gram.add(torch.stack(sketches))
+            old = rig.policies[aligned].logprobs(batch)
+            batches_seen.append(Seen(old, batch.rollout_logprobs, batch.advantages, batch.loss_mask))
+            same_kind = [vector for vector in vectors if (vector.quantised, vector.aligned) == (quantised, aligned)]
+            sketches |= basic_gradients(same_kind, batch, old, takers[aligned])
+        gram.add(torch.stack([sketches[vector] for vector in vectors]))
         record.gram, record.seconds = gram.values, time.perf_counter() - started
         if path is not None:
             record.save(path)
@@ -131,21 +127,54 @@ def measure(rig: Rig, vectors: list[BasicGradient], batches: int, sketch_size: i
     return record
 
 
-def _at_full_strength(unweighted: LossScaler, correction: Correction) -> LossScaler:
-    return unweighted if correction.name == "none" else replace(unweighted, alpha=1.0, correction=correction)
+def basic_gradients(vectors: list[BasicGradient], batch: Batch, old_logprobs: Tensor, take: Taker) -> dict[BasicGradient, Tensor]:
+    """The sketches of one batch's gradients, all with the same rollouts and trainer.
+
+    Most weights lie below every C and inside every band. So corrections of single tokens differ in few responses, and only these go
+    through all backward passes:  g = g_base + (their share of the loss) (g - g_base of these responses alone).
+    """
+    similar = [vector for vector in vectors if vector.correction.acts_on_tokens]
+    result = {vector: take(batch, old_logprobs, vector.correction) for vector in vectors if vector not in similar}
+    if not similar:
+        return result
+    base = max(similar, key=lambda vector: (vector.correction.name == "tis", vector.correction.weight_cap))
+    result |= dict.fromkeys(similar, take(batch, old_logprobs, base.correction))
+    log_ratio = log_importance_ratio(old_logprobs, batch.rollout_logprobs)
+    weights = {vector: vector.correction.weights(log_ratio, batch.loss_mask) for vector in similar}
+    differs = torch.stack([(weights[vector] != weights[base]) & batch.loss_mask for vector in similar])
+    rows = differs.any(2).any(0).nonzero()[:, 0]
+    if not len(rows):
+        return result
+    part, old = batch.rows(rows), old_logprobs[rows]
+    share = take.share(part, batch)
+    of_base = take(part, old, base.correction)
+    for vector in similar:
+        if vector != base:
+            result[vector] = result[vector] + share * (take(part, old, vector.correction) - of_base)
+    return result
 
 
-def _sketched_gradient(policy: Policy, sketcher: Sketcher) -> Callable[[Batch, Tensor, LossScaler], Tensor]:
-    """The gradient of a batch's loss, sketched: what the optimizer would have stepped along, which it no longer does."""
-    kept: list[Tensor] = []
+class Taker:
+    """Sketches the gradients of one policy's loss: what its optimizer would have stepped along, which it no longer does."""
 
-    def step() -> None:
-        kept[:] = [sketcher(p.main_grad for p in policy.model.parameters() if p.requires_grad)]
+    def __init__(self, policy: Policy, sketcher: Sketcher) -> None:
+        self._policy, self._sketcher = policy, sketcher
+        self._unweighted = ais.lagged_loss_scaler(changed(policy.config, {"correction": "none"}), AISState())  # looks at no batch
+        policy.optimizer.step = self._keep
 
-    policy.optimizer.step = step
+    def _keep(self) -> None:
+        self._sketch = self._sketcher(p.main_grad for p in self._policy.model.parameters() if p.requires_grad)
 
-    def gradient(batch: Batch, old_logprobs: Tensor, scaler: LossScaler) -> Tensor:
-        policy.train_step(batch, old_logprobs, scaler)
-        return kept[0]
+    def __call__(self, batch: Batch, old_logprobs: Tensor, correction: Correction) -> Tensor:
+        """float32 ``[sketch]``: the gradient of the batch's loss with this correction at full strength."""
+        alpha = 0.0 if correction.name == "none" else 1.0
+        self._policy.train_step(batch, old_logprobs, replace(self._unweighted, alpha=alpha, correction=correction))
+        return self._sketch
 
-    return gradient
+    def share(self, part: Batch, batch: Batch) -> float:
+        """What the loss of some rows counts in that of all: their share of the tokens or, if responses are averaged, of the rows."""
+
+        def count(rows: Batch) -> int:
+            return int(rows.loss_mask.sum() if self._unweighted.aggregation == "token" else rows.loss_mask.any(1).sum())
+
+        return count(part) / count(batch)
