@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ais_megatron.algorithm import ais
 from ais_megatron.algorithm.ais import AISState
-from ais_megatron.algorithm.correction import Correction, log_importance_ratio
+from ais_megatron.algorithm.correction import METHODS, Correction, log_importance_ratio
 from ais_megatron.batch import Batch
 from ais_megatron.collection import collect
 from ais_megatron.config import Config, build_config
@@ -142,7 +142,7 @@ def basic_gradients(vectors: list[BasicGradient], batch: Batch, old_logprobs: Te
     log_ratio = log_importance_ratio(old_logprobs, batch.rollout_logprobs)
     weights = {vector: vector.correction.weights(log_ratio, batch.loss_mask) for vector in similar}
     differs = torch.stack([(weights[vector] != weights[base]) & batch.loss_mask for vector in similar])
-    rows = differs.any(2).any(0).nonzero()[:, 0]
+    rows = (differs.any(2).any(0) & (batch.advantages != 0)).nonzero()[:, 0]
     if not len(rows):
         return result
     part, old = batch.rows(rows), old_logprobs[rows]
@@ -158,18 +158,26 @@ class Taker:
     """Sketches the gradients of one policy's loss: what its optimizer would have stepped along, which it no longer does."""
 
     def __init__(self, policy: Policy, sketcher: Sketcher) -> None:
-        self._policy, self._sketcher = policy, sketcher
-        self._unweighted = ais.lagged_loss_scaler(changed(policy.config, {"correction": "none"}), AISState())  # looks at no batch
+        config, self._policy, self._sketcher = policy.config, policy, sketcher
+        self._unweighted = ais.lagged_loss_scaler(changed(config, {"correction": "none"}), AISState())  # looks at no batch
+        self._needs_advantage = not (config.objective.kl_coefficient or config.objective.entropy_bonus or config.architecture.is_moe)
         policy.optimizer.step = self._keep
 
     def _keep(self) -> None:
         self._sketch = self._sketcher(p.main_grad for p in self._policy.model.parameters() if p.requires_grad)
 
     def __call__(self, batch: Batch, old_logprobs: Tensor, correction: Correction) -> Tensor:
-        """float32 ``[sketch]``: the gradient of the batch's loss with this correction at full strength."""
-        alpha = 0.0 if correction.name == "none" else 1.0
-        self._policy.train_step(batch, old_logprobs, replace(self._unweighted, alpha=alpha, correction=correction))
-        return self._sketch
+        """float32 ``[sketch]``: the gradient of the batch's loss with this correction at full strength.
+
+        Where nothing but the policy loss has a gradient, responses without an advantage have none, and are left out.
+        """
+        rejects = METHODS[correction.name].accepts is not None  # then the share of the others depends on their weights
+        rows = batch.advantages.nonzero()[:, 0] if self._needs_advantage and not rejects else torch.arange(len(batch))
+        if not len(rows):
+            return torch.zeros(self._sketcher.size)
+        part, alpha = batch.rows(rows), 0.0 if correction.name == "none" else 1.0
+        self._policy.train_step(part, old_logprobs[rows], replace(self._unweighted, alpha=alpha, correction=correction))
+        return self._sketch * self.share(part, batch)
 
     def share(self, part: Batch, batch: Batch) -> float:
         """What the loss of some rows counts in that of all: their share of the tokens or, if responses are averaged, of the rows."""
@@ -177,4 +185,4 @@ class Taker:
         def count(rows: Batch) -> int:
             return int(rows.loss_mask.sum() if self._unweighted.aggregation == "token" else rows.loss_mask.any(1).sum())
 
-        return count(part) / count(batch)
+        return count(part) / max(count(batch), 1)
