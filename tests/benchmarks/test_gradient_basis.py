@@ -18,12 +18,7 @@ from tests.helpers.paths import ROOT
 from tests.helpers.policies import make_batch, make_config, make_policy, moe_config
 from tests.helpers.ranks import RankPool
 
-GRPO = {"objective": {"aggregation": "token"}}
-SECTIONS = {
-    "token mean": GRPO,
-    "sequence mean": {"objective": {"aggregation": "sequence"}},
-    "entropy": {"objective": {"entropy_bonus": 0.1}},
-}
+OBJECTIVES = {"token mean": {"aggregation": "token"}, "sequence mean": {"aggregation": "sequence"}, "entropy": {"entropy_bonus": 0.1}}
 
 
 def uneven_batch(old_logprobs: torch.Tensor) -> Batch:
