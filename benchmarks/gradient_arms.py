@@ -17,6 +17,7 @@ from ais_megatron.algorithm import ais
 from ais_megatron.algorithm.ais import AISState
 from ais_megatron.algorithm.correction import Correction
 from ais_megatron.algorithm.diagnostics import Diagnostics, diagnose
+from ais_megatron.algorithm.gradients import GradientSums
 from ais_megatron.config import Config, build_config
 
 TARGET = "bf16 rollouts"
@@ -45,6 +46,7 @@ ARMS: dict[str, dict[str, Any]] = {
     "ais, C = 5": {"correction": "ais", "ais": {"weight_cap": 5.0}},
     "ais, oracle": {"correction": "ais", "ais": {"coefficient": "oracle"}},
     "ais, sequence": {"correction": "ais", "ais": {"level": "sequence"}},
+    "ais, measured": {"correction": "ais", "ais": {"coefficient": "measured"}},
 }
 
 ALIGNED_ARMS: dict[str, dict[str, Any]] = {
@@ -75,12 +77,14 @@ class BasicGradient:
 
 
 class Seen(NamedTuple):
-    """What `diagnose` gets of one batch."""
+    """What a rule for alpha and C gets of one batch."""
 
     old_logprobs: Tensor
     rollout_logprobs: Tensor
     advantages: Tensor
     loss_mask: Tensor
+    gradients: Tensor
+    """`GradientSums.flat`."""
 
 
 @dataclass(frozen=True)
@@ -128,8 +132,8 @@ def mixture(config: Config, vectors: list[BasicGradient], batches: list[Seen]) -
     result = Mixture(torch.zeros(len(batches), len(vectors), dtype=torch.float64), [], [], [])
     state = AISState()
     for row, seen in zip(result.coefficients, batches, strict=True):
-        diagnostics = diagnose(*seen, Correction.of(config))
-        scaler, state = ais.loss_scaler(diagnostics, config, state)
+        diagnostics = diagnose(*seen[:4], Correction.of(config))
+        scaler, state = ais.loss_scaler(diagnostics, config, state, GradientSums.of(seen.gradients) if config.measures_gradients else None)
         full = basic_gradient(config, scaler.correction)
         row[place[full.uncorrected]] += (1.0 - scaler.alpha) / scaler.mean_weight
         if scaler.alpha:

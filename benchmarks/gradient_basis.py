@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from gradient_arms import ARMS, TARGET, BasicGradient, Seen, changed
+from gradient_arms import ARMS, CAPS, TARGET, BasicGradient, Seen, changed
 from gradient_sketch import GramMatrix, Sketcher
 from torch import Tensor
 
@@ -79,6 +79,7 @@ class Rig:
 
 def build_rig(config: Config, checkpoint: Path | None, with_aligned: bool) -> Rig:
     """checkpoint: its weights are used; otherwise those of the starting policy."""
+    config = changed(config, {"correction": "ais", "ais": {"coefficient": "measured", "caps": list(CAPS)}})  # to sketch responses' gradients
     policy, task, tokenizer = build_policy(config, from_checkpoint=checkpoint is not None)
     policies = {False: policy}
     if with_aligned:
@@ -97,14 +98,15 @@ def build_rig(config: Config, checkpoint: Path | None, with_aligned: bool) -> Ri
     return Rig(sessions, policies)
 
 
-def measure(rig: Rig, vectors: list[BasicGradient], batches: int, sketch_size: int, target: str, path: Path | None) -> Record:
+def measure(
+    rig: Rig, config: Config, vectors: list[BasicGradient], batches: int, sketch_size: int, target: str, path: Path | None
+) -> Record:
     """The basic gradients of `batches` batches of the prompt stream. path: the record is saved there after every batch."""
     trained = [p.numel() for p in rig.policies[False].model.parameters() if p.requires_grad]
     sketcher = Sketcher(trained, sketch_size)
     takers = {aligned: Taker(policy, sketcher) for aligned, policy in rig.policies.items()}
     gram = GramMatrix(batches, len(vectors), sketcher.size)
     seen: dict[Kind, list[Seen]] = {(vector.quantised, vector.aligned): [] for vector in vectors}
-    config = rig.policies[False].config
     record = Record(target, config, vectors, gram.values, seen, {True: [], False: []}, sum(trained), sketcher.size)
     position, started = 0, time.perf_counter()
     for number in range(batches):
@@ -115,8 +117,10 @@ def measure(rig: Rig, vectors: list[BasicGradient], batches: int, sketch_size: i
         sketches: dict[BasicGradient, Tensor] = {}
         for (quantised, aligned), batches_seen in seen.items():
             batch = collected[quantised].batch
-            old = rig.policies[aligned].logprobs(batch)
-            batches_seen.append(Seen(old, batch.rollout_logprobs, batch.advantages, batch.loss_mask))
+            gradients = rig.policies[aligned].response_gradients(batch)
+            assert gradients is not None
+            old = rig.policies[aligned].logprobs(batch, gradients)
+            batches_seen.append(Seen(old, batch.rollout_logprobs, batch.advantages, batch.loss_mask, gradients.sums()))
             same_kind = [vector for vector in vectors if (vector.quantised, vector.aligned) == (quantised, aligned)]
             sketches |= basic_gradients(same_kind, batch, old, takers[aligned])
         gram.add(torch.stack([sketches[vector] for vector in vectors]))

@@ -87,7 +87,7 @@ def collect(arguments: argparse.Namespace) -> Record:
     vectors = basis(config, [*ARMS.values(), *(ALIGNED_ARMS.values() if with_aligned else [])])
     init_process_group("cpu")
     rig = build_rig(config, newest_on_all_ranks(target / "checkpoints") if is_run else None, with_aligned)
-    return measure(rig, vectors, arguments.batches, arguments.sketch, str(target), arguments.save)
+    return measure(rig, config, vectors, arguments.batches, arguments.sketch, str(target), arguments.save)
 
 
 @dataclass(frozen=True)

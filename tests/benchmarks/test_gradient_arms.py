@@ -36,7 +36,7 @@ def config(tmp_path):
 def batches(module):
     torch.manual_seed(0)
     rollout = -torch.rand(3, 4, 6)
-    return [module.Seen(x + 0.3 * torch.randn_like(x), x, torch.randn(4), torch.ones(4, 6, dtype=torch.bool)) for x in rollout]
+    return [module.Seen(x + 0.3 * torch.randn_like(x), x, torch.randn(4), torch.ones(4, 6, dtype=torch.bool), torch.zeros(0)) for x in rollout]
 
 
 def test_the_arms_need_few_gradients(module, config):
