@@ -18,13 +18,11 @@ from ais_megatron.algorithm.ais import AISState
 from ais_megatron.algorithm.correction import Correction
 from ais_megatron.algorithm.diagnostics import Diagnostics, diagnose
 from ais_megatron.algorithm.gradients import GradientSums
+from ais_megatron.algorithm.scaler import LossScaler
 from ais_megatron.config import Config, build_config
 
 TARGET = "bf16 rollouts"
 """The arm whose gradient the others should have."""
-
-CAPS = (1.5, 2.0, 3.0, 5.0, 10.0)
-"""Every C among which a rule may choose."""
 
 ARMS: dict[str, dict[str, Any]] = {
     TARGET: {"correction": "none", "rollout": {"quantization": "none", "kv_cache": "auto"}},
@@ -115,11 +113,19 @@ def basic_gradient(config: Config, correction: Correction | None = None) -> Basi
     return BasicGradient(correction, config.rollout.quantization != "none", config.policy.forward_precision == "fp8_aligned")
 
 
-def basis(config: Config, arms: Iterable[dict[str, Any]], caps: Iterable[float] = CAPS) -> list[BasicGradient]:
-    """All basic gradients that the arms need, and truncated weights with every cap."""
+def basis(config: Config, arms: Iterable[dict[str, Any]]) -> list[BasicGradient]:
+    """All basic gradients that the arms need, and truncated weights with every C of `ais.caps`, among which a rule may choose."""
     full = [basic_gradient(changed(config, changes)) for changes in arms]
-    full += [basic_gradient(changed(config, {"correction": "tis", "ais": {"weight_cap": cap}})) for cap in caps]
+    full += [basic_gradient(changed(config, {"correction": "tis", "ais": {"weight_cap": cap}})) for cap in config.ais.caps]
     return list(dict.fromkeys(vector for wanted in full for vector in (wanted.uncorrected, wanted)))
+
+
+def choose(config: Config, seen: Seen, state: AISState) -> tuple[LossScaler, Diagnostics, AISState]:
+    """What the configuration's rule does with one batch: its scaler, what it was told, and its state after the batch."""
+    diagnostics = diagnose(*seen[:4], Correction.of(config))
+    gradients = GradientSums.of(seen.gradients) if config.measures_gradients else None
+    scaler, state = ais.loss_scaler(diagnostics, config, state, gradients)
+    return scaler, diagnostics, state
 
 
 def mixture(config: Config, vectors: list[BasicGradient], batches: list[Seen]) -> Mixture:
@@ -132,13 +138,12 @@ def mixture(config: Config, vectors: list[BasicGradient], batches: list[Seen]) -
     result = Mixture(torch.zeros(len(batches), len(vectors), dtype=torch.float64), [], [], [])
     state = AISState()
     for row, seen in zip(result.coefficients, batches, strict=True):
-        diagnostics = diagnose(*seen[:4], Correction.of(config))
-        scaler, state = ais.loss_scaler(diagnostics, config, state, GradientSums.of(seen.gradients) if config.measures_gradients else None)
+        scaler, diagnostics, state = choose(config, seen, state)
         full = basic_gradient(config, scaler.correction)
         row[place[full.uncorrected]] += (1.0 - scaler.alpha) / scaler.mean_weight
         if scaler.alpha:
             if full not in place:
-                raise KeyError(f"no gradient of {full.correction} was taken; CAPS has {CAPS}")
+                raise KeyError(f"no gradient of {full.correction} was taken; ais.caps was {config.ais.caps}")
             row[place[full]] += scaler.alpha / scaler.mean_weight
         result.alphas.append(scaler.alpha)
         result.caps.append(scaler.correction.weight_cap)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from gradient_arms import ARMS, CAPS, TARGET, BasicGradient, Seen, changed
+from gradient_arms import ARMS, TARGET, BasicGradient, Seen, changed
 from gradient_sketch import GramMatrix, Sketcher
 from torch import Tensor
 
@@ -79,7 +79,7 @@ class Rig:
 
 def build_rig(config: Config, checkpoint: Path | None, with_aligned: bool) -> Rig:
     """checkpoint: its weights are used; otherwise those of the starting policy."""
-    config = changed(config, {"correction": "ais", "ais": {"coefficient": "measured", "caps": list(CAPS)}})  # to sketch responses' gradients
+    config = changed(config, {"correction": "ais", "ais": {"coefficient": "measured"}})  # so that policies sketch responses' gradients
     policy, task, tokenizer = build_policy(config, from_checkpoint=checkpoint is not None)
     policies = {False: policy}
     if with_aligned:

@@ -50,7 +50,7 @@ from typing import Any
 
 import torch
 from contract import machine
-from gradient_arms import ALIGNED_ARMS, ARMS, BASELINES, CAPS, TARGET, BasicGradient, Mixture, basic_gradient, basis, changed, mixture
+from gradient_arms import ALIGNED_ARMS, ARMS, BASELINES, TARGET, BasicGradient, Mixture, basic_gradient, basis, changed, mixture
 from gradient_basis import Record, build_rig, measure
 from gradient_statistics import Estimate, GradientError, best_alpha, estimate, gradient_error
 
@@ -173,7 +173,7 @@ def print_best_alphas(record: Record, target: Mixture, horizon: float) -> dict[s
     """For every C the constant alpha of least error(H), which nobody can know in training, and that error. Returns them for a file."""
     print(f"\n{f'best constant, H = {horizon:g}':<22} {'alpha':>15}  {'error(H)':>17}")
     result = {}
-    for cap in CAPS:
+    for cap in record.config.ais.caps:
         full = basic_gradient(changed(record.config, {"correction": "tis", "ais": {"weight_cap": cap}}))
         if full not in record.vectors:
             continue

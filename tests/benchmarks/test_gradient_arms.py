@@ -11,9 +11,10 @@ import sys
 import pytest
 import torch
 
-from ais_megatron.algorithm import ais
+from ais_megatron.algorithm.ais import AISState, product_coefficient
 from ais_megatron.algorithm.correction import Correction
 from ais_megatron.algorithm.diagnostics import diagnose
+from ais_megatron.algorithm.gradients import SCORE_COLUMNS, STATE_COLUMNS, ResponseGradients
 from ais_megatron.config import build_config
 from tests.helpers.paths import ROOT
 from tests.helpers.runs import small, write
@@ -33,16 +34,22 @@ def config(tmp_path):
 
 
 @pytest.fixture
-def batches(module):
+def batches(module, config):
     torch.manual_seed(0)
-    rollout = -torch.rand(3, 4, 6)
-    return [module.Seen(x + 0.3 * torch.randn_like(x), x, torch.randn(4), torch.ones(4, 6, dtype=torch.bool), torch.zeros(0)) for x in rollout]
+
+    def seen(rollout):
+        old, advantages, mask = rollout + 0.3 * torch.randn_like(rollout), torch.randn(4), torch.ones(4, 6, dtype=torch.bool)
+        gradients = ResponseGradients(Correction.of(config), config.ais.caps, 4, 2, mean_of_responses=False)
+        gradients.add(torch.arange(4), torch.randn(SCORE_COLUMNS + STATE_COLUMNS, 4, 6), old, rollout, advantages, mask)
+        return module.Seen(old, rollout, advantages, mask, gradients.sums())
+
+    return [seen(rollout) for rollout in -torch.rand(3, 4, 6)]
 
 
 def test_the_arms_need_few_gradients(module, config):
     vectors = module.basis(config, module.ARMS.values())
     caps = [v.correction.weight_cap for v in vectors if v.quantised and v.correction.name == "tis" and v.correction.level == "token"]
-    assert sorted(caps) == sorted(module.CAPS + (2.0,) * (2.0 not in module.CAPS))
+    assert sorted(caps) == config.ais.caps
     assert len(vectors) == len(caps) + len(["bf16 rollouts", "none", "mis", "icepop", "geometric", "sequence"])
     for changes in module.ARMS.values():
         assert module.basic_gradient(module.changed(config, changes)) in vectors
@@ -53,7 +60,7 @@ def test_alpha_mixes_by_batch(module, config, batches):
     found = module.mixture(config, vectors, batches)
     full = module.basic_gradient(config)
     for row, alpha, seen in zip(found.coefficients, found.alphas, batches, strict=True):
-        assert alpha == ais.product_coefficient(diagnose(*seen, Correction.of(config)), config.ais) and 0.0 < alpha < 1.0
+        assert alpha == product_coefficient(diagnose(*seen[:4], Correction.of(config)), config.ais) and 0.0 < alpha < 1.0
         assert row[vectors.index(full)] == alpha and row[vectors.index(full.uncorrected)] == 1.0 - alpha
         assert row.count_nonzero() == 2
     assert found.caps == [2.0] * 3
@@ -65,18 +72,18 @@ def test_a_mixture_is_the_gradient_that_training_takes(module, config, batches):
     vectors = module.basis(config, changes)
     for change in changes:
         arm = module.changed(config, change)
-        found, state = module.mixture(arm, vectors, batches), None
+        found, state = module.mixture(arm, vectors, batches), AISState()
         for row, seen in zip(found.coefficients, batches, strict=True):
             log_ratio = seen.old_logprobs - seen.rollout_logprobs
             basic = torch.stack([v.correction.weights(log_ratio, seen.loss_mask) for v in vectors])
-            scaler, state = ais.loss_scaler(diagnose(*seen, Correction.of(arm)), arm, state)
+            scaler, _, state = module.choose(arm, seen, state)
             wanted = scaler.factors(seen.old_logprobs, seen.rollout_logprobs, seen.loss_mask).policy
             torch.testing.assert_close(torch.einsum("k,kbs->bs", row.float(), basic), wanted)
 
 
 def test_a_cap_without_a_gradient_is_named(module, config, batches):
     vectors = module.basis(config, module.ARMS.values())
-    with pytest.raises(KeyError, match="weight_cap=7.0.*CAPS"):
+    with pytest.raises(KeyError, match="weight_cap=7.0.*ais.caps"):
         module.mixture(module.changed(config, {"ais": {"weight_cap": 7.0}}), vectors, batches)
 
 

@@ -9,9 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from ais_megatron.algorithm import ais
-from ais_megatron.algorithm.correction import Correction
-from ais_megatron.algorithm.diagnostics import diagnose
+from ais_megatron.algorithm.ais import AISState
 from ais_megatron.batch import Batch
 from ais_megatron.config import Config
 from tests.helpers.paths import ROOT
@@ -33,22 +31,23 @@ def uneven_batch(old_logprobs: torch.Tensor) -> Batch:
 def differences(rank: int, path: Path, config: Config) -> dict[str, float]:
     """By arm, how far its mixture is from the gradient that training would take, relative to that."""
     sys.path.insert(0, str(ROOT / "benchmarks"))
-    from gradient_arms import ARMS, TARGET, Seen, basis, changed, mixture
+    from gradient_arms import ARMS, TARGET, Seen, basis, changed, choose, mixture
     from gradient_basis import Taker, basic_gradients
     from gradient_sketch import Sketcher
 
-    policy = make_policy(config, path)
+    policy = make_policy(changed(config, {"ais": {"coefficient": "measured"}}), path)
     take = Taker(policy, Sketcher([p.numel() for p in policy.model.parameters()], 2**30))
-    old = policy.logprobs(make_batch())
-    batch = uneven_batch(old)
+    batch = uneven_batch(policy.logprobs(make_batch()))
+    gradients = policy.response_gradients(batch)
+    old = policy.logprobs(batch, gradients)
     arms = {name: changed(config, changes) for name, changes in ARMS.items() if name != TARGET}
     vectors = basis(config, [changes for name, changes in ARMS.items() if name in arms])
     sketches = basic_gradients(vectors, batch, old, take)
     basic = torch.stack([sketches[vector] for vector in vectors])
-    seen = Seen(old, batch.rollout_logprobs, batch.advantages, batch.loss_mask)
+    seen = Seen(old, batch.rollout_logprobs, batch.advantages, batch.loss_mask, gradients.sums())
     result = {}
     for name, arm in arms.items():
-        scaler, _ = ais.loss_scaler(diagnose(*seen, Correction.of(arm)), arm)
+        scaler, _, _ = choose(arm, seen, AISState())
         policy.train_step(batch, old, scaler)
         wanted = take._sketch  # of the whole batch
         found = mixture(arm, vectors, [seen]).coefficients[0].float() @ basic
@@ -72,4 +71,4 @@ def test_auxiliary_losses_of_experts_count_once(ranks: RankPool, moe_checkpoint:
 
 
 def quantised(config: Config) -> Config:
-    return config.model_copy(update={"rollout": config.rollout.model_copy(update={"quantization": "fp8_e4m3"})})
+    return config.model_copy(update={"rollout": config.rollout.model_copy(update={"quantization": "fp8_e4m3", "group_size": 2})})
