@@ -101,9 +101,11 @@ def gradient_error(gram: Tensor, g: Tensor, t: Tensor) -> GradientError:
 
 
 def best_alpha(gram: Tensor, none: Tensor, full: Tensor, t: Tensor, horizon: float) -> tuple[Tensor, Tensor]:
-    """The constant alpha of least `GradientError.error`, which may be outside [0, 1], and that error; both ``[batches + 1]``."""
+    """The constant alpha of least `GradientError.error`, which may be outside [0, 1], and that error; both ``[batches + 1]``. NaN where
+    noise leaves no minimum."""
     at = [gradient_error(gram, torch.lerp(none, full, alpha), t).error(horizon) for alpha in (0.0, 0.5, 1.0)]
     # The error is a parabola in alpha: a + b alpha + c alpha^2.
     a, c = at[0], 2.0 * (at[0] - 2.0 * at[1] + at[2])
     b = at[2] - a - c
+    c = c.where(c > 0.0, math.nan)
     return -b / (2.0 * c), a - b.square() / (4.0 * c)
