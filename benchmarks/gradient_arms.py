@@ -15,9 +15,10 @@ from torch import Tensor
 
 from ais_megatron.algorithm import ais
 from ais_megatron.algorithm.ais import AISState
-from ais_megatron.algorithm.correction import Correction
+from ais_megatron.algorithm.correction import METHODS, Correction, zero_outside_band
 from ais_megatron.algorithm.diagnostics import Diagnostics, diagnose
 from ais_megatron.algorithm.gradients import GradientSums
+from ais_megatron.algorithm.measured import limits
 from ais_megatron.algorithm.scaler import LossScaler
 from ais_megatron.config import Config, build_config
 
@@ -92,9 +93,10 @@ class Mixture:
     coefficients: Tensor
     """float64 ``[batches, basic gradients]``."""
     alphas: list[float]
-    caps: list[float]
+    limits: list[str]
+    """C, or a band."""
     diagnostics: list[Diagnostics]
-    """All three by batch."""
+    """All by batch."""
 
 
 def changed(config: Config, changes: dict[str, Any]) -> Config:
@@ -103,20 +105,31 @@ def changed(config: Config, changes: dict[str, Any]) -> Config:
     return build_config(data | {key: data[key] | value if isinstance(value, dict) else value for key, value in changes.items()})
 
 
+def at_full_strength(correction: Correction) -> Correction:
+    """What alpha scales, with one form for all corrections that give tokens the same weights."""
+    if correction.name == "none":
+        return Correction("none")
+    if METHODS[correction.name].limit is zero_outside_band:
+        return Correction("mis", correction.level, low=correction.low, high=correction.high)
+    return replace(correction, name="tis" if correction.name == "ais" else correction.name, batch_normalise=False)
+
+
 def basic_gradient(config: Config, correction: Correction | None = None) -> BasicGradient:
     """What the correction mixes with the uncorrected gradient. correction: that of one batch, if it depends on the batch."""
-    correction = correction or Correction.of(config)
-    if correction.name == "none":
-        correction = Correction("none")  # the same whatever its cap
-    else:
-        correction = replace(correction, name="tis" if correction.name == "ais" else correction.name, batch_normalise=False)
-    return BasicGradient(correction, config.rollout.quantization != "none", config.policy.forward_precision == "fp8_aligned")
+    full = at_full_strength(correction or Correction.of(config))
+    return BasicGradient(full, config.rollout.quantization != "none", config.policy.forward_precision == "fp8_aligned")
+
+
+def limit_text(correction: Correction) -> str:
+    """C, or the ends of a band, as a table shows it."""
+    is_band = METHODS[correction.name].limit is zero_outside_band
+    return f"{correction.low:g}-{correction.high:g}" if is_band else f"{correction.weight_cap:g}"
 
 
 def basis(config: Config, arms: Iterable[dict[str, Any]]) -> list[BasicGradient]:
-    """All basic gradients that the arms need, and truncated weights with every C of `ais.caps`, among which a rule may choose."""
+    """All basic gradients that the arms need, and those of every limit of the weights among which the measured coefficient chooses."""
     full = [basic_gradient(changed(config, changes)) for changes in arms]
-    full += [basic_gradient(changed(config, {"correction": "tis", "ais": {"weight_cap": cap}})) for cap in config.ais.caps]
+    full += [basic_gradient(config, limit) for limit in limits(changed(config, {"correction": "ais"}))]
     return list(dict.fromkeys(vector for wanted in full for vector in (wanted.uncorrected, wanted)))
 
 
@@ -143,9 +156,9 @@ def mixture(config: Config, vectors: list[BasicGradient], batches: list[Seen]) -
         row[place[full.uncorrected]] += (1.0 - scaler.alpha) / scaler.mean_weight
         if scaler.alpha:
             if full not in place:
-                raise KeyError(f"no gradient of {full.correction} was taken; ais.caps was {config.ais.caps}")
+                raise KeyError(f"no gradient of {full.correction} was taken; ais.caps are {config.ais.caps}")
             row[place[full]] += scaler.alpha / scaler.mean_weight
         result.alphas.append(scaler.alpha)
-        result.caps.append(scaler.correction.weight_cap)
+        result.limits.append(limit_text(scaler.correction))
         result.diagnostics.append(diagnostics)
     return result

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from gradient_arms import ARMS, TARGET, BasicGradient, Seen, changed
+from gradient_arms import ARMS, TARGET, BasicGradient, Seen, at_full_strength, changed
 from gradient_sketch import GramMatrix, Sketcher
 from torch import Tensor
 
@@ -62,7 +62,9 @@ class Record:
     @staticmethod
     def load(path: Path) -> Record:
         plain: dict[str, Any] = torch.load(path)
-        vectors = [BasicGradient(**{**vector, "correction": Correction(**vector["correction"])}) for vector in plain["vectors"]]
+        vectors = [
+            BasicGradient(**{**vector, "correction": at_full_strength(Correction(**vector["correction"]))}) for vector in plain["vectors"]
+        ]
         seen = {kind: [Seen(*batch) for batch in batches] for kind, batches in plain["seen"].items()}
         return Record(**{**plain, "config": build_config(plain["config"]), "vectors": vectors, "seen": seen})
 

@@ -22,7 +22,7 @@ these errors. The best baseline is chosen after the fact, so it looks a little b
 E are estimated without the batches' noise, and ± are jackknife errors over batches (gradient_statistics.py). Only a basis of
 gradients needs backward passes, because every rule for alpha and C mixes them (gradient_arms.py). What is kept are inner products
 of their sketches (gradient_sketch.py). So `--from` judges any other rule for alpha and C later, without the model. The arms are
-those of gradient_arms.py, and the values of C those of `ais.caps`.
+those of gradient_arms.py, and the limits of weights those of `ais.caps` and `ais.bands`; "limit" shows an arm's most frequent one.
 
 `--trainer aligned` adds a trainer with policy.forward_precision=fp8_aligned. It has the same weights, and trains on the same
 quantised rollouts:
@@ -52,10 +52,11 @@ from typing import Any
 
 import torch
 from contract import machine
-from gradient_arms import ALIGNED_ARMS, ARMS, BASELINES, TARGET, BasicGradient, Mixture, basic_gradient, basis, changed, mixture
+from gradient_arms import ALIGNED_ARMS, ARMS, BASELINES, TARGET, BasicGradient, Mixture, basic_gradient, basis, changed, limit_text, mixture
 from gradient_basis import Record, build_rig, measure
 from gradient_statistics import Estimate, GradientError, best_alpha, estimate, gradient_error
 
+from ais_megatron.algorithm.measured import limits
 from ais_megatron.config import load_config
 from ais_megatron.distributed import init_process_group
 from ais_megatron.policy.saver import newest_on_all_ranks
@@ -102,7 +103,8 @@ class Judged:
 
 def judge(record: Record, reference: str) -> dict[str, Judged]:
     """Every arm whose gradients were taken, against the gradient of the arm `reference`."""
-    configs = {name: changed(record.config, changes) for name, changes in (ARMS | ALIGNED_ARMS).items()}
+    arms = ARMS | (ALIGNED_ARMS if any(aligned for _, aligned in record.seen) else {})
+    configs = {name: changed(record.config, changes) for name, changes in arms.items()}
     mixtures = {}
     for name, config in configs.items():
         kind = basic_gradient(config)
@@ -146,16 +148,16 @@ def report(record: Record, horizons: list[float], reference: str, out: Path | No
 
 def print_arms(arms: dict[str, Judged], reference: str) -> dict[str, dict[str, Any]]:
     """The table of all arms. Returns it for a file."""
-    print(f"{'against ' + reference:<22} {'alpha':>6} {'C':>6}  {'bias':>16}  {'cosine':>15}  {'norm':>15}  {'noise':>15}  {'B*':>8}")
+    print(f"{'against ' + reference:<22} {'alpha':>6} {'limit':>7}  {'bias':>16}  {'cosine':>15}  {'norm':>15}  {'noise':>15}  {'B*':>8}")
     table = {}
     for name, arm in arms.items():
-        alpha, cap = statistics.fmean(arm.mixture.alphas), statistics.fmean(arm.mixture.caps)
+        alpha, limit = statistics.fmean(arm.mixture.alphas), statistics.mode(arm.mixture.limits)
         figures = {key: estimate(getattr(arm.error, key)) for key in ("bias", "cosine", "norm", "noise")}
         cells = "  ".join(f"{f.value:>{width}.4f} ± {f.error:.4f}" for f, width in zip(figures.values(), (7, 6, 6, 6), strict=True))
-        print(f"{name:<22} {alpha:>6.3f} {cap:>6.2f}  {cells}  {arm.error.batches_to_bias:>8.0f}")
+        print(f"{name:<22} {alpha:>6.3f} {limit:>7}  {cells}  {arm.error.batches_to_bias:>8.0f}")
         errors = {key: figure.error for key, figure in figures.items()}
         values = {key: figure.value for key, figure in figures.items()}
-        table[name] = {"alpha": alpha, "cap": cap, **values, "batches_to_bias": arm.error.batches_to_bias, "errors": errors}
+        table[name] = {"alpha": alpha, "limit": limit, **values, "batches_to_bias": arm.error.batches_to_bias, "errors": errors}
     return table
 
 
@@ -172,17 +174,17 @@ def print_horizon(arms: dict[str, Judged], horizon: float, table: dict[str, dict
 
 
 def print_best_alphas(record: Record, target: Mixture, horizon: float) -> dict[str, tuple[Estimate, Estimate]]:
-    """For every C the constant alpha of least error(H), which nobody can know in training, and that error. Returns them for a file."""
+    """For every limit of the weights the constant alpha of least error(H), and that error. Nobody can know it in training."""
     print(f"\n{f'best constant, H = {horizon:g}':<22} {'alpha':>15}  {'error(H)':>17}")
     result = {}
-    for cap in record.config.ais.caps:
-        full = basic_gradient(changed(record.config, {"correction": "tis", "ais": {"weight_cap": cap}}))
+    for limit in limits(changed(record.config, {"correction": "ais"})):
+        full, name = basic_gradient(record.config, limit), limit_text(limit)
         if full not in record.vectors:
             continue
         none, alone = (one_gradient(record, vector) for vector in (full.uncorrected, full))
         alpha, least = map(estimate, best_alpha(record.gram, none, alone, target.coefficients, horizon))
-        print(f"{f'C = {cap:g}':<22} {alpha.value:>6.2f} ± {alpha.error:>6.2f}  {least.value:>8.4f} ± {least.error:.4f}")
-        result[f"{cap:g}"] = (alpha, least)
+        print(f"{name:<22} {alpha.value:>6.2f} ± {alpha.error:>6.2f}  {least.value:>8.4f} ± {least.error:.4f}")
+        result[name] = (alpha, least)
     return result
 
 

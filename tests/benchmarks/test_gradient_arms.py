@@ -15,6 +15,7 @@ from ais_megatron.algorithm.ais import AISState, product_coefficient
 from ais_megatron.algorithm.correction import Correction
 from ais_megatron.algorithm.diagnostics import diagnose
 from ais_megatron.algorithm.gradients import SCORE_COLUMNS, STATE_COLUMNS, ResponseGradients
+from ais_megatron.algorithm.measured import limits
 from ais_megatron.config import build_config
 from tests.helpers.paths import ROOT
 from tests.helpers.runs import small, write
@@ -39,7 +40,7 @@ def batches(module, config):
 
     def seen(rollout):
         old, advantages, mask = rollout + 0.3 * torch.randn_like(rollout), torch.randn(4), torch.ones(4, 6, dtype=torch.bool)
-        gradients = ResponseGradients(Correction.of(config), config.ais.caps, 4, 2, mean_of_responses=False)
+        gradients = ResponseGradients(limits(config), 4, 2, mean_of_responses=False)
         gradients.add(torch.arange(4), torch.randn(SCORE_COLUMNS + STATE_COLUMNS, 4, 6), old, rollout, advantages, mask)
         return module.Seen(old, rollout, advantages, mask, gradients.sums())
 
@@ -50,7 +51,9 @@ def test_the_arms_need_few_gradients(module, config):
     vectors = module.basis(config, module.ARMS.values())
     caps = [v.correction.weight_cap for v in vectors if v.quantised and v.correction.name == "tis" and v.correction.level == "token"]
     assert sorted(caps) == config.ais.caps
-    assert len(vectors) == len(caps) + len(["bf16 rollouts", "none", "mis", "icepop", "geometric", "sequence"])
+    bands = {(v.correction.low, v.correction.high) for v in vectors if v.correction.name == "mis"}
+    assert bands >= {tuple(band) for band in config.ais.bands} and len(caps) == len(set(caps))
+    assert len(vectors) == len(caps) + len(bands) + len(["bf16 rollouts", "none", "geometric", "sequence"])
     for changes in module.ARMS.values():
         assert module.basic_gradient(module.changed(config, changes)) in vectors
 
@@ -63,7 +66,7 @@ def test_alpha_mixes_by_batch(module, config, batches):
         assert alpha == product_coefficient(diagnose(*seen[:4], Correction.of(config)), config.ais) and 0.0 < alpha < 1.0
         assert row[vectors.index(full)] == alpha and row[vectors.index(full.uncorrected)] == 1.0 - alpha
         assert row.count_nonzero() == 2
-    assert found.caps == [2.0] * 3
+    assert found.limits == ["2"] * 3
 
 
 def test_a_mixture_is_the_gradient_that_training_takes(module, config, batches):
