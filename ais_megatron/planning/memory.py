@@ -194,12 +194,12 @@ def layer_saved(config: Config, tokens: int, cuda: bool, expert_load: float) -> 
     tp, shard = parallel.tp, parallel.tp if parallel.sequence_parallel else 1
     hidden, heads, kv_heads = a.hidden_size, a.num_attention_heads, a.num_key_value_heads
     q, kv = a.query_size, a.kv_size
-    norm = e * hidden + FP32 if cuda else 2 * FP32 * hidden + FP32  # a fused norm saves its input; otherwise input and result in float32
+    norm = e * hidden + FP32  # its input, and a factor for each token
     inputs = e * hidden  # the input of QKV, and that of the MLP or the router
     if cuda:
         attention = e * (q + 2 * kv) + e * (2 * q + kv) + FP32 * (2 * heads + kv_heads)  # QKV; rotated Q, K; output; statistics
     else:
-        attention = 2 * FP32 * (q + kv) + FP32 * (2 * q + 2 * kv) + FP32 * (2 * heads + kv_heads)
+        attention = e * (q + kv) + FP32 * (2 * q + 2 * kv) + FP32 * (2 * heads + kv_heads)  # Q, K; all in float32; statistics
     projection = e * q
     saved = tokens * (2 * norm + 2 * inputs) // shard + tokens * (attention + projection) // tp
     if not a.is_moe:
@@ -232,8 +232,7 @@ def training_memory(config: Config, stage: int, tokens: int, in_flight: int, cud
     body = in_flight * layers * saved
     if stage < parallel.pp - 1:
         return body + one_layer, 0
-    norm = e * a.hidden_size if cuda else 2 * FP32 * a.hidden_size
-    head = tokens * (norm + e * a.hidden_size) // shard
+    head = tokens * 2 * e * a.hidden_size // shard
     vocabulary, chunk = logits_shape(config, tokens, cuda)
     logits = e * vocabulary * tokens
     in_head = 2 * logits + LOGPROB_CHUNKS_BACKWARD * FP32 * chunk * vocabulary

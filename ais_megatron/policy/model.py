@@ -28,6 +28,7 @@ from ais_megatron.config import Architecture, Config
 from ais_megatron.config.architecture import RopeScaling
 from ais_megatron.distributed import device
 from ais_megatron.policy.logprobs import vocab_parallel_logprobs
+from ais_megatron.policy.norm import chunked_rms_norm
 from ais_megatron.policy.routing import Router
 from ais_megatron.policy.shared_prefixes import Packed
 
@@ -321,6 +322,8 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.rounds_first:
             return F.rms_norm(x, self.weight.shape, None, self.eps) * self.weight
+        if x.device.type == "cpu":
+            return chunked_rms_norm(x, self.weight, self.eps)
         return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
 

@@ -146,9 +146,14 @@ def pack(rows: Batch, multiple: int = 1) -> Packed:
 
 def _alike(counts: Tensor) -> list[Tensor]:
     """Row numbers of the blocks: rows with many tokens of their own (each group's first), and rows with few. Otherwise all would be padded
-    to the many. Rows without any token of their own are in no block."""
-    many = counts > int(counts.max()) // 2
-    return [part for part in (many.nonzero()[:, 0], (~many & (counts > 0)).nonzero()[:, 0]) if len(part)]
+    to the many. The border is where the blocks have the fewest queries, padding included. Rows without any token of their own are in no
+    block."""
+    ordered, order = counts.sort(descending=True, stable=True)
+    ordered = ordered[: int((ordered > 0).sum())]
+    many = torch.arange(len(ordered), device=counts.device)
+    border = int((many * ordered[0] + (len(ordered) - many) * ordered).argmin())
+    parts = (order[:border].sort().values, order[border : len(ordered)].sort().values)
+    return [part for part in parts if len(part)]
 
 
 def _is_own(first: Tensor, lengths: Tensor) -> Tensor:

@@ -90,6 +90,14 @@ def test_attention_is_that_of_whole_rows() -> None:
         torch.testing.assert_close(packed_gradient, gradient)
 
 
+def test_blocks_have_the_fewest_padded_queries() -> None:
+    """Prompts of 4 tokens and responses of 6: the first row of each group has 10 tokens of its own, and the others have 6."""
+    from ais_megatron.policy.shared_prefixes import pack
+
+    packed = pack(batch_of("aaaahhhhhh", "aaaaiiiiii", "aaaajjjjjj", "bbbbhhhhhh", "bbbbiiiiii"))
+    assert [tuple(block.queries.shape) for block in packed.blocks] == [(2, 10), (3, 6)]
+
+
 def test_microbatches_keep_rows_that_begin_alike_together() -> None:
     from ais_megatron.policy.shared_prefixes import split_sharing
 
