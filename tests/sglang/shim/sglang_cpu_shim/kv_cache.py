@@ -48,7 +48,21 @@ class ScaledPool:
         return self.pool.set_kv_buffer(layer, loc, k, v, self.layer.k_scale_float, self.layer.v_scale_float)
 
     def get_key_buffer(self, layer_id):
-        return (self.pool.get_key_buffer(layer_id).float() * (self.layer.k_scale_float or 1.0)).to(self.dtype)
+        return ScaledBuffer(self.pool.get_key_buffer(layer_id), self.layer.k_scale_float or 1.0, self.dtype)
 
     def get_value_buffer(self, layer_id):
-        return (self.pool.get_value_buffer(layer_id).float() * (self.layer.v_scale_float or 1.0)).to(self.dtype)
+        return ScaledBuffer(self.pool.get_value_buffer(layer_id), self.layer.v_scale_float or 1.0, self.dtype)
+
+
+class ScaledBuffer:
+    """``[tokens, heads, head_dim]`` of the pool, dequantised when the backend takes a request's tokens from it.
+
+    The pool has room for the model's whole context times the requests that may run: 524,288 tokens for SmolLM2. Dequantising all of it in
+    every layer took tens of seconds per decoding step.
+    """
+
+    def __init__(self, stored: torch.Tensor, scale: float, dtype: torch.dtype):
+        self.stored, self.scale, self.dtype = stored, scale, dtype
+
+    def __getitem__(self, tokens: torch.Tensor) -> torch.Tensor:
+        return (self.stored[tokens].float() * self.scale).to(self.dtype)
