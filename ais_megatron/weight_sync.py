@@ -3,12 +3,16 @@
 Megatron's weights are exported as whole tensors under Hugging Face names, one bucket at a time. Each bucket is quantised here, once. The
 engine gets all buckets and the KV scales as one transaction. Afterwards the engine's weights equal quantise(export(policy)), bit for bit.
 A remote engine is tested: it answers a few prompts, and the policy's log-probabilities of these answers must be close to the engine's.
+
+With `rollout.lora_sync=adapter` the frozen weights are pushed only if a server may lack them: the first time, after all servers were lost,
+and when a push is repeated. Otherwise a push consists of LoRA's factors and the KV scales.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Sequence
+from itertools import chain
 
 import torch
 
@@ -36,6 +40,7 @@ class WeightSync:
         self._policy, self._engine, self._rollout, self._probe_prompts = policy, engine, rollout, probe_prompts
         self._last: tuple[KVScales | None, int] | None = None
         self._q_warned: set[int] = set()
+        self._sends_frozen = True  # (has no meaning if everything is sent every time)
 
     def push(self, scales: KVScales | None, version: int) -> None:
         """Push the policy's weights as `version`, with `scales` if the engine's KV cache is FP8.
@@ -58,6 +63,7 @@ class WeightSync:
         except RuntimeError as error:
             if not self._engine.takes_updates_while_generating:  # an embedded engine would fail again
                 raise
+            self._sends_frozen = True
             try:
                 self._push_once(scales, version)
             except Unavailable:
@@ -68,6 +74,7 @@ class WeightSync:
     def repeat(self) -> None:
         """Repeat the last push, before the policy has changed, so that restarted servers get its weights."""
         assert self._last is not None, "there was no push to repeat"
+        self._sends_frozen = True
         self.push(*self._last)
 
     def _warn_about_q(self, layers: list[int]) -> None:
@@ -82,7 +89,7 @@ class WeightSync:
             )
 
     def _push_once(self, scales: KVScales | None, version: int) -> None:
-        stream = weight_stream(self._policy, self._rollout, scales)
+        stream = weight_stream(self._policy, self._rollout, scales, self._sends_frozen)
         error: Exception | None = None
         try:
             self._engine.update_weights(stream, version)
@@ -92,6 +99,7 @@ class WeightSync:
             pass
         raise_together(error)
         self._verify()
+        self._sends_frozen = False
 
     def _verify(self) -> None:
         """Raise RuntimeError if a server and the policy disagree about what the server has just sampled."""
@@ -116,10 +124,13 @@ class WeightSync:
                 )
 
 
-def weight_stream(policy: Policy, rollout: RolloutConfig, scales: KVScales | None) -> Iterator[Bucket]:
-    """The tensors of a push, bucket by bucket. Collective, so every rank has to consume all of them."""
+def weight_stream(policy: Policy, rollout: RolloutConfig, scales: KVScales | None, sends_frozen: bool = True) -> Iterator[Bucket]:
+    """The tensors of a push, bucket by bucket. Collective, so every rank has to consume all of them.
+
+    sends_frozen: whether LoRA's frozen weights are among them, if its factors are sent by themselves.
+    """
     fmt = format_of(rollout)  # None: not quantised
-    exported = policy.export_buckets(int(rollout.sync_bucket_mb * 2**20))
+    exported = _exported(policy, rollout, sends_frozen)
     try:
         for bucket in exported:
             yield quantize_bucket(bucket, fmt) if fmt else bucket
@@ -133,3 +144,10 @@ def weight_stream(policy: Policy, rollout: RolloutConfig, scales: KVScales | Non
         )  # sent explicitly, because a server may have other scales from before
     if scales is not None and rollout.kv_cache_is_fp8:
         yield list(scales.named_tensors())
+
+
+def _exported(policy: Policy, rollout: RolloutConfig, sends_frozen: bool) -> Iterator[Bucket]:
+    size = int(rollout.sync_bucket_mb * 2**20)
+    if rollout.lora_sync == "merged":
+        return policy.export_buckets(size)
+    return chain(policy.export_frozen_buckets(size) if sends_frozen else (), policy.export_factor_buckets(size))

@@ -21,6 +21,8 @@ class EngineTraits(NamedTuple):
     """Its responses were recorded earlier, in `rollout.replay_dir`."""
     keeps_kv_scales: bool = False
     """It keeps the KV scales of an earlier sync, so scales of 1 must be sent to it too."""
+    holds_adapters: bool = False
+    """It can keep frozen weights, and get only LoRA's factors at a sync."""
 
     @property
     def can_evaluate(self) -> bool:
@@ -30,7 +32,7 @@ class EngineTraits(NamedTuple):
 
 ENGINES = {
     "local": EngineTraits(is_embedded=True),
-    "sglang": EngineTraits(has_servers=True, keeps_kv_scales=True),
+    "sglang": EngineTraits(has_servers=True, keeps_kv_scales=True, holds_adapters=True),
     "replay": EngineTraits(replays=True),
 }
 

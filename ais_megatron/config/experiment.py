@@ -17,7 +17,7 @@ from ais_megatron.config.algorithm import (
 )
 from ais_megatron.config.architecture import Architecture
 from ais_megatron.config.evaluation import EvalConfig, EvaluationSet, evaluation_sets
-from ais_megatron.config.policy import PolicyConfig, lora_problems, precision_problems
+from ais_megatron.config.policy import PolicyConfig, adapter_problems, lora_problems, precision_problems
 from ais_megatron.config.rollout import RolloutConfig
 from ais_megatron.config.section import Section
 from ais_megatron.config.settings import (
@@ -73,6 +73,7 @@ class Config(Section):
             *checks.source_problems(self.model, self.tokenizer, self.task),
             *precision_problems(self.policy, self.model, self.rollout),
             *lora_problems(self.policy.lora, self.model, arch, self.sft.steps),
+            *adapter_problems(self.policy, self.rollout),
             *checks.evaluation_problems(self.eval, self.task, self.rollout, self.tokenizer, arch),
             *checks.replay_problems(self.moe, self.rollout, arch),
             *checks.engine_problems(self.rollout, self.run, self.calibration, arch),

@@ -14,6 +14,8 @@ from ais_megatron.models.family import Weight
 
 Target = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
+SGLANG_LAYERS = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",))
+
 
 class LoraConfig(Section):
     rank: int = Field(
@@ -58,6 +60,38 @@ def lora_targets(lora: LoraConfig, architecture: Architecture) -> dict[str, Weig
     """The rows of a layer's table that have factors, by their short names such as ``q_proj``; empty without LoRA."""
     projections = {name: row for row in architecture.family.layer if (name := projection(row)) in get_args(Target)}
     return {name: row for name, row in projections.items() if lora.rank and (not lora.targets or name in lora.targets)}
+
+
+def adapter_targets(lora: LoraConfig, architecture: Architecture) -> list[str]:
+    """The projections whose factors an SGLang server needs: those of `lora_targets`, and the others of the same merged layer.
+
+    SGLang keeps Q, K and V in one layer, and gate and up in another. It cannot load factors of K alone, for example."""
+    targets = lora_targets(lora, architecture)
+    return [name for layer in SGLANG_LAYERS if not targets.keys().isdisjoint(layer) for name in layer]
+
+
+def adapter_problems(policy: PolicyConfig, rollout: RolloutConfig) -> list[str]:
+    """Why LoRA's factors cannot be sent by themselves."""
+    if rollout.lora_sync == "merged":
+        return []
+    key, problems = "rollout.lora_sync=adapter", []
+    if not policy.lora.rank:
+        problems.append(f"{key}: there are no factors to send, because policy.lora.rank=0; set a rank, or set rollout.lora_sync=merged")
+    if not rollout.engine_traits.holds_adapters:
+        problems.append(
+            f"{key}: rollout.engine={rollout.engine} cannot hold adapters; set rollout.engine=sglang, or rollout.lora_sync=merged"
+        )
+    if rollout.sglang.router is not None:
+        problems.append(
+            f"{key}: does not work with rollout.sglang.router={rollout.sglang.router}, because a request names the adapter of its server; "
+            "leave the router out, or set rollout.lora_sync=merged"
+        )
+    if policy.forward_precision != "bf16":
+        problems.append(
+            f"{key}: policy.forward_precision={policy.forward_precision} trains quantised merged weights, but the servers quantise the "
+            "frozen weights; set policy.forward_precision=bf16, or rollout.lora_sync=merged"
+        )
+    return problems
 
 
 def projection(weight: Weight) -> str:

@@ -52,6 +52,11 @@ class RolloutConfig(Section):
     sync_bucket_mb: float = Field(
         64.0, gt=0.0, description="size of one bucket of weights in a weight sync, in MiB; a sync holds two of them"
     )
+    lora_sync: Literal["merged", "adapter"] = Field(
+        "merged",
+        description="how LoRA reaches the engine. merged: every sync sends all weights, with the product of the factors added. adapter: "
+        "SGLang servers keep the frozen weights, and a sync sends only the factors",
+    )
     ahead: int = Field(0, ge=0, le=1, description="1: generate the next batch while this one trains, with weights that are one step older")
     sglang: SGLangConfig = SGLangConfig()
 

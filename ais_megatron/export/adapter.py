@@ -48,21 +48,30 @@ def write_adapter(folder: Path, config: Config, base: str, factors: Iterable[tup
     Raises:
         OSError: the folder cannot be written.
     """
-    lora = config.policy.lora
-    save_file({_PREFIX + name: factor.contiguous() for name, factor in factors}, folder / WEIGHTS_FILE, {"format": "pt"})
-    settings = {
+    save_file({peft_name(name): factor.contiguous() for name, factor in factors}, folder / WEIGHTS_FILE, {"format": "pt"})
+    settings = adapter_settings(config.policy.lora, sorted(lora_targets(config.policy.lora, config.architecture)), base)
+    (folder / CONFIG_FILE).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+
+
+def peft_name(name: str) -> str:
+    """PEFT's name of a factor that is named from ``layers.`` on."""
+    return _PREFIX + name
+
+
+def adapter_settings(lora: LoraConfig, targets: list[str], base: str) -> dict[str, object]:
+    """The content of ``adapter_config.json``."""
+    return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base,
         "r": lora.rank,
         "lora_alpha": lora.alpha,
         "lora_dropout": 0.0,
-        "target_modules": sorted(lora_targets(lora, config.architecture)),
+        "target_modules": targets,
         "bias": "none",
         "fan_in_fan_out": False,
         "inference_mode": True,
     }
-    (folder / CONFIG_FILE).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
 
 class AdapterReader:

@@ -19,7 +19,9 @@ from megatron.core import parallel_state
 from torch import Tensor, nn
 
 from ais_megatron.batch import Bucket
-from ais_megatron.config import Architecture
+from ais_megatron.config import Architecture, Config
+from ais_megatron.config.policy import lora_targets
+from ais_megatron.export.adapter import factor_names, factor_shapes
 from ais_megatron.export.hf_reader import HFReader
 from ais_megatron.export.parameters import join, split
 from ais_megatron.models.family import EMBEDDING, FINAL_NORM, HEAD, Weight, parameters_of, shape_of
@@ -202,6 +204,23 @@ def export_buckets(
     itemsize = next(iter(parameters.values())).element_size()
     for bucket in _cut(entries, bucket_bytes, itemsize):
         yield _export(bucket, parameters, architecture, lora)
+
+
+def export_factor_buckets(lora: LoRA, config: Config, bucket_bytes: int) -> Iterator[Bucket]:
+    """All of LoRA's factors as whole tensors, named from ``layers.`` on, as `export_buckets` does it for weights."""
+    architecture, shapes = config.architecture, factor_shapes(config)
+    per_stage = architecture.num_hidden_layers // parallel_state.get_pipeline_model_parallel_world_size()
+    entries = []
+    for layer in range(architecture.num_hidden_layers):
+        for row in lora_targets(config.policy.lora, architecture).values():
+            # Column-parallel layers split B by rows, and row-parallel layers split A by columns.
+            dims = (None, 0) if row.tp_dim == 0 else (1, None)
+            for name, dim in zip(factor_names(f"layers.{layer}.{row.name}"), dims, strict=True):
+                entries.append(Entry(layer // per_stage, name, (Part(name, shapes[name], dim),)))
+    factors = {name: factor for name, factor, _ in lora.named_factors()}
+    itemsize = next(iter(factors.values())).element_size()
+    for bucket in _cut(entries, bucket_bytes, itemsize):
+        yield _export(bucket, factors, architecture, None)
 
 
 def _cut(entries: list[Entry], bucket_bytes: int, itemsize: int) -> Iterator[list[Entry]]:

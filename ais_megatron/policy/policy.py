@@ -41,7 +41,7 @@ from ais_megatron.export.adapter import AdapterReader
 from ais_megatron.policy import cpu_backend
 from ais_megatron.policy.aligned import Aligned
 from ais_megatron.policy.calibration import Calibration, Calibrator
-from ais_megatron.policy.hf_weights import export_buckets, load_hf
+from ais_megatron.policy.hf_weights import export_buckets, export_factor_buckets, load_hf
 from ais_megatron.policy.lora import LoRA
 from ais_megatron.policy.microbatches import make_microbatch, pad_columns, split_by_tokens
 from ais_megatron.policy.model import build_model, uses_transformer_engine
@@ -416,8 +416,17 @@ class Policy:
         return shared.to(tensor.device)
 
     def export_buckets(self, bucket_bytes: int) -> Iterator[Bucket]:
-        """See `hf_weights.export_buckets`."""
+        """See `hf_weights.export_buckets`. With LoRA the product of the factors is added."""
         return export_buckets(self.model, self.config.architecture, bucket_bytes, self.transformer_engine, self.lora)
+
+    def export_frozen_buckets(self, bucket_bytes: int) -> Iterator[Bucket]:
+        """The weights that LoRA has frozen, as `export_buckets`."""
+        return export_buckets(self.model, self.config.architecture, bucket_bytes, self.transformer_engine)
+
+    def export_factor_buckets(self, bucket_bytes: int) -> Iterator[Bucket]:
+        """See `hf_weights.export_factor_buckets`."""
+        assert self.lora is not None, "there are no factors"
+        return export_factor_buckets(self.lora, self.config, bucket_bytes)
 
 
 def _routing(config: Config) -> Routing:

@@ -60,6 +60,7 @@ def _replay_engine(config: Config, eos_ids: tuple[int, ...], pad_id: int) -> Rol
 
 def _sglang_engine(config: Config, eos_ids: tuple[int, ...], pad_id: int) -> RolloutEngine:
     from ais_megatron.rollout.sglang.access_key import read_or_create_key
+    from ais_megatron.rollout.sglang.adapter import Adapters
     from ais_megatron.rollout.sglang.client import SGLangEngine
     from ais_megatron.rollout.sglang.pool import ServerPool
     from ais_megatron.rollout.sglang.server import server_url
@@ -86,6 +87,7 @@ def _sglang_engine(config: Config, eos_ids: tuple[int, ...], pad_id: int) -> Rol
             run_id=run_id,
             key=key,
             transport=transport,
+            adapters=Adapters(config) if config.rollout.lora_sync == "adapter" else None,
             number=rank(),
             on_close=pool.stop if pool else lambda: None,
         )

@@ -25,15 +25,18 @@ class Manifest:
 
     Args:
         required, optional: shape and dtype by Hugging Face name. KV scales are optional, but either all or none must arrive.
+        factors: those of LoRA's factors that are sent by themselves. With them either all or none of `required` must arrive.
     """
 
-    def __init__(self, required: Mapping[str, Kind], optional: Mapping[str, Kind]) -> None:
-        self._required, self._optional = dict(required), dict(optional)
+    def __init__(self, required: Mapping[str, Kind], optional: Mapping[str, Kind], factors: Mapping[str, Kind] | None = None) -> None:
+        self._required, self._optional, self._factors = dict(required), dict(optional), dict(factors or {})
         self._arrived: set[str] = set()
 
     @classmethod
-    def of(cls, architecture: Architecture, rollout: RolloutConfig, dtype: torch.dtype) -> Manifest:
-        """What an engine with this configuration accepts. `dtype` is that of weights that are not quantised."""
+    def of(
+        cls, architecture: Architecture, rollout: RolloutConfig, dtype: torch.dtype, factors: Mapping[str, tuple[int, ...]] | None = None
+    ) -> Manifest:
+        """What an engine with this configuration accepts. `dtype` is that of weights that are not quantised, and of `factors`."""
         fmt = format_of(rollout)
         required: dict[str, Kind] = {}
         for name, shape, quantized in tensors_of(architecture):
@@ -47,7 +50,7 @@ class Manifest:
         if rollout.kv_cache_is_fp8:
             layers = range(architecture.num_hidden_layers)
             optional |= {kv_scale_name(layer, kind): ((), torch.float32) for layer in layers for kind in "kv"}
-        return cls(required, optional)
+        return cls(required, optional, {name: (shape, dtype) for name, shape in (factors or {}).items()})
 
     def begin(self) -> None:
         """Start a new update, in which nothing has arrived yet."""
@@ -59,7 +62,7 @@ class Manifest:
         Raises:
             ValueError: the tensor is unknown, arrived before, has another shape or dtype, or is not finite.
         """
-        expected = self._required.get(name, self._optional.get(name))
+        expected = self._required.get(name, self._optional.get(name, self._factors.get(name)))
         if expected is None:
             raise ValueError(f"{name}: {_why_unknown(name)}")
         if name in self._arrived:
@@ -78,13 +81,20 @@ class Manifest:
         self._arrived.add(name)
 
     def check_complete(self) -> None:
-        """Raise ValueError unless every required tensor arrived, and either all KV scales or none."""
-        missing = sorted(self._required.keys() - self._arrived)
+        """Raise ValueError unless every required tensor and every factor arrived, and either all KV scales or none."""
+        missing = sorted(self._factors.keys() - self._arrived)
+        if self.has_weights or not self._factors:
+            missing += sorted(self._required.keys() - self._arrived)
         if self.has_scales:
             missing += sorted(name for name in self._optional.keys() - self._arrived if _is_scale(name))
         if missing:
             others = f", as are {len(missing) - 1} others" if len(missing) > 1 else ""
             raise ValueError(f"{missing[0]}: missing from the update{others}; push one full set of weights")
+
+    @property
+    def has_weights(self) -> bool:
+        """Whether weights arrived, and not only factors and KV scales."""
+        return not self._required.keys().isdisjoint(self._arrived)
 
     @property
     def has_scales(self) -> bool:

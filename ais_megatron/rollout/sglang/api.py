@@ -11,6 +11,8 @@ from typing import Any
 import aiohttp
 import orjson
 
+from ais_megatron.rollout.sglang.plugin import LIST_ADAPTERS
+
 JSON_HEADERS = {"Content-Type": "application/json"}
 PROBE_SECONDS = 30.0  # for connecting, and for requests that do no work; /health itself gives up after 20 s
 ACTIVITY = ("num_running_reqs", "num_waiting_reqs", "num_used_tokens", "total_prefill_uncached_tokens")
@@ -103,6 +105,23 @@ class ServerAPI:
         """For each rank of the server, the checksum of every tensor of the model under the server's own names."""
         answer = await self._call("POST", "/weights_checker", self._timeout_s, {"action": "checksum"})
         return [part["checksums"] for part in answer["ranks"]]
+
+    async def load_adapter(self, **body: Any) -> None:
+        await self._call("POST", "/load_lora_adapter_from_tensors", self._timeout_s, body)
+
+    async def unload_adapter(self, name: str) -> None:
+        """SGLang first waits until no request uses the adapter."""
+        await self._call("POST", "/unload_lora_adapter", self._timeout_s, {"lora_name": name})
+
+    async def adapters(self) -> list[dict[str, str]]:
+        """For each rank of the server, the digest of every adapter that it holds, by name. Our plugin answers this."""
+        answer = await self._call("POST", "/weights_checker", self._timeout_s, {"action": LIST_ADAPTERS, "selector": "target"})
+        return [part["checksums"] for part in answer["ranks"]]
+
+    async def set_weight_version(self, name: str) -> None:
+        """Rename the weights. Requests in flight go on."""
+        body = {"new_version": name, "abort_all_requests": False}
+        await self._call("POST", "/update_weight_version", self._timeout_s, body)
 
     async def _call(self, method: str, path: str, timeout_s: float | None, body: dict[str, Any] | None = None) -> Any:
         timeout = aiohttp.ClientTimeout(total=timeout_s, sock_connect=PROBE_SECONDS)

@@ -55,12 +55,12 @@ async def check_coverage(servers: Sequence[ServerAPI], noise: list[Checksums], s
             )
 
 
-async def check_scales(servers: Sequence[ServerAPI], transport: Transport, scales: Bucket, version: str, vocab_size: int) -> None:
+async def check_scales(servers: Sequence[ServerAPI], transport: Transport, scales: Bucket, version: str | None, vocab_size: int) -> None:
     """Raise RuntimeError if the KV cache of a server does not use `scales`. Afterwards the servers have `scales` again.
 
     All servers get each factor in the same update, so a transport needs only the one process group with all servers.
     """
-    prompt = [1 + (7 * i) % (vocab_size - 1) for i in range(PROMPT_TOKENS)]
+    prompt = test_prompt(vocab_size)
 
     async def measure(factor: float) -> list[tuple[list[float], float]]:
         await _push_scaled(servers, transport, scales, factor, version)
@@ -69,7 +69,7 @@ async def check_scales(servers: Sequence[ServerAPI], transport: Transport, scale
     low, high, flushed = [await measure(factor) for factor in (LOW, HIGH, FLUSHES)]
     await _push_scaled(servers, transport, scales, 1.0, version)
     for server, (base, _), (scaled, decoding), (none, _) in zip(servers, low, high, flushed, strict=True):
-        _judge(server, effect=_distance(base, none), noise=_distance(base, scaled), decoding=decoding)
+        _judge(server, effect=distance(base, none), noise=distance(base, scaled), decoding=decoding)
 
 
 def _judge(server: ServerAPI, effect: float, noise: float, decoding: float) -> None:
@@ -90,7 +90,7 @@ def _judge(server: ServerAPI, effect: float, noise: float, decoding: float) -> N
         )
 
 
-async def _push_scaled(servers: Sequence[ServerAPI], transport: Transport, scales: Bucket, factor: float, version: str) -> None:
+async def _push_scaled(servers: Sequence[ServerAPI], transport: Transport, scales: Bucket, factor: float, version: str | None) -> None:
     update = WeightUpdate(transport, servers, "retract", version)
     try:
         await update.begin()
@@ -104,16 +104,25 @@ async def _logprobs(server: ServerAPI, prompt: list[int]) -> tuple[list[float], 
     """The log-probabilities of the prompt's tokens, and how much those of a greedy continuation differ between decoding and prefill."""
     decoded = await _ask(server, prompt, DECODED_TOKENS)
     tokens = prompt + decoded["output_ids"]
-    prefilled = [entry[0] for entry in (await _ask(server, tokens, 1))["meta_info"]["input_token_logprobs"][1:]]
+    prefilled = await prompt_logprobs(server, tokens)
     while_decoding = [entry[0] for entry in decoded["meta_info"]["output_token_logprobs"]]
-    return prefilled[: len(prompt) - 1], _distance(prefilled[len(prompt) - 1 :], while_decoding)
+    return prefilled[: len(prompt) - 1], distance(prefilled[len(prompt) - 1 :], while_decoding)
 
 
-async def _ask(server: ServerAPI, tokens: list[int], max_tokens: int) -> dict[str, Any]:
+def test_prompt(vocab_size: int) -> list[int]:
+    return [1 + (7 * i) % (vocab_size - 1) for i in range(PROMPT_TOKENS)]
+
+
+async def prompt_logprobs(server: ServerAPI, tokens: list[int], **adapter: str) -> list[float]:
+    """The log-probability of every token but the first, from prefill."""
+    return [entry[0] for entry in (await _ask(server, tokens, 1, **adapter))["meta_info"]["input_token_logprobs"][1:]]
+
+
+async def _ask(server: ServerAPI, tokens: list[int], max_tokens: int, **adapter: str) -> dict[str, Any]:
     sampling = {"max_new_tokens": max_tokens, "temperature": 0.0, "ignore_eos": True}
-    return await server.generate(input_ids=tokens, sampling_params=sampling, return_logprob=True, logprob_start_len=0)
+    return await server.generate(input_ids=tokens, sampling_params=sampling, return_logprob=True, logprob_start_len=0, **adapter)
 
 
-def _distance(one: list[float], other: list[float]) -> float:
+def distance(one: list[float], other: list[float]) -> float:
     """Mean of |difference|, in nats."""
     return sum(abs(a - b) for a, b in zip(one, other, strict=True)) / len(one)

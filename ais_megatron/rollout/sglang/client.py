@@ -28,7 +28,8 @@ from ais_megatron.rollout.engine import SamplingParams, WeightsLost
 from ais_megatron.rollout.manifest import TIED_HEAD, Manifest
 from ais_megatron.rollout.sampling import check_prompt, check_sampling
 from ais_megatron.rollout.sglang.access_key import authorization
-from ais_megatron.rollout.sglang.api import ServerAPI
+from ais_megatron.rollout.sglang.adapter import Adapters
+from ais_megatron.rollout.sglang.api import Refused, ServerAPI
 from ais_megatron.rollout.sglang.checks import check_coverage, check_scales, randomize
 from ais_megatron.rollout.sglang.dispatch import Dispatcher, Generation, Server, versions_of
 from ais_megatron.rollout.sglang.patience import Patience
@@ -49,6 +50,7 @@ class SGLangEngine:
         run_id: the random part of this run's version names; the same on every rank.
         key: the servers' access key, or None.
         transport: how weights travel. Only rank 0 has one, and only rank 0 updates.
+        adapters: how LoRA's factors travel, if they are sent by themselves. Every rank has it.
         number: this rank's number. Ranks begin with different servers.
         on_close: called at the end of `close`, to stop servers that were started for this engine.
     """
@@ -66,14 +68,15 @@ class SGLangEngine:
         run_id: str,
         key: str | None = None,
         transport: Transport | None = None,
+        adapters: Adapters | None = None,
         number: int = 0,
         on_close: Callable[[], None] = lambda: None,
     ) -> None:
         self._on_close = on_close
         self._architecture, self._rollout, self._config = architecture, rollout, rollout.sglang
         self._format = ResponseFormat(architecture, eos_ids, rollout.return_routed_experts, run_id)
-        self._transport = transport
-        self._manifest = Manifest.of(architecture, rollout, dtype)
+        self._transport, self._adapters = transport, adapters
+        self._manifest = Manifest.of(architecture, rollout, dtype, adapters.shapes if adapters else None)
         self._version = -1
         self._acceptable: set[int] = set()  # versions that a server may have: old and new between an update and the next `generate`
         self._is_updating = False
@@ -158,7 +161,17 @@ class SGLangEngine:
 
     async def _ask(self, server: Server, prompt: Prompt, sampling: SamplingParams, sample: int) -> Rollout | None:
         body = self._format.request(prompt, sampling, sample)
-        return self._format.rollout(prompt, await server.api.generate(rid=f"{self._request_prefix}{next(self._request_numbers)}", **body))
+        rid = f"{self._request_prefix}{next(self._request_numbers)}"
+        if self._adapters is None:
+            return self._format.rollout(prompt, await server.api.generate(rid=rid, **body))
+        adapter = server.weights
+        try:
+            answer = await server.api.generate(rid=rid, lora_path=adapter, **body)
+        except Refused as error:
+            if error.status == 400 and "LoRA adapter" in str(error):
+                return None  # the server was restarted, and has no adapter
+            raise
+        return self._format.rollout(prompt, answer, adapter)
 
     def _is_current(self, name: str) -> bool:
         return self._format.version(name) in self._acceptable
@@ -195,24 +208,34 @@ class SGLangEngine:
         servers = [server.api for server in self._updated]
         self._known -= {server.url for server in fresh}
         self._run(transport.lost([*fresh, *(server.api for server in self._servers if server not in self._updated)]))
-        noise = self._run(randomize(fresh))
-        scales = self._push(transport, buckets, servers, version)
+        noise, name = self._run(randomize(fresh)), self._format.name(version)
+        scales, factors = self._push(transport, buckets, servers, None if self._adapters else name, fresh)
         self._run(check_coverage(fresh, noise, scales))
         if scales and fresh:
-            self._run(check_scales(fresh, transport, scales, self._format.name(version), self._architecture.vocab_size))
+            self._run(check_scales(fresh, transport, scales, None if self._adapters else name, self._architecture.vocab_size))
+        if self._adapters is not None:
+            self._run(self._adapters.check(fresh, factors))
+            self._run(self._adapters.load(servers, name, factors))
+            for server in self._updated:
+                server.weights = name
         self._known |= {server.url for server in servers}
         self._version = version
 
-    def _push(self, transport: Transport, buckets: Iterable[Bucket], servers: Sequence[ServerAPI], version: int) -> Bucket:
-        """Push all buckets in one session. Returns its KV scales."""
-        update = WeightUpdate(transport, servers, self._config.pause, self._format.name(version))
+    def _push(
+        self, transport: Transport, buckets: Iterable[Bucket], servers: Sequence[ServerAPI], name: str | None, fresh: Sequence[ServerAPI]
+    ) -> tuple[Bucket, Bucket]:
+        """Push all buckets in one session. Returns its KV scales, and LoRA's factors, which are not sent here."""
+        update = WeightUpdate(transport, servers, self._config.pause, name)
         self._manifest.begin()
         scales: Bucket = []
+        factors: Bucket = []
         underway: Future[None] | None = None
+        last: Bucket | None = None
         try:
-            self._run(update.begin())
-            last: Bucket | None = None
-            for bucket in self._checked(buckets, scales):
+            for bucket in self._checked(buckets, scales, factors):
+                if last is None:
+                    self._check_frozen(fresh)
+                    self._run(update.begin())
                 if underway is not None:
                     underway.result()
                 if last is not None:
@@ -221,19 +244,28 @@ class SGLangEngine:
             if underway is not None:
                 underway.result()
             self._manifest.check_complete()
-            assert last is not None  # nothing complete is empty
-            self._run(update.end(last))
+            if last is not None:
+                self._run(update.end(last))
         except BaseException:
             self._run(update.abandon())
             raise
-        return scales
+        self._check_frozen(fresh)
+        return scales, factors
 
-    def _checked(self, buckets: Iterable[Bucket], scales: Bucket) -> Iterator[Bucket]:
-        """Yield each bucket after checking all its tensors, and collect its KV scales in `scales`."""
+    def _check_frozen(self, fresh: Sequence[ServerAPI]) -> None:
+        """Raise RuntimeError if these servers need the frozen weights, and only LoRA's factors are pushed. All is then pushed again."""
+        if fresh and not self._manifest.has_weights:
+            raise RuntimeError(f"{fresh[0].url}: has none of the frozen weights, because it was restarted")
+
+    def _checked(self, buckets: Iterable[Bucket], scales: Bucket, factors: Bucket) -> Iterator[Bucket]:
+        """Yield each bucket after checking all its tensors, and collect its KV scales in `scales`. LoRA's factors go to `factors`."""
         for bucket in buckets:
             for name, tensor in bucket:
                 self._manifest.take(name, tensor)
             scales += [(name, tensor) for name, tensor in bucket if name.endswith(SCALES)]
+            if self._adapters is not None:
+                factors += [(name, tensor) for name, tensor in bucket if name in self._adapters.shapes]
+                bucket = [(name, tensor) for name, tensor in bucket if name not in self._adapters.shapes]
             if self._architecture.tie_word_embeddings:
                 bucket = self._with_tied_head(bucket)
             if bucket:

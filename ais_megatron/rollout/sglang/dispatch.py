@@ -52,6 +52,8 @@ class Server:
     """This rank's requests in flight."""
     behind: tuple[ServerAPI, ...] = ()
     """The servers that do its work, if it is a router."""
+    weights: str = ""
+    """What it called its weights when it was asked last."""
     has_weights: bool = False
     """It had this run's weights when it was asked last."""
     is_doubtful: bool = False
@@ -243,6 +245,7 @@ class Dispatcher:
                 server.has_weights = False
                 server.lose(str(answer))
                 continue
+            server.weights = answer
             server.has_weights = self._is_current(answer) or server.api.url == self._config.router
             if not server.has_weights:
                 server.lose("it does not have the current weights of this run; it gets them at the next sync")

@@ -16,6 +16,9 @@ pass the float `k_scale_float`, which a captured graph keeps forever, so with th
 
 Block scales. Llama's loader renames ``X.weight_scale_inv`` to a parameter that block-FP8 layers do not have, see `load_block_scales`.
 
+LoRA. SGLang wraps a layer that can have factors, and its loaders look for ``qkv_proj.weight_scale_inv`` at the wrapper, which knows only
+the weight. `share_parameters` gives it the layer's other parameters too. `/weights_checker` gets another action, see `report_adapters`.
+
 Access key. ``--api-key`` would be visible in `ps`, in the log (SGLang logs its arguments) and in /server_info. So the key is read from
 the file in AIS_MEGATRON_KEY_FILE when the HTTP app is set up. SGLang's own middleware gets it as user key and admin key. Every endpoint
 except /health*, /ready* and /metrics* then needs ``Authorization: Bearer KEY``.
@@ -38,6 +41,9 @@ KEY_FILE_VARIABLE = "AIS_MEGATRON_KEY_FILE"
 
 RENAME = "sglang.srt.model_loader.weight_utils.maybe_remap_kv_scale_name"
 LLAMA_LOADER = "sglang.srt.models.llama.LlamaForCausalLM.load_weights"
+LORA_LAYER = "sglang.srt.lora.layers.BaseLayerWithLoRA.__init__"
+CHECK_WEIGHTS = "sglang.srt.model_executor.model_runner.ModelRunner.check_weights"
+LIST_ADAPTERS = "list_adapters"  # our action of /weights_checker
 HTTP_SERVER = "sglang.srt.entrypoints.http_server._setup_and_run_http_server"
 
 
@@ -50,6 +56,8 @@ def install() -> None:
             HookRegistry.register(f"{attention}.__init__", add_kv_scales, HookType.AFTER)
         HookRegistry.register(RENAME, keep_parameter_names, HookType.AROUND)
         HookRegistry.register(LLAMA_LOADER, load_block_scales, HookType.AROUND)
+        HookRegistry.register(LORA_LAYER, share_parameters, HookType.AFTER)
+        HookRegistry.register(CHECK_WEIGHTS, report_adapters, HookType.AROUND)
     elif os.environ.get(KEY_FILE_VARIABLE):
         HookRegistry.register(HTTP_SERVER, require_key, HookType.BEFORE)
 
@@ -97,6 +105,43 @@ def load_block_scales(load: Callable[..., object], model: Any, weights: Iterable
 
     load(model, others())
     AutoWeightsLoader(model).load_weights(iter(scales))
+
+
+def share_parameters(result: None, wrapper: Any, base_layer: Any, *args: Any, **kwargs: Any) -> None:
+    """Hook after the `__init__` of a layer with LoRA: the wrapper has all parameters of its layer, under the same names."""
+    for name, parameter in base_layer.named_parameters(recurse=False):
+        if not hasattr(wrapper, name):
+            wrapper.register_parameter(name, parameter)
+
+
+def report_adapters(check: Callable[..., Any], runner: Any, action: str, *args: Any, role: str, **kwargs: Any) -> Any:
+    """Hook around `check_weights`: the action "list_adapters" gives the `digest` of the factors of every loaded adapter, by name."""
+    if action != LIST_ADAPTERS:
+        return check(runner, action, *args, role=role, **kwargs)
+    manager = runner.lora_manager
+    if manager is None:
+        raise ValueError("this server was started without --enable-lora")
+    held = {
+        reference.lora_name: digest(tensor for layer in manager.loras[number].layers for tensor in layer.weights.values())
+        for number, reference in manager.lora_refs.items()
+    }
+    place = runner._weight_checker._parallelism_info(role=role).model_dump()
+    return {"checksums": held, "per_gpu_checksum": "", "parallelism_info": place}
+
+
+def digest(tensors: Iterable[Tensor]) -> str:
+    """A number that changes with any value: the sum of the squares of all bit patterns, modulo 2^64.
+
+    It does not depend on the order of the tensors, nor on which of them are joined, nor on zeros. SGLang joins Q, K and V, and gate and up.
+    """
+    import torch
+
+    patterns = {2: torch.int16, 4: torch.int32}
+    total = 0
+    for tensor in tensors:
+        bits = tensor.detach().contiguous().view(patterns[tensor.element_size()]).long()
+        total += int((bits * bits).sum())
+    return f"{total % 2**64:016x}"
 
 
 def require_key(*args: Any, **kwargs: Any) -> None:

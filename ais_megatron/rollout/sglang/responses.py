@@ -58,8 +58,10 @@ class ResponseFormat:
         run, _, number = name.rpartition("-")
         return int(number) if run == self._run_id else None
 
-    def rollout(self, prompt: Prompt, answer: dict[str, Any]) -> Rollout | None:
+    def rollout(self, prompt: Prompt, answer: dict[str, Any], adapter: str | None = None) -> Rollout | None:
         """The response, or None if any part was sampled with other weights than this run's.
+
+        adapter: the one that the request named. It then decides the version, although the server may have got a newer one meanwhile.
 
         If a token has no finite log-probability, the response is `DROPPED`.
 
@@ -76,6 +78,8 @@ class ResponseFormat:
         if len(known) < len(spans):
             return None
         tokens = tuple(answer["output_ids"])
+        if adapter is not None and (version := self.version(adapter)) is not None:
+            known = [(version, len(tokens))]
         logprobs = tuple(entry[0] for entry in meta.get("output_token_logprobs") or ())
         versions = tuple(span for span in known if span[1])
         # (If one value is not finite, the sum is not finite. Finite log-probabilities never add up to infinity.)

@@ -21,6 +21,7 @@ from ais_megatron.cluster.cuda_environment import ALLOCATOR_VARIABLES, MAX_CONNE
 from ais_megatron.cluster.ports import try_bind
 from ais_megatron.config import Architecture, Config, RolloutConfig
 from ais_megatron.config.hf_config import fp8_config, hf_config
+from ais_megatron.config.policy import adapter_targets
 from ais_megatron.config.sglang import LOOPBACK, SGLangConfig
 from ais_megatron.rollout.sglang import guardian
 from ais_megatron.rollout.sglang.access_key import authorization, read_or_create_key
@@ -81,12 +82,22 @@ def server_command(config: Config, model_folder: Path, port: int, index: int = 0
         command += ["--disable-radix-cache"]  # the cache cannot be flushed while requests run, so prefixes would keep the KV of old weights
     if rollout.return_routed_experts:
         command += ["--enable-return-routed-experts"]
+    if rollout.lora_sync == "adapter":
+        command += _adapter_flags(config)
     if sglang.device == "cpu":
         tokens = (sglang.max_running or CPU_RUNNING) * context  # by default SGLang would take most of the host's memory
         command += ["--device", "cpu", "--disable-overlap-schedule", "--sleep-on-idle", "--max-total-tokens", str(tokens)]
     else:
         command += ["--base-gpu-id", str(index * sglang.tp)]
     return command + sglang.extra_args
+
+
+def _adapter_flags(config: Config) -> list[str]:
+    """A server's memory for adapters has three places: for the version in use, for the next one, and for requests without an adapter."""
+    lora = config.policy.lora
+    flags = ["--enable-lora", "--max-lora-rank", str(lora.rank), "--max-loras-per-batch", "3", "--lora-strict-loading"]
+    flags += ["--lora-target-modules", *adapter_targets(lora, config.architecture)]
+    return flags + (["--lora-backend", "torch_native"] if config.rollout.sglang.device == "cpu" else [])
 
 
 def compile_command(config: Config, model_folder: Path) -> list[str]:

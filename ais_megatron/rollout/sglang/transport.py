@@ -301,9 +301,11 @@ def make_transport(config: Config, device: torch.device, run_id: str) -> Transpo
 
 
 class WeightUpdate:
-    """One update of all `servers`. Call `begin`, then `send` for every bucket except the last, and `end` with the last one."""
+    """One update of all `servers`. Call `begin`, then `send` for every bucket except the last, and `end` with the last one.
 
-    def __init__(self, transport: Transport, servers: Sequence[ServerAPI], pause: str, version: str) -> None:
+    version: what the weights are called from then on; None: they keep their name."""
+
+    def __init__(self, transport: Transport, servers: Sequence[ServerAPI], pause: str, version: str | None) -> None:
         self._transport, self._servers, self._pause = transport, servers, pause
         # The KV of old weights must not stay in the cache, except for requests that continue with `in_place`. SGLang then refuses
         # a flush, and servers run without a prefix cache (see server.py).
