@@ -34,7 +34,7 @@ TORCH_FREE = ("models", "config", "planning", "runs", "comparison", "cli", "clus
 COLLECTIVES = {
     *("all_gather", "all_gather_into_tensor", "all_gather_object", "all_reduce", "all_to_all_single", "barrier", "broadcast"),
     *("broadcast_object_list", "reduce_scatter", "all_reduce_sum", "broadcast_text", "gather_batch", "raise_together", "rank_consistent"),
-    *("reduce_metrics", "export_buckets", "weight_stream", "update_weights", "save_hf"),
+    *("reduce_metrics", "export_buckets", "export_frozen_buckets", "export_factor_buckets", "weight_stream", "update_weights", "save_hf"),
 }
 MODULES_AT_THE_TOP = 18
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -124,3 +125,54 @@ def test_a_rank_whose_engine_breaks_takes_part_in_every_gather(ranks: RankPool, 
 def test_a_rank_that_cannot_quantise_takes_part_in_every_gather(ranks: RankPool) -> None:
     for message, gathers in ranks.run(2, push_that_fails, breaks_after=-1, bad_weight=True):
         assert message.startswith("[rank 1] model.layers.0.self_attn.q_proj.weight: ") and gathers == 3
+
+
+class FactorsPolicy:
+    """Has one frozen weight and one factor."""
+
+    config = SimpleNamespace(architecture=SimpleNamespace(num_hidden_layers=1))
+
+    def engine_has(self, scales: KVScales | None) -> None:
+        pass
+
+    def export_frozen_buckets(self, bucket_bytes: int) -> Iterator[Bucket]:
+        yield [("frozen", torch.ones(1))]
+
+    def export_factor_buckets(self, bucket_bytes: int) -> Iterator[Bucket]:
+        yield [("factor", torch.ones(1))]
+
+
+class RestartedEngine:
+    """Refuses the push number `refuses` if it has no frozen weights."""
+
+    takes_updates_while_generating = True
+
+    def __init__(self, refuses: int) -> None:
+        self.refuses = refuses
+        self.pushes: list[str] = []
+
+    def update_weights(self, buckets: Iterable[Bucket], version: int) -> None:
+        self.pushes.append(" ".join(name for bucket in buckets for name, _ in bucket))
+        if len(self.pushes) == self.refuses and "frozen" not in self.pushes[-1]:
+            raise RuntimeError("was restarted")
+
+    def probe(self, *arguments: object) -> list[object]:
+        return []
+
+
+def pushes(rank: int) -> list[str]:
+    from ais_megatron.weight_sync import WeightSync
+
+    engine = RestartedEngine(refuses=3)
+    sync = WeightSync(FactorsPolicy(), engine, RolloutConfig(engine="sglang", quantization="none", lora_sync="adapter"))
+    for version in range(3):
+        sync.push(None, version)
+    sync.repeat()
+    sync.push(None, 3)
+    return engine.pushes
+
+
+def test_frozen_weights_are_pushed_when_a_server_may_lack_them(ranks: RankPool) -> None:
+    whole = "frozen factor"
+    refused = ["factor", whole]
+    assert ranks.run(1, pushes) == [[whole, "factor", *refused, whole, "factor"]]

@@ -43,7 +43,7 @@ def check_needs(config: Config, part: Part = "all", folder: Path | None = None, 
         return checks
     sglang = config.rollout.sglang
     if part != "trainer":
-        checks += check_sglang(sglang)
+        checks += check_sglang(sglang, with_adapters=config.rollout.lora_sync == "adapter")
     return checks + (_nccl(sglang, part, folder) if sglang.weights_travel_over_nccl else [])
 
 

@@ -19,9 +19,8 @@ _PROBE = f"""
 import importlib, importlib.metadata as metadata, json
 importlib.import_module("sglang")
 plugins = [entry for entry in metadata.entry_points(group="{PLUGIN_GROUP}") if entry.name == "{PLUGIN}"]
-for entry in plugins:
-    entry.load()
-print(json.dumps(dict(version=metadata.version("sglang"), plugin=bool(plugins))))
+adapters = any("LIST_ADAPTERS" in entry.load().__globals__ for entry in plugins)
+print(json.dumps(dict(version=metadata.version("sglang"), plugin=bool(plugins), adapters=adapters)))
 """
 
 
@@ -35,17 +34,19 @@ class Check:
     """What was found, or what to do."""
 
 
-def check_sglang(sglang: SGLangConfig) -> list[Check]:
+def check_sglang(sglang: SGLangConfig, with_adapters: bool = False) -> list[Check]:
     """All checks that are possible before a server is started. Never raises.
+
+    with_adapters: whether servers get LoRA's factors by themselves (`rollout.lora_sync=adapter`).
 
     Servers that the configuration names are only asked whether they are healthy. The client checks later whether they fit.
     """
     if sglang.servers:
         return [_reachable(url) for url in [*sglang.servers, *([sglang.router] if sglang.router else [])]]
-    return [*_environment(sglang.python), *(_free(sglang.host, sglang.port + index) for index in range(sglang.num_servers))]
+    return [*_environment(sglang.python, with_adapters), *(_free(sglang.host, sglang.port + index) for index in range(sglang.num_servers))]
 
 
-def _environment(python: str) -> list[Check]:
+def _environment(python: str, with_adapters: bool) -> list[Check]:
     name = f"rollout.sglang.python={python}"
     # Only installed packages count, so -P and an empty PYTHONPATH keep the working directory out.
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
@@ -75,10 +76,14 @@ def _environment(python: str) -> list[Check]:
     install = (
         f"not installed beside SGLang, so there is no access key and KV scales stay 1.0; run {python} -m pip install --no-deps ais_megatron"
     )
-    return [
+    checks = [
         Check(name, True, f"SGLang {found['version']}"),
         Check(f"plugin {PLUGIN}", found["plugin"], "KV scales and access key" if found["plugin"] else install),
     ]
+    if with_adapters and found["plugin"]:
+        update = f"the plugin is too old for rollout.lora_sync=adapter; run {python} -m pip install --no-deps --upgrade ais_megatron"
+        checks.append(Check("LoRA adapters", found["adapters"], "the plugin reports them" if found["adapters"] else update))
+    return checks
 
 
 def _free(host: str, port: int) -> Check:

@@ -17,6 +17,7 @@ from math import ceil, inf, isfinite
 
 from ais_megatron.config import Architecture, Config, ConfigError
 from ais_megatron.planning.memory import (
+    adapter_bytes,
     dtype_bytes,
     engine_bytes,
     kv_bytes_per_token,
@@ -186,7 +187,7 @@ class SyncBytes:
     broadcast: int
     """What each trainer rank receives from other pipeline stages."""
     pushed: int
-    """What every GPU of an engine receives."""
+    """What every GPU of an engine receives. Factors of LoRA travel as base64, in which 3 bytes take 4."""
     buckets: int
     """Number of buckets, approximately."""
 
@@ -295,6 +296,10 @@ def pass_seconds(config: Config, assumed: Assumptions, flops_share: float, sends
 
 def sync_bytes(config: Config) -> SyncBytes:
     a, parallel, e = config.architecture, config.parallel, dtype_bytes(config)
+    if factors := adapter_bytes(config):  # the frozen weights travel only once
+        gathered = factors * (parallel.tp - 1) // parallel.tp // parallel.pp
+        buckets = ceil(factors / (config.rollout.sync_bucket_mb * 2**20))
+        return SyncBytes(gathered, factors * (parallel.pp - 1) // parallel.pp, 4 * factors // 3, buckets)
     experts = layer_counts(a)[1] * a.num_hidden_layers
     dense, shards = total_parameters(a) - experts, parallel.ep * parallel.etp
     gathered = e * (dense * (parallel.tp - 1) // parallel.tp + experts * (shards - 1) // shards) // parallel.pp
@@ -307,7 +312,11 @@ def sync_seconds(config: Config, assumed: Assumptions, moved: SyncBytes) -> floa
     parallel, rollout = config.parallel, config.rollout
     inside = max(parallel.tp, parallel.ep * parallel.etp)
     export = moved.gathered / assumed.link(inside) + moved.broadcast / assumed.link(parallel.model_parallel_size)
-    quantize = 0.0 if rollout.quantization == "none" else 3 * dtype_bytes(config) * total_parameters(config.architecture)
+    quantize = (
+        0.0
+        if rollout.quantization == "none" or rollout.lora_sync == "adapter"
+        else 3 * dtype_bytes(config) * total_parameters(config.architecture)
+    )
     if rollout.engine_traits.is_embedded:
         return export + (quantize + moved.pushed) / assumed.bandwidth
     ways = {"tensor": PCIE_GB_S * 1e9, "disk": DISK_GB_S * 1e9 / 2}  # a disk writes first and then reads

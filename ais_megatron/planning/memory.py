@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from math import ceil, prod
 
 from ais_megatron.config import Architecture, Config, ParallelConfig
-from ais_megatron.config.policy import lora_targets
+from ais_megatron.config.policy import adapter_targets, lora_targets, projection
 from ais_megatron.models.family import Weight, shape_of
 from ais_megatron.shapes import Shapes, logprob_chunk
 
@@ -275,8 +275,21 @@ def quantized_counts(a: Architecture, block: int) -> tuple[int, int]:
     return layers * sum(n * k for n, k in shapes), layers * sum(ceil(n / block) * ceil(k / block) for n, k in shapes)
 
 
+ADAPTER_PLACES = 3  # on a server: --max-loras-per-batch of rollout/sglang/server.py
+
+
+def adapter_bytes(config: Config) -> int:
+    """Bytes of LoRA's factors as a server gets them, if they are sent by themselves (`rollout.lora_sync=adapter`); otherwise 0."""
+    a, lora = config.architecture, config.policy.lora
+    if config.rollout.lora_sync == "merged":
+        return 0
+    rows = {projection(row): row for row in a.family.layer}
+    per_layer = sum(sum(shape_of(rows[name], a)) for name in adapter_targets(lora, a))
+    return dtype_bytes(config) * a.num_hidden_layers * lora.rank * per_layer
+
+
 def pushed_bytes(config: Config) -> int:
-    """Bytes that the engine receives in one weight sync: FP8 weights and their scales, all other weights, and KV scales."""
+    """Bytes of a full set of weights as the engine receives it: FP8 weights and their scales, all other weights, and KV scales."""
     a, e = config.architecture, dtype_bytes(config)
     total, (quantized, blocks) = total_parameters(a), quantized_counts(a, config.rollout.weight_block)
     if config.rollout.quantization == "none":
@@ -293,7 +306,7 @@ def engine_bytes(config: Config, tp: int = 1) -> int:
     size = pushed_bytes(config)
     if config.rollout.engine_traits.is_embedded and config.rollout.quantization != "none":
         size += FP32 * quantized_counts(a, config.rollout.weight_block)[0]
-    return ceil(size / tp)
+    return ceil((size + ADAPTER_PLACES * adapter_bytes(config)) / tp)
 
 
 def kv_bytes_per_token(config: Config, cuda: bool = True) -> int:

@@ -34,6 +34,13 @@ def test_an_environment_with_the_plugin_and_one_without(tmp_path):
     assert not plugin.ok and f"{python} -m pip install" in plugin.note
 
 
+def test_a_plugin_that_does_not_know_adapters(tmp_path):
+    sglang = sglang_config(python=script(tmp_path, """echo '{"version": "0.5.23", "plugin": true, "adapters": false}'""")).rollout.sglang
+    (check,) = [check for check in check_sglang(sglang, with_adapters=True) if check.name == "LoRA adapters"]
+    assert not check.ok and "too old for rollout.lora_sync=adapter" in check.note
+    assert "LoRA adapters" not in [check.name for check in check_sglang(sglang)]
+
+
 def test_environments_that_do_not_work(tmp_path):
     missing = check_sglang(sglang_config(python=str(tmp_path / "none")).rollout.sglang)[0]
     assert not missing.ok and "No such file" in missing.note and "make sglang-cpu" in missing.note

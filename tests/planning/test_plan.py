@@ -217,6 +217,15 @@ def test_lora_keeps_gradients_and_moments_of_the_factors_only() -> None:
     assert first.peak < before.peak
 
 
+def test_a_sync_of_factors_leaves_out_the_frozen_weights() -> None:
+    lora = ["policy.lora.rank=16", "sft.steps=1", "policy.lora.targets=[k_proj]", "parallel.tp=4", "parallel.pp=2"]
+    merged, adapter = (with_gpus(load_config(DENSE, [*lora, f"rollout.lora_sync={sync}"]), 8) for sync in ("merged", "adapter"))
+    factors = 2 * 36 * 16 * ((4096 + 4096) + 2 * (4096 + 1024))  # SGLang's layer also gets factors for Q and V, which are zero
+    sync = sync_bytes(adapter)
+    assert (sync.gathered, sync.broadcast, sync.pushed, sync.buckets) == (factors * 3 // 8, factors // 2, 4 * factors // 3, 1)
+    assert engine_bytes(adapter) == engine_bytes(merged) + 3 * factors
+
+
 def test_data_parallelism_shares_the_optimizer_and_experts_have_their_own() -> None:
     layout = ["parallel.tp=4", "parallel.pp=2", "model.recompute=none"]
     config = with_gpus(load_config(MOE, layout), 32)

@@ -54,7 +54,10 @@ def peft_logprobs(path: Path, adapter: Path) -> Tensor:
 def started(rank: int, path: Path, adapter: Path, **layout: object):  # noqa: ANN201
     policy = make_policy(lora_config(path, adapter, **layout), path)
     rows, index = my_rows(make_batch())
-    return policy.logprobs(rows), index, weights_of(policy)
+    apart = [
+        dict(part for bucket in export(2**14) for part in bucket) for export in (policy.export_frozen_buckets, policy.export_factor_buckets)
+    ]
+    return policy.logprobs(rows), index, weights_of(policy), *({name: tensor.clone() for name, tensor in part.items()} for part in apart)
 
 
 @pytest.mark.parametrize("targets", [[], ["q_proj", "v_proj", "down_proj", "up_proj"]], ids=["all", "some"])
@@ -62,7 +65,7 @@ def started(rank: int, path: Path, adapter: Path, **layout: object):  # noqa: AN
 def test_an_adapter_of_peft_gives_the_logprobs_of_peft(
     ranks: RankPool, checkpoint: Path, tmp_path: Path, layout: str, targets: list[str]
 ) -> None:
-    """The factors also reach the export: with them merged, the weights are those that PEFT merges."""
+    """The factors also reach the export: with them merged, the weights are those that PEFT merges. Apart, both are what was loaded."""
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
@@ -73,7 +76,13 @@ def test_an_adapter_of_peft_gives_the_logprobs_of_peft(
     plain = {name: tensor.clone() for name, tensor in whole.state_dict().items()}
     merged = PeftModel.from_pretrained(whole, adapter).merge_and_unload().state_dict()
     world, tp, pp, sp = LAYOUTS[layout]
-    for logprobs, index, weights in ranks.run(world, started, path=checkpoint, adapter=adapter, lora=lora, tp=tp, pp=pp, sp=sp):
+    stored = {
+        name.removeprefix("base_model.model.model."): tensor for name, tensor in load_file(adapter / "adapter_model.safetensors").items()
+    }
+    results = ranks.run(world, started, path=checkpoint, adapter=adapter, lora=lora, tp=tp, pp=pp, sp=sp)
+    for logprobs, index, weights, frozen, factors in results:
+        assert factors.keys() == stored.keys() and all(torch.equal(factors[name], tensor) for name, tensor in stored.items())
+        assert frozen.keys() == weights.keys() and all(torch.equal(frozen[name], plain[name]) for name in frozen)
         assert (logprobs - expected[index]).abs().max() < 1e-4
         for name, tensor in weights.items():
             torch.testing.assert_close(tensor, merged[name], rtol=1e-5, atol=1e-6)
@@ -218,7 +227,7 @@ def test_a_checkpoint_has_only_the_factors_and_resumes_exactly(ranks: RankPool, 
 
     export_run(tmp_path, tmp_path / "adapter", adapter=True)
     adapter = tmp_path / "adapter"
-    _, index, weights = ranks.run(1, started, path=untied_checkpoint, adapter=adapter)[0]
+    _, index, weights, *_ = ranks.run(1, started, path=untied_checkpoint, adapter=adapter)[0]
     for name in before:
         torch.testing.assert_close(weights[name], before[name], rtol=1e-5, atol=1e-6)
     ours = ranks.run(1, started, path=untied_checkpoint, adapter=adapter)[0][0]

@@ -106,6 +106,19 @@ def test_twenty_steps_with_a_server_killed_on_the_way(ranks: RankPool, tmp_path:
     assert 0.05 < mean(row["alpha"] for row in rows) < 0.95 and 2e-4 < mean(row["divergence_severity"] for row in rows) < 5e-3
 
 
+def test_only_the_factors_of_lora_travel(tmp_path: Path) -> None:
+    """The run itself stops if the server with its adapter differs from the policy by more than 0.3 nats per token at any sync. D, over all
+    tokens of a step, is that of FP8. After a restart the server gets the frozen weights again, and the adapter."""
+    lora = ["policy.lora.rank=8", "rollout.lora_sync=adapter", "train.optimizer.lr=1e-2", "rollout.sglang.verify_tolerance=0.3"]
+    run = Run(tmp_path / "adapter", tmp_path / "cache", SHORT, *lora, "train.steps=5")
+    run.wait_for_step(2)
+    run.kill_server()
+    assert "restart 1 of 3" in run.finish()
+    rows = run.rows()
+    assert [(row["step"], row["num_responses"], row["staleness"]) for row in rows] == [(step, RESPONSES, 0) for step in range(1, 6)]
+    assert all(2e-4 < row["divergence_severity"] < 5e-3 for row in rows)
+
+
 def test_without_servers_the_run_is_saved_and_can_go_on(sglang_server: Servers, ranks: RankPool, tmp_path: Path) -> None:
     """It goes on with a server that somebody else has started."""
     other = sglang_server("dense", "fp8")

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import base64
+import pickle
 import threading
 from collections import Counter
 from typing import Any
 
 from aiohttp import web
+
+from ais_megatron.rollout.sglang.plugin import LIST_ADAPTERS, digest
 
 
 class FakeServer:
@@ -17,11 +21,14 @@ class FakeServer:
     is_stuck: no work goes on and it is not healthy, but other questions are answered, as by an SGLang whose scheduler hangs.
     slots: requests that it works on at the same time. forgets: number of requests that it will never answer. tokens: work done.
     asked: how often a response to each first prompt token was begun. failing: paths that answer with status 503.
+    adapters: digests of LoRA factors by name. loses_adapters: it answers 200, and keeps none. ignores_adapters: they change nothing.
     """
 
     def __init__(self, version: str = "default") -> None:
         self.version, self.delay_s, self.status, self.is_hung = version, 0.0, 200, False
         self.is_stuck, self.slots, self.forgets, self.tokens = False, asyncio.Semaphore(10**6), 0, 0
+        self.adapters: dict[str, str] = {}
+        self.loses_adapters = self.ignores_adapters = False
         self.key: str | None = None
         self.failing: set[str] = set()
         self.asked: Counter[int] = Counter()
@@ -34,7 +41,7 @@ class FakeServer:
         assert self._ready.wait(10)
 
     def answer(self, body: dict[str, Any]) -> dict[str, Any]:
-        return response([7, 2], [-0.5, -0.25], self.version)
+        return response([7, 2], [-0.5, -0.25], self.version, input_token_logprobs=self.prompt_logprobs(body))
 
     def stop(self) -> None:
         """Close the port and every connection."""
@@ -74,9 +81,12 @@ class FakeServer:
             return web.json_response({"weight_version": self.version})
         if path == "v1/loads":
             return web.json_response({"loads": [{"num_running_reqs": self.in_flight, "num_used_tokens": self.tokens}]})
+        body = await request.json() if request.can_read_body else {}
         if path != "generate":
-            return web.json_response({"success": True})
-        body = await request.json()
+            return web.json_response({"success": True} | self._control(path, body))
+        if body.get("lora_path", "") not in {"", *self.adapters}:
+            self.version = "default"  # it was restarted just now
+            return web.json_response({"error": {"message": "Got LoRA adapter that has never been loaded"}}, status=400)
         self.bodies.append(body)
         self.asked[body["input_ids"][0]] += 1
         self.in_flight += 1
@@ -94,6 +104,25 @@ class FakeServer:
         if self.status != 200:
             return web.json_response({"error": {"message": "no"}}, status=self.status)
         return web.json_response(self.answer(body))
+
+    def _control(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
+        if path == "load_lora_adapter_from_tensors" and not self.loses_adapters:
+            (payload,) = body["serialized_named_tensors"]
+            self.adapters[body["lora_name"]] = digest(pickle.loads(base64.b64decode(payload)).values())
+        elif path == "unload_lora_adapter":
+            del self.adapters[body["lora_name"]]
+        elif path == "update_weight_version":
+            self.version = body["new_version"]
+        elif path == "weights_checker" and body["action"] == LIST_ADAPTERS:
+            return {"ranks": [{"checksums": dict(self.adapters)}]}
+        elif path == "weights_checker":
+            return {"ranks": [{"checksums": {"weight": str(self.calls.count("end_weight_update"))}}]}
+        return {}
+
+    def prompt_logprobs(self, body: dict[str, Any]) -> list[list[Any]]:
+        """A prompt's tokens are less likely with an adapter, if adapters are not ignored."""
+        value = -2.0 if body.get("lora_path") and not self.ignores_adapters else -1.0
+        return [[value, token] for token in body["input_ids"]]
 
     async def _work(self) -> None:
         left = self.delay_s
