@@ -254,7 +254,7 @@ class SGLangEngine:
 
     def _check_frozen(self, fresh: Sequence[ServerAPI]) -> None:
         """Raise RuntimeError if these servers need the frozen weights, and only LoRA's factors are pushed. All is then pushed again."""
-        if fresh and not self._manifest.has_weights:
+        if self._adapters is not None and fresh and not self._manifest.has_weights:
             raise RuntimeError(f"{fresh[0].url}: has none of the frozen weights, because it was restarted")
 
     def _checked(self, buckets: Iterable[Bucket], scales: Bucket, factors: Bucket) -> Iterator[Bucket]:
