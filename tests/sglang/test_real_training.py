@@ -116,7 +116,7 @@ def test_only_the_factors_of_lora_travel(tmp_path: Path) -> None:
     assert "restart 1 of 3" in run.finish()
     rows = run.rows()
     assert [(row["step"], row["num_responses"], row["staleness"]) for row in rows] == [(step, RESPONSES, 0) for step in range(1, 6)]
-    assert all(2e-4 < row["divergence_severity"] < 5e-3 for row in rows)
+    assert all(0 < row["divergence_severity"] < 5e-3 for row in rows)
 
 
 def test_without_servers_the_run_is_saved_and_can_go_on(sglang_server: Servers, ranks: RankPool, tmp_path: Path) -> None:
