@@ -17,6 +17,10 @@ Target = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj",
 SGLANG_LAYERS = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",))
 
 
+ALIGNED = {"fp8_aligned": ("fp8_e4m3", "fp8_e5m2", "fp4_e2m1"), "int4_aligned": ("int4",)}
+"""The values of `policy.forward_precision` that align the trainer with the engine, and what they need of `rollout.quantization`."""
+
+
 class LoraConfig(Section):
     rank: int = Field(
         0, ge=0, description="rank of the factors; 0: all weights are trained. Otherwise these are frozen, and only the factors are trained"
@@ -34,23 +38,35 @@ class LoraConfig(Section):
 
 
 class PolicyConfig(Section):
-    forward_precision: Literal["bf16", "fp8_aligned"] = Field(
+    forward_precision: Literal["bf16", "fp8_aligned", "int4_aligned"] = Field(
         "bf16",
         description="arithmetic of the trainer's linear layers. bf16: that of model.dtype. fp8_aligned: the rollout engine's, with its "
-        "quantised weights, inputs, K and V, and gradients straight through; the trained model is then the quantised one",
+        "quantised weights, inputs, K and V, and gradients straight through; the trained model is then the quantised one. int4_aligned: "
+        "the same for rollout.quantization=int4",
     )
     lora: LoraConfig = LoraConfig()
+
+    @property
+    def is_aligned(self) -> bool:
+        """Whether the trainer computes with the engine's quantised weights, in the format of `rollout.quantization`."""
+        return self.forward_precision in ALIGNED
 
 
 def precision_problems(policy: PolicyConfig, model: ModelConfig, rollout: RolloutConfig) -> list[str]:
     """A forward pass that cannot be aligned with the engine's."""
-    if policy.forward_precision == "bf16":
+    if not policy.is_aligned:
         return []
-    key, problems = f"policy.forward_precision={policy.forward_precision}", []
+    key, formats, problems = f"policy.forward_precision={policy.forward_precision}", ALIGNED[policy.forward_precision], []
     if rollout.quantization == "none":
-        problems.append(f"{key}: rollout.quantization=none leaves nothing to align with; set it to fp8_e4m3, or forward_precision to bf16")
-    if policy.lora.rank:
-        problems.append(f"{key}: does not work with policy.lora.rank={policy.lora.rank} yet; set one of them to its default")
+        problems.append(
+            f"{key}: rollout.quantization=none leaves nothing to align with; set it to {formats[0]}, or forward_precision to bf16"
+        )
+    elif rollout.quantization not in formats:
+        fitting = next(name for name, others in ALIGNED.items() if rollout.quantization in others)
+        problems.append(
+            f"{key}: the engine does not use this format, because rollout.quantization={rollout.quantization}; set forward_precision to "
+            f"{fitting}, or rollout.quantization to one of {', '.join(formats)}"
+        )
     if model.transformer_impl == "transformer_engine":
         problems.append(f"{key}: needs Megatron's own layers; set model.transformer_impl to local or auto")
     return problems

@@ -22,13 +22,13 @@ class RolloutConfig(Section):
     save_dir: str | None = Field(None, description="folder in which every response is recorded for a later replay; empty: no recording")
     replay_dir: str | None = Field(None, description="engine=replay: the rollout.save_dir of an earlier run")
     quantization: Annotated[
-        Literal["none", "fp8_e4m3", "fp8_e5m2", "fp4_e2m1"],
+        Literal["none", "fp8_e4m3", "fp8_e5m2", "fp4_e2m1", "int4"],
         BeforeValidator(lambda v: {"fp8": "fp8_e4m3", "bf16": "none", None: "none"}.get(v, v)),
     ] = Field(
         "fp8_e4m3",
         description="precision of the engine's weights and activations. none: BF16. fp8_e4m3 (or fp8) and fp8_e5m2: one scale per "
-        "block of weights and of activations, see weight_block. fp4_e2m1: one scale per 1x32 block of both. SGLang does not have "
-        "fp8_e5m2 and fp4_e2m1",
+        "block of weights and of activations, see weight_block. fp4_e2m1: one scale per 1x32 block of both. int4: one scale per 1x128 "
+        "block of weights, and activations in BF16. SGLang does not have fp8_e5m2, fp4_e2m1 and int4 here",
     )
     weight_block: Literal[32, 64, 128] = Field(
         128,
@@ -37,7 +37,7 @@ class RolloutConfig(Section):
         "only for 128",
     )
     kv_cache: Literal["auto", "bf16", "fp8_e4m3"] = Field(
-        "auto", description="precision of the KV cache; auto: fp8_e4m3 if the weights are quantised, else bf16"
+        "auto", description="precision of the KV cache; auto: fp8_e4m3 if the activations are quantised, else bf16"
     )
     prompts_per_step: PositiveInt = Field(32, description="number of prompts per step, over all ranks")
     group_size: PositiveInt = Field(8, description="number of responses sampled for each prompt")
@@ -78,4 +78,4 @@ class RolloutConfig(Section):
 
     @property
     def kv_cache_is_fp8(self) -> bool:
-        return self.kv_cache == "fp8_e4m3" or (self.kv_cache == "auto" and self.quantization != "none")
+        return self.kv_cache == "fp8_e4m3" or (self.kv_cache == "auto" and self.quantization not in ("none", "int4"))

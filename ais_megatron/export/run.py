@@ -79,14 +79,14 @@ def export_run(run: Path, out: Path, step: int | None = None, shard_bytes: int =
 
 def _fp8_block(config: Config) -> int | None:
     """The block size of an exported model with E4M3 weights; None: its weights are those of the checkpoint."""
-    is_fp8 = config.policy.forward_precision == "fp8_aligned" and config.rollout.quantization == FP8_E4M3.name
+    is_fp8 = config.policy.is_aligned and config.rollout.quantization == FP8_E4M3.name
     return config.rollout.weight_block if is_fp8 else None
 
 
 def _as_trained(name: str, tensor: Tensor, config: Config) -> list[tuple[str, Tensor]]:
     """The tensor as the trained model used it. With an aligned forward pass this is the quantised one, and E4M3 is exported as such. No
     engine loads the other formats, so their values are exported in the model's precision."""
-    fmt = format_of(config.rollout) if config.policy.forward_precision == "fp8_aligned" else None
+    fmt = format_of(config.rollout) if config.policy.is_aligned else None
     if fmt is None or not is_quantized_weight(name):
         return [(name, tensor)]
     if fmt.name == FP8_E4M3.name:

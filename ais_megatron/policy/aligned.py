@@ -1,13 +1,19 @@
 """Forward passes with the rollout engine's arithmetic, so that the trainer computes what the engine has sampled from.
 
-`policy.forward_precision=fp8_aligned`: the linear layers that the engine quantises use its weights (quantised in the blocks of whole
-Hugging Face tensors) and its inputs (quantised in groups, row by row), and attention uses K and V as the engine's FP8 cache stores
-them. Everything else, such as embeddings, norms, the router and the output layer, is as before. The backward pass is straight-through:
+`policy.forward_precision=fp8_aligned` or `int4_aligned`: the linear layers that the engine quantises use its weights (quantised in the
+blocks of whole Hugging Face tensors) and its inputs (quantised in groups, row by row), and attention uses K and V as the engine's FP8
+cache stores them. Everything else, such as embeddings, norms, the router and the output layer, is as before. The backward pass is
+straight-through:
 
     y = Q(x) Q(W)^T,      dx = dy Q(W),      dW = dy^T Q(x),      and the gradients of Q are taken to be 1
 
 Source: QaRL (arXiv 2604.07853), which calls it the aligned forward pass; the estimator is that of arXiv 1308.3432. The format is that of
-`rollout.quantization`, so FP4 and E5M2 work too.
+`rollout.quantization`, so FP4 and E5M2 work too. With INT4 only weights are quantised.
+
+With LoRA the engine has Q(W + s B A), where s = alpha / rank, and so has the trainer. W has no gradient, and nothing of its size is made
+for the gradients of the factors:
+
+    y = Q(x) Q(W + s B A)^T,      dx = dy Q(W + s B A),      dB = s dy^T (Q(x) A^T),      dA = s (dy B)^T Q(x)
 
 A block may lie on two tensor-parallel ranks, and Megatron interleaves Q, K and V. So every rank takes the amax of its part of each block,
 one all-reduce makes them those of whole blocks, and the result does not depend on the layout. Weights are quantised once per optimizer
@@ -26,10 +32,11 @@ import torch.nn.functional as F
 from megatron.core import parallel_state
 from torch import Tensor, nn
 
-from ais_megatron.config import Config
+from ais_megatron.config import Architecture, Config
 from ais_megatron.distributed import device
 from ais_megatron.export.parameters import join, split
 from ais_megatron.models.family import Weight, parameters_of, shape_of
+from ais_megatron.policy.lora import Factors, LoRA
 from ais_megatron.policy.model import RMSNorm
 from ais_megatron.quantization.formats import Format, format_of
 from ais_megatron.quantization.fp8 import MIN_GROUP_AMAX, round_to_e4m3
@@ -53,6 +60,18 @@ def straight_through(original: Tensor, quantized: Tensor) -> Tensor:
     """The values of `quantized`, with the gradient of `original`."""
     result: Tensor = _StraightThrough.apply(original, quantized)
     return result
+
+
+class _AlsoFor(torch.autograd.Function):
+    """Returns `result`, and gives its gradient to `other` too, whose values are not used."""
+
+    @staticmethod
+    def forward(ctx: Any, result: Tensor, other: Tensor) -> Tensor:
+        return result.view_as(result)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
+        return grads[0], grads[0]
 
 
 @dataclass(frozen=True)
@@ -93,8 +112,22 @@ class AlignedLinear:
     """One for each Hugging Face matrix in its weight."""
     group: dist.ProcessGroup | None
     """The ranks that share the layer's matrices; None if this rank has them whole."""
+    factors: Factors | None
+    """Those of LoRA beside the layer."""
     weight: Tensor | None = None
     """The quantised weight after the latest `Aligned.refresh`."""
+    input: Tensor | None = None
+    """The quantised input, between the product and the hook after the layer, for the gradients of the factors."""
+
+    @property
+    def changes(self) -> bool:
+        """Whether training changes the weight."""
+        return self.factors is not None or self.linear.weight.requires_grad
+
+    def parts(self, architecture: Architecture) -> list[Tensor]:
+        """This rank's parts of the Hugging Face matrices, with LoRA merged as a weight sync merges it."""
+        weight = self.linear.weight.detach()
+        return split(weight if self.factors is None else self.factors.merged(weight), len(self.pieces), architecture)
 
 
 class Aligned:
@@ -103,18 +136,22 @@ class Aligned:
     Call `weights_changed` after every change of the model's weights, and `refresh` before the next forward pass.
     """
 
-    def __init__(self, model: Any, config: Config) -> None:
+    def __init__(self, model: Any, config: Config, lora: LoRA | None) -> None:
         fmt = format_of(config.rollout)
         assert fmt is not None, "the configuration refuses an aligned forward pass without a quantised engine"
         self._config, self._fmt = config, fmt
         self._model_dtype = next(model.parameters()).dtype
         self._dtype = torch.float32 if device().type == "cpu" else self._model_dtype
+        self._factors = {} if lora is None else lora.of_parameter
         self._linears = list(self._find(model))
         self._is_fresh = False
         self.kv_scales: Tensor | None = None
         """float32 ``[num_layers, 2]``, those of the engine's FP8 cache; None if the cache is not quantised."""
         for aligned in self._linears:
             aligned.linear._forward_impl = self._product(aligned, aligned.linear._forward_impl)
+            if aligned.factors is not None:
+                aligned.factors.hook.remove()
+                aligned.linear.register_forward_hook(self._differentiated(aligned))
             aligned.linear.register_forward_hook(self._rounded)
         # A difference in the last bit of a BF16 value moves every thirtieth input to another value of FP8, so norms must round alike too.
         for module in model.modules():
@@ -137,16 +174,17 @@ class Aligned:
     def _find(self, model: Any) -> Iterator[AlignedLinear]:
         """The linear layers with a quantised weight, on this rank."""
         a = self._config.architecture
-        for layer in model.decoder.layers:
+        for number, layer in enumerate(model.decoder.layers):
             for rows in parameters_of(a.family.layer):
                 if rows[0].quantized:
-                    yield self._aligned(layer, rows, rows[0].megatron, is_expert=False)
+                    factors = self._factors.get(f"decoder.layers.{number}.{rows[0].megatron}")
+                    yield self._aligned(layer, rows, rows[0].megatron, factors, is_expert=False)
             for slot in range(a.num_experts // self._config.parallel.ep):
                 for rows in parameters_of(a.family.experts):
                     if rows[0].quantized:
-                        yield self._aligned(layer, rows, rows[0].megatron.format(slot=slot), is_expert=True)
+                        yield self._aligned(layer, rows, rows[0].megatron.format(slot=slot), None, is_expert=True)
 
-    def _aligned(self, layer: nn.Module, rows: tuple[Weight, ...], name: str, is_expert: bool) -> AlignedLinear:
+    def _aligned(self, layer: nn.Module, rows: tuple[Weight, ...], name: str, factors: Factors | None, is_expert: bool) -> AlignedLinear:
         ps = parallel_state
         if is_expert:
             size, rank, group = ps.get_expert_tensor_parallel_world_size(), ps.get_expert_tensor_parallel_rank(), _expert_group()
@@ -161,7 +199,7 @@ class Aligned:
             height, width = shape_of(row, self._config.architecture)
             first_row, first_column = (rank * height // size, 0) if row.tp_dim == 0 else (0, rank * width // size)
             pieces.append(Piece(first_row, first_column, (height, width)))
-        return AlignedLinear(layer.get_submodule(name.removesuffix(".weight")), tuple(pieces), group if size > 1 else None)
+        return AlignedLinear(layer.get_submodule(name.removesuffix(".weight")), tuple(pieces), group if size > 1 else None, factors)
 
     @torch.no_grad()
     def refresh(self) -> None:
@@ -170,21 +208,22 @@ class Aligned:
         if self._is_fresh:
             return
         architecture = self._config.architecture
-        parts = [split(a.linear.weight.detach(), len(a.pieces), architecture) for a in self._linears]
+        stale = [aligned for aligned in self._linears if aligned.weight is None or aligned.changes]
         grids = [
-            [piece.block_amax(part, self._fmt) for piece, part in zip(aligned.pieces, own, strict=True)]
-            for aligned, own in zip(self._linears, parts, strict=True)
+            [piece.block_amax(part, self._fmt) for piece, part in zip(aligned.pieces, aligned.parts(architecture), strict=True)]
+            for aligned in stale
         ]
         # In the order of the layers, which is the same on all ranks of a group. Otherwise they could wait for each other.
-        for group in dict.fromkeys(aligned.group for aligned in self._linears if aligned.group is not None):
-            shared = [grid for aligned, own in zip(self._linears, grids, strict=True) if aligned.group is group for grid in own]
+        for group in dict.fromkeys(aligned.group for aligned in stale if aligned.group is not None):
+            shared = [grid for aligned, own in zip(stale, grids, strict=True) if aligned.group is group for grid in own]
             flat = torch.cat([grid.flatten() for grid in shared])
             dist.all_reduce(flat, op=dist.ReduceOp.MAX, group=group)
             for grid, whole in zip(shared, flat.split([grid.numel() for grid in shared]), strict=True):
                 grid.copy_(whole.view_as(grid))
-        for aligned, own, amax in zip(self._linears, parts, grids, strict=True):
+        for aligned, amax in zip(stale, grids, strict=True):
             quantized = [
-                piece.quantized(part, grid, self._fmt).to(self._dtype) for piece, part, grid in zip(aligned.pieces, own, amax, strict=True)
+                piece.quantized(part, grid, self._fmt).to(self._dtype)
+                for piece, part, grid in zip(aligned.pieces, aligned.parts(architecture), amax, strict=True)
             ]
             aligned.weight = join(quantized, architecture) if len(quantized) > 1 else quantized[0]
         self._is_fresh = True
@@ -198,6 +237,8 @@ class Aligned:
         def forward(input: Tensor, weight: Tensor, **options: Any) -> Tensor:
             assert self._is_fresh and aligned.weight is not None, "call refresh before the forward pass"
             x = straight_through(input, self._quantize_input(input, first, columns.whole[1], aligned.group if is_split else None))
+            if aligned.factors is not None:
+                aligned.input = x.detach()
             return product(input=x, weight=straight_through(weight, aligned.weight), **options)
 
         return forward
@@ -207,6 +248,8 @@ class Aligned:
         """`quantize_dequantize_groups` of this rank's columns, which begin at column `first` of `whole`.
 
         group: the ranks that have the other columns of the same rows; None if this rank has all."""
+        if not self._fmt.group:
+            return x.to(self._dtype)
         size = min(self._fmt.group, whole)
         left, columns = first % size, x.shape[-1]
         values = x.float()
@@ -221,6 +264,19 @@ class Aligned:
         scale = amax.clamp_(min=MIN_GROUP_AMAX).div_(self._fmt.largest)[..., None]
         quantized = self._fmt.round_scaled(groups / scale).mul_(scale).flatten(-2)[..., left : left + columns]
         return quantized.to(self._dtype)
+
+    def _differentiated(self, aligned: AlignedLinear) -> Callable[..., tuple[Tensor, Tensor | None]]:
+        """A hook after the layer, which gives LoRA's factors their gradients. Their product is in the layer's weight already."""
+
+        def hook(linear: nn.Module, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor | None]) -> tuple[Tensor, Tensor | None]:
+            assert aligned.factors is not None and aligned.input is not None
+            quantized, aligned.input = aligned.input, None
+            if not torch.is_grad_enabled():
+                return output
+            result: Tensor = _AlsoFor.apply(output[0], aligned.factors(quantized))
+            return result, output[1]
+
+        return hook
 
     def _rounded(self, linear: nn.Module, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor | None]) -> tuple[Tensor, Tensor | None]:
         """A hook after the layer, whose output is in float32 until it has been summed over ranks. The engine rounds it once, too."""

@@ -57,6 +57,8 @@ class Factors(nn.Module):
         self.architecture, self.layer, self.lora = a, layer, lora
         self.is_column = rows[0].tp_dim == 0
         self.sequence_parallel = config.parallel.sequence_parallel
+        self.hook: Any = None
+        """The handle of `add` after the layer, by which an aligned forward pass removes it."""
         self.heights = [shape_of(row, a)[0] // (tp if self.is_column else 1) for row in rows]
         self.names = [projection(row) if projection(row) in targets else None for row in rows]
         self.a, self.b = nn.ParameterDict(), nn.ParameterDict()
@@ -90,9 +92,14 @@ class Factors(nn.Module):
             column += self.lora.rank
         return join(blocks, self.architecture)
 
+    @torch.no_grad()
+    def merged(self, weight: Tensor) -> Tensor:
+        """The layer's weight with the product of the factors added, in the weight's dtype."""
+        return add_product(weight, self.whole_a(), self.whole_b(), self.lora)
+
     def forward(self, x: Tensor) -> Tensor:
-        """What the factors add to the layer's output, from the layer's input ``[seq, batch, in]``."""
-        low = F.linear(x, self.whole_a())
+        """What the factors add to the layer's output, from the layer's input ``[seq, batch, in]``, in the dtype of the input."""
+        low = F.linear(x, self.whole_a().to(x.dtype))
         if self.is_column:
             low = (
                 gather_from_sequence_parallel_region(low, tensor_parallel_output_grad=True)
@@ -103,7 +110,7 @@ class Factors(nn.Module):
             low = reduce_scatter_to_sequence_parallel_region(low)
         else:
             low = reduce_from_tensor_model_parallel_region(low)
-        return F.linear(low, self.whole_b() * self.lora.scale)
+        return F.linear(low, self.whole_b().to(x.dtype) * self.lora.scale)
 
     def add(self, linear: nn.Module, inputs: tuple[Any, ...], output: Any) -> Any:
         """A hook after the frozen layer, which returns (output, bias)."""
@@ -150,7 +157,7 @@ class LoRA(nn.Module):
                     factors = Factors(config, rows, targets, layer.layer_number - 1, linear.weight)
                     if hasattr(linear, "layer_norm_weight"):
                         linear.return_layernorm_output = True
-                    linear.register_forward_hook(factors.add)
+                    factors.hook = linear.register_forward_hook(factors.add)
                     self.parts.append(factors)
                     self.of_parameter[f"decoder.layers.{number}.{rows[0].megatron}"] = factors
         model.lora = self  # so that the factors are parameters of the model
@@ -158,11 +165,10 @@ class LoRA(nn.Module):
             # Recomputation needs an input that requires a gradient, and nothing before the first layer does.
             model.embedding.register_forward_hook(lambda module, inputs, output: output.requires_grad_(torch.is_grad_enabled()))
 
-    @torch.no_grad()
     def merged(self, name: str, parameter: Tensor) -> Tensor:
-        """The parameter with its factors' product added, in the parameter's dtype."""
+        """The parameter with its factors' product added, if it has any."""
         factors = self.of_parameter.get(name)
-        return parameter if factors is None else add_product(parameter, factors.whole_a(), factors.whole_b(), factors.lora)
+        return parameter if factors is None else factors.merged(parameter)
 
     def named_factors(self) -> Iterator[tuple[str, nn.Parameter, int | None]]:
         """See `Factors.named_factors`, over all layers of this stage."""

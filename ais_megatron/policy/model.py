@@ -44,7 +44,7 @@ def uses_transformer_engine(config: Config) -> bool:
     if wish == "transformer_engine" and not (on_cuda and installed):
         missing = "Transformer Engine is not installed" if on_cuda else "this job runs on CPUs"
         raise ValueError(f"model.transformer_impl=transformer_engine: {missing}; set it to local or auto")
-    return wish != "local" and on_cuda and installed and config.policy.forward_precision == "bf16"
+    return wish != "local" and on_cuda and installed and not config.policy.is_aligned
 
 
 def build_model(config: Config, temperature: float, transformer_engine: bool) -> PolicyModel:
@@ -260,7 +260,7 @@ def _fusions(config: Config, transformer_engine: bool) -> dict[str, bool]:
     """
     has_apex = importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None
     return dict(
-        gradient_accumulation_fusion=device().type == "cuda" and has_apex and config.policy.forward_precision == "bf16",
+        gradient_accumulation_fusion=device().type == "cuda" and has_apex and not config.policy.is_aligned,
         apply_rope_fusion=transformer_engine,
         bias_activation_fusion=transformer_engine,
         bias_dropout_fusion=transformer_engine,

@@ -133,7 +133,7 @@ class Policy:
             attach(self.model, self.routing)
         recomputes = config.model.recompute == "full"
         self.calibrator = Calibrator(self.model, config.architecture.num_hidden_layers, config.calibration.margin, recomputes)
-        self.aligned = Aligned(self.model, config) if config.policy.forward_precision == "fp8_aligned" else None
+        self.aligned = Aligned(self.model, config, self.lora) if config.policy.is_aligned else None
         keeps_reference = config.objective.kl_coefficient > 0.0
         self._reference = [p.detach().to("cpu", copy=True) for p in self._trained()] if keeps_reference else None
 

@@ -7,10 +7,12 @@ values are 2**(e-m) apart. Below 2**e_min they are 2**(e_min-m) apart.
     fp8_e4m3   3  -6     448      OCP FP8, no infinity           one per 128x128        one per row and 128 columns
     fp8_e5m2   2  -14    57344    OCP FP8, cast without infinity one per 128x128        one per row and 128 columns
     fp4_e2m1   1  0      6        0 .5 1 1.5 2 3 4 6 and minus   one per row and 32 columns, for both
+    int4       3  3      7        0 1 2 3 4 5 6 7 and minus      one per row and 128 columns   none, not quantised
 
 `rollout.weight_block` changes the 128 of the FP8 formats. FP4 has the block size of the OCP microscaling format MXFP4, but float32
-scales instead of powers of two, so the largest value of a block stays exact. NVFP4 (blocks of 16, E4M3 scales) is similar. All scales
-are amax / largest. No hardware support is needed. FP4 values are stored in E4M3, which represents each of them exactly.
+scales instead of powers of two, so the largest value of a block stays exact. NVFP4 (blocks of 16, E4M3 scales) is similar. INT4 is the
+W4A16 of QaRL (arXiv 2604.07853): symmetric integers, and activations in the model's dtype. All scales are amax / largest. No hardware
+support is needed. FP4 values are stored in E4M3 and INT4 values in INT8, which represent each of them exactly.
 """
 
 from __future__ import annotations
@@ -40,7 +42,12 @@ class Format:
     weight_block: tuple[int, int]
     """(rows, columns) of a weight that share a scale."""
     group: int
-    """Number of columns in a row of activations that share a scale."""
+    """Number of columns in a row of activations that share a scale. 0: activations are not quantised."""
+
+    @property
+    def is_fp8(self) -> bool:
+        """Whether torch has a dtype of just these values, so that a cast rounds to them. The blocks are then `rollout.weight_block`'s."""
+        return self.name.startswith("fp8")
 
     def round(self, x: Tensor) -> Tensor:
         """Round to the nearest value of the format, ties to even, saturating at +-`largest`. NaN and the sign of zero are kept.
@@ -75,12 +82,11 @@ class Format:
 FP8_E4M3 = Format("fp8_e4m3", torch.float8_e4m3fn, 3, -6, 448.0, (128, 128), 128)
 FP8_E5M2 = Format("fp8_e5m2", torch.float8_e5m2, 2, -14, 57344.0, (128, 128), 128)
 FP4_E2M1 = Format("fp4_e2m1", torch.float8_e4m3fn, 1, 0, 6.0, (1, 32), 32)
-FORMATS = {fmt.name: fmt for fmt in (FP8_E4M3, FP8_E5M2, FP4_E2M1)}  # by the value of rollout.quantization
+INT4 = Format("int4", torch.int8, 3, 3, 7.0, (1, 128), 0)
+FORMATS = {fmt.name: fmt for fmt in (FP8_E4M3, FP8_E5M2, FP4_E2M1, INT4)}  # by the value of rollout.quantization
 
 
 def format_of(rollout: RolloutConfig) -> Format | None:
     """The format of a configured engine's weights and activations; None if they are not quantised."""
     fmt = FORMATS.get(rollout.quantization)
-    if fmt is None or fmt.name == FP4_E2M1.name:
-        return fmt
-    return fmt.with_block(rollout.weight_block)
+    return fmt.with_block(rollout.weight_block) if fmt is not None and fmt.is_fp8 else fmt

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ais_megatron.models.registry import is_quantized_weight
-from ais_megatron.quantization.formats import FP4_E2M1, FP8_E4M3, Format
+from ais_megatron.quantization.formats import FP8_E4M3, Format
 
 logger = logging.getLogger(__name__)
 
@@ -82,8 +82,8 @@ def _quantize_rows(weight: Tensor, into: Tensor, fmt: Format) -> Tensor:
     scale = torch.where(scale == 0, 1.0, scale)
     blocks = values.unflatten(1, (-1, width)).unflatten(0, (-1, height))  # [row blocks, height, column blocks, width]
     blocks.div_(scale[:, None, :, None])
-    # The cast itself rounds to FP8. FP4 is stored in a wider type, so its values must be rounded first.
-    values = fmt.round(values) if fmt.name == FP4_E2M1.name else values.clamp_(-fmt.largest, fmt.largest)
+    # The cast itself rounds to FP8. FP4 and INT4 are stored in wider types, so their values must be rounded first.
+    values = values.clamp_(-fmt.largest, fmt.largest) if fmt.is_fp8 else fmt.round(values)
     into.copy_(values[:rows, :columns])
     return scale
 
@@ -138,13 +138,15 @@ def quantize_dequantize_groups(x: Tensor, fmt: Format = FP8_E4M3) -> Tensor:
     """Quantise and dequantise activations, as a dynamically quantised linear layer does with its input.
 
     In each row, every group of `fmt.group` neighbouring columns (the last may be smaller) is scaled by its own amax / largest,
-    rounded to the format and scaled back.
+    rounded to the format and scaled back. A format with `group` 0 leaves them as they are.
 
     Args:
         x: bfloat16 or float32 ``[..., K]``.
     Returns:
         float32 ``[..., K]``, because BF16 would round a second time.
     """
+    if not fmt.group:
+        return x.float()
     columns = x.shape[-1]
     group = min(fmt.group, columns)  # a single smaller group needs no padding
     padded = F.pad(x.float(), (0, -columns % group)) if columns % group else x.float()

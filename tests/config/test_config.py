@@ -90,12 +90,12 @@ def test_off_is_a_word_although_yaml_reads_it_as_false(tmp_path: Path) -> None:
         ({"rollout": {"group_size": 1}}, r"rollout.group_size=1: .*always zero"),
         ({"rollout": {"max_response_tokens": 40_000}}, r"max_response_tokens=40000: .*max_position_embeddings=32768"),
         (
-            {"rollout": {"quantization": "int4"}},
-            r"rollout.quantization='int4': input should be 'none', 'fp8_e4m3', 'fp8_e5m2' or 'fp4_e2m1'",
+            {"rollout": {"quantization": "int8"}},
+            r"rollout.quantization='int8': input should be 'none', 'fp8_e4m3', 'fp8_e5m2', 'fp4_e2m1' or 'int4'",
         ),
         (
-            {"rollout": {"quantization": "fp4_e2m1", "engine": "sglang"}},
-            r"rollout.quantization=fp4_e2m1: only the embedded engine emulates it; .* none, fp8_e4m3",
+            {"rollout": {"quantization": "int4", "engine": "sglang"}},
+            r"rollout.quantization=int4: only the embedded engine emulates it; .* none, fp8_e4m3",
         ),
         ({"train": {"steps": 0}}, r"train.steps=0: input should be greater than or equal to 1"),
         ({"train": {"steps": 5, "optimizer": {"warmup_steps": 9}}}, r"train.optimizer.warmup_steps=9: .*train.steps"),

@@ -29,7 +29,7 @@ def test_what_the_schema_says() -> None:
         return key.type, key.default, key.allowed
 
     assert facts("rollout.top_p") == ("number", "1.0", "greater than 0, at most 1")
-    assert facts("rollout.quantization") == ("one of", "fp8_e4m3", "none, fp8_e4m3, fp8_e5m2, fp4_e2m1")
+    assert facts("rollout.quantization") == ("one of", "fp8_e4m3", "none, fp8_e4m3, fp8_e5m2, fp4_e2m1, int4")
     assert facts("objective.aggregation") == ("empty or one of", "empty", "token, sequence, constant")
     assert facts("model.architecture.head_dim") == ("whole number", "required", "from 1")
     assert facts("ais.tau") == ("number or auto", "0.002", "")

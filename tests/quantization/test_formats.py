@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from ais_megatron.config import Architecture, RolloutConfig
-from ais_megatron.quantization.formats import FORMATS, FP4_E2M1, FP8_E5M2, format_of
+from ais_megatron.quantization.formats import FORMATS, FP4_E2M1, FP8_E5M2, INT4, format_of
 from ais_megatron.quantization.fp8 import dequantize_block, quantize_block, quantize_bucket, quantize_dequantize_groups
 from ais_megatron.rollout.local.quantized_linear import InputQuantizer, QuantizedLinear
 from ais_megatron.rollout.manifest import Manifest
@@ -62,6 +62,17 @@ def test_fp4_weights_have_a_scale_for_each_row_and_32_columns():
     assert dequantize_block(q, scale_inv, fmt=FP4_E2M1)[0, :4].tolist() == [12.0, 4.0, 3.0, -1.0]
 
 
+def test_int4_weights_have_a_scale_for_each_row_and_128_columns():
+    weight = torch.zeros(2, 130)
+    weight[0, :5] = torch.tensor([14.0, 5.0, 4.9, -1.0, -20.0 / 3])
+    weight[1, 129] = -3.5  # a ragged block of 2 columns
+    q, scale_inv = quantize_block(weight, INT4)
+    assert q.dtype == torch.int8 and q.abs().max() == 7
+    assert torch.equal(scale_inv, torch.tensor([[2.0, 1.0], [1.0, 0.5]]))
+    assert q[0, :5].tolist() == [7, 2, 2, 0, -3], "over 2: 7, 2.5, 2.45, -0.5 and -3.33; ties go to even"
+    assert q[1, 129] == -7
+
+
 @pytest.mark.parametrize("fmt", FORMATS.values(), ids=FORMATS)
 def test_weights_and_activations_equal_a_loop_over_blocks(fmt):
     torch.manual_seed(1)
@@ -75,13 +86,16 @@ def test_weights_and_activations_equal_a_loop_over_blocks(fmt):
             assert scale_inv[i, j] == scale and torch.equal(restored[part], fmt.round(weight[part] / scale) * scale)
     x = torch.randn(4, 161)
     got = quantize_dequantize_groups(x, fmt)
+    if not fmt.group:
+        assert torch.equal(got, x), "activations of W4A16 stay as they are"
+        return
     for start in range(0, 161, fmt.group):
         group = x[:, start : start + fmt.group]
         scale = group.abs().amax(1, keepdim=True) / fmt.largest
         assert torch.equal(got[:, start : start + fmt.group], fmt.round(group / scale) * scale)
 
 
-@pytest.mark.parametrize("fmt", [FP8_E5M2, FP4_E2M1], ids=["e5m2", "fp4"])
+@pytest.mark.parametrize("fmt", [FP8_E5M2, FP4_E2M1, INT4], ids=["e5m2", "fp4", "int4"])
 def test_a_linear_layer_multiplies_what_the_format_holds(fmt):
     torch.manual_seed(2)
     weight, x = torch.randn(40, 96), torch.randn(5, 96)
@@ -114,6 +128,7 @@ def test_an_engine_refuses_another_formats_weights():
     for mine, theirs, message in (
         ("fp4_e2m1", "fp8_e4m3", r"weight_scale_inv: got .*\[1, 1\], expected .*\[64, 1\]"),
         ("fp8_e4m3", "fp8_e5m2", "got torch.float8_e5m2"),
+        ("int4", "fp4_e2m1", "got torch.float8_e4m3fn.*expected torch.int8"),
     ):
         engine = make_engine({"quantization": mine}, torch.bfloat16)
         with pytest.raises(ValueError, match=message):
@@ -122,7 +137,7 @@ def test_an_engine_refuses_another_formats_weights():
 
 
 def test_fewer_bits_are_further_from_the_trainer():
-    """Mean |log mu - log pi| of sampled tokens: E4M3 < E5M2 < FP4."""
+    """Mean |log mu - log pi| of sampled tokens: E4M3 < E5M2 < FP4. INT4 has as many bits as FP4, but for weights only."""
     from ais_megatron.rollout.engine import SamplingParams
 
     prompts, sampling, model = make_prompts([5, 9, 3]), SamplingParams(4, 12, seed=1), reference_model(fitted(BF16))
@@ -132,7 +147,7 @@ def test_fewer_bits_are_further_from_the_trainer():
         engine.update_weights([quantize_bucket(make_weights(), fmt)], 0)
         rollouts = engine.generate(prompts, sampling)
         gaps[name] = torch.cat([torch.tensor(r.rollout_logprobs) - reference_logprobs(model, r, 1.0) for r in rollouts]).abs().mean()
-    assert gaps["fp8_e4m3"] < gaps["fp8_e5m2"] < gaps["fp4_e2m1"] < 2.0, gaps
+    assert gaps["fp8_e4m3"] < gaps["fp8_e5m2"] < gaps["fp4_e2m1"] < 2.0 and gaps["fp8_e4m3"] < gaps["int4"], gaps
 
 
 @pytest.mark.parametrize("quantization", ["fp8_e4m3", "fp8_e5m2"])
@@ -152,6 +167,7 @@ def test_the_configured_block_is_that_of_weights_activations_and_scales(quantiza
     assert torch.equal(whole[:, block : 2 * block], quantize_dequantize_groups(activations[:, block : 2 * block], fmt))
 
 
-def test_fp4_has_blocks_of_its_own() -> None:
+def test_formats_of_four_bits_have_blocks_of_their_own() -> None:
+    assert format_of(RolloutConfig(quantization="int4", weight_block=64)) is INT4
     assert format_of(RolloutConfig(quantization="fp4_e2m1", weight_block=64)) is FORMATS["fp4_e2m1"]
     assert format_of(RolloutConfig(quantization="none")) is None
