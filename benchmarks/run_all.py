@@ -31,6 +31,7 @@ BENCHMARKS = {
     "overhead": [],
     "lagged": [],
     "lora": [],
+    "aligned": [],
     "local_engine": ["--sglang-python", SGLANG],
     "weights": [],
     "sglang_client": [],
@@ -39,7 +40,7 @@ BENCHMARKS = {
     "scaling": [],
 }
 LIMIT_S = 900.0
-SLOW = ("grpo_step", "lagged", "lora", "local_engine", "sglang_sync")  # the others take seconds, and need their rounds
+SLOW = ("grpo_step", "lagged", "lora", "aligned", "local_engine", "sglang_sync")  # the others take seconds, and need their rounds
 PEERS = {"trl": "1.16.0", "verl": "0.9.1", "sglang": "0.5.23"}
 PACKAGES = ("torch", "megatron-core", "transformers", "aiohttp", "orjson")
 

@@ -10,6 +10,7 @@ from ais_megatron.config import Config
 
 ALLOCATOR_VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")  # the second is the name before torch 2.9
 MAX_CONNECTIONS = "CUDA_DEVICE_MAX_CONNECTIONS"
+BLOCK_SCALES = "NVTE_FP8_BLOCK_SCALING_FP32_SCALES"
 
 
 def prepare_cuda(config: Config, environment: MutableMapping[str, str] = os.environ) -> None:
@@ -17,7 +18,8 @@ def prepare_cuda(config: Config, environment: MutableMapping[str, str] = os.envi
 
     With one hardware queue kernels start in the order of their launches, so communication overlaps with the matrix product that
     was launched beside it. Megatron-Core advises this for tensor parallelism on GPUs before Blackwell. Expandable segments waste
-    less memory when lengths vary between batches. The NCCL variables get SGLang's values.
+    less memory when lengths vary between batches. The NCCL variables get SGLang's values. Transformer Engine's blockwise recipe has
+    float32 scales, like an FP8 engine, only if a variable says so.
     """
     if config.run.backend == "cpu":
         return
@@ -25,5 +27,7 @@ def prepare_cuda(config: Config, environment: MutableMapping[str, str] = os.envi
         environment.setdefault(MAX_CONNECTIONS, "1")
     if not any(name in environment for name in ALLOCATOR_VARIABLES):
         environment[ALLOCATOR_VARIABLES[0]] = "expandable_segments:True"
+    if config.policy.forward_precision == "fp8_te":
+        environment.setdefault(BLOCK_SCALES, "1")
     if config.rollout.engine_traits.has_servers:
         match_sglang_nccl_environment(config.rollout.sglang, environment)

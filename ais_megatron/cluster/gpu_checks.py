@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import os
 import sys
+from importlib import metadata
 
 from ais_megatron.cluster.doctor import lacking_of_transformer_engine
 from ais_megatron.config import Config
+from ais_megatron.config.policy import BLOCK_SCALING
 
 INSTALL = f"{sys.executable} -m pip install --no-build-isolation '.[cuda]' (Python 3.12; docs/operations.md has the order)"
 
@@ -23,7 +25,7 @@ def gpu_problems(config: Config, local_ranks: int | None = None) -> list[str]:
         return []
     ranks = config.parallel.local_world_size if local_ranks is None else local_ranks
     problems = []
-    for check in (lambda: _devices(ranks), lambda: _transformer_engine(config)):
+    for check in (lambda: _devices(ranks), lambda: _transformer_engine(config), lambda: _block_scaling(config)):
         try:
             problems += check()
         except Exception as error:  # half-installed packages can raise anything, and the user must know
@@ -77,3 +79,32 @@ def _transformer_engine(config: Config) -> list[str]:
         f"run.backend=cuda: Transformer Engine cannot be used, because {lacking}; install it: {INSTALL}, or set "
         "model.transformer_impl=local for Megatron's own, slower layers"
     ]
+
+
+def _block_scaling(config: Config) -> list[str]:
+    """What Transformer Engine's blockwise FP8 recipe needs and this node lacks."""
+    if config.policy.forward_precision != "fp8_te":
+        return []
+    import torch
+
+    version, capability, cuda = BLOCK_SCALING
+    lacking = []
+    if (problem := lacking_of_transformer_engine()) is not None:
+        lacking.append(f"Transformer Engine cannot be used, because {problem}")
+    elif _numbers(found := metadata.version("transformer-engine")) < _numbers(version):
+        lacking.append(f"Transformer Engine is {found}")
+    if torch.cuda.is_available():
+        found = ".".join(map(str, min(torch.cuda.get_device_capability(gpu) for gpu in range(torch.cuda.device_count()))))
+        lacking += [f"a GPU has compute capability {found}"] if _numbers(found) < _numbers(capability) else []
+    if torch.version.cuda is not None and _numbers(torch.version.cuda) < _numbers(cuda):
+        lacking.append(f"torch is built for CUDA {torch.version.cuda}")
+    return [
+        f"policy.forward_precision=fp8_te: {reason}; it needs Transformer Engine {version}, compute capability {capability} and CUDA "
+        f"{cuda}, or newer ones; otherwise set it to bf16 or fp8_aligned"
+        for reason in lacking
+    ]
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    """(2, 20) for 2.20.2."""
+    return tuple(int(part) for part in version.split(".")[:2])

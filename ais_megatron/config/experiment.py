@@ -71,7 +71,7 @@ class Config(Section):
                 self.correction, self.ais, self.correction_options, self.objective, self.train.updates_per_batch, self.rollout.group_size
             ),
             *checks.source_problems(self.model, self.tokenizer, self.task),
-            *precision_problems(self.policy, self.model, self.rollout),
+            *precision_problems(self.policy, self.model, self.rollout, self.parallel, self.run.backend),
             *lora_problems(self.policy.lora, self.model, arch, self.sft.steps),
             *adapter_problems(self.policy, self.rollout),
             *checks.evaluation_problems(self.eval, self.task, self.rollout, self.tokenizer, arch),

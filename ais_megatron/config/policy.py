@@ -9,7 +9,7 @@ from pydantic import Field
 from ais_megatron.config.architecture import Architecture
 from ais_megatron.config.rollout import RolloutConfig
 from ais_megatron.config.section import Section
-from ais_megatron.config.settings import ModelConfig
+from ais_megatron.config.settings import ModelConfig, ParallelConfig
 from ais_megatron.models.family import Weight
 
 Target = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -38,11 +38,12 @@ class LoraConfig(Section):
 
 
 class PolicyConfig(Section):
-    forward_precision: Literal["bf16", "fp8_aligned", "int4_aligned"] = Field(
+    forward_precision: Literal["bf16", "fp8_aligned", "int4_aligned", "fp8_te"] = Field(
         "bf16",
         description="arithmetic of the trainer's linear layers. bf16: that of model.dtype. fp8_aligned: the rollout engine's, with its "
         "quantised weights, inputs, K and V, and gradients straight through; the trained model is then the quantised one. int4_aligned: "
-        "the same for rollout.quantization=int4",
+        "the same for rollout.quantization=int4. fp8_te: FP8 tensor cores through Transformer Engine's blockwise recipe, forward and "
+        "backward; needs GPUs of compute capability 9.0 or higher",
     )
     lora: LoraConfig = LoraConfig()
 
@@ -52,8 +53,12 @@ class PolicyConfig(Section):
         return self.forward_precision in ALIGNED
 
 
-def precision_problems(policy: PolicyConfig, model: ModelConfig, rollout: RolloutConfig) -> list[str]:
-    """A forward pass that cannot be aligned with the engine's."""
+def precision_problems(
+    policy: PolicyConfig, model: ModelConfig, rollout: RolloutConfig, parallel: ParallelConfig, backend: str
+) -> list[str]:
+    """A forward pass that cannot be aligned with the engine's, or that Transformer Engine cannot compute in FP8."""
+    if policy.forward_precision == "fp8_te":
+        return _transformer_engine_problems(model, parallel, backend)
     if not policy.is_aligned:
         return []
     key, formats, problems = f"policy.forward_precision={policy.forward_precision}", ALIGNED[policy.forward_precision], []
@@ -69,6 +74,40 @@ def precision_problems(policy: PolicyConfig, model: ModelConfig, rollout: Rollou
         )
     if model.transformer_impl == "transformer_engine":
         problems.append(f"{key}: needs Megatron's own layers; set model.transformer_impl to local or auto")
+    return problems
+
+
+BLOCK_SCALING = ("2.3", "9.0", "12.9")
+"""The oldest Transformer Engine, compute capability and CUDA with `Float8BlockScaling` (its own `check_fp8_block_scaling_support`)."""
+
+FP8_MULTIPLE = 16
+"""FP8 tensor cores need matrices whose sizes are multiples of this (`assert_dim_for_fp8_exec` in Transformer Engine)."""
+
+
+def _transformer_engine_problems(model: ModelConfig, parallel: ParallelConfig, backend: str) -> list[str]:
+    key, problems = "policy.forward_precision=fp8_te", []
+    if model.transformer_impl == "local":
+        problems.append(f"{key}: needs Transformer Engine's layers; set model.transformer_impl to auto or transformer_engine")
+    if backend == "cpu":
+        problems.append(
+            f"{key}: run.backend=cpu has no FP8 tensor cores; use GPUs of compute capability 9.0 or higher with run.backend=cuda, or set "
+            "forward_precision to bf16 or fp8_aligned"
+        )
+    a = model.architecture
+    if a is None:
+        return problems
+    sizes = {"hidden_size": (a.hidden_size, 1), "num_key_value_heads * head_dim": (a.kv_size, parallel.tp)}
+    if a.is_moe:
+        sizes["moe_intermediate_size"] = (a.moe_intermediate_size, parallel.etp)
+    else:
+        sizes["intermediate_size"] = (a.intermediate_size, parallel.tp)
+    for name, (size, ranks) in sizes.items():
+        if size % (FP8_MULTIPLE * ranks):
+            shared = f" on each of {ranks} ranks" if ranks > 1 else ""
+            problems.append(
+                f"{key}: FP8 products need sizes that are multiples of {FP8_MULTIPLE}{shared}, but model.architecture.{name}={size}; set "
+                f"forward_precision to bf16{', or use fewer ranks' if ranks > 1 else ''}"
+            )
     return problems
 
 

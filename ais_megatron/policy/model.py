@@ -24,8 +24,10 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from torch import Tensor, nn
 
 from ais_megatron.algorithm.gradients import Sketch
+from ais_megatron.cluster.cuda_environment import BLOCK_SCALES
 from ais_megatron.config import Architecture, Config
 from ais_megatron.config.architecture import RopeScaling
+from ais_megatron.config.policy import BLOCK_SCALING
 from ais_megatron.distributed import device
 from ais_megatron.policy.logprobs import vocab_parallel_logprobs
 from ais_megatron.policy.norm import chunked_rms_norm
@@ -37,14 +39,32 @@ def uses_transformer_engine(config: Config) -> bool:
     """Whether this job uses Transformer Engine's layers, from `model.transformer_impl` and the device.
 
     Raises:
-        ValueError: they are requested but not available.
+        ValueError: they are requested but not available, or cannot compute in FP8 although `policy.forward_precision` asks for it.
     """
-    wish = config.model.transformer_impl
+    wish, precision = config.model.transformer_impl, config.policy.forward_precision
     on_cuda, installed = device().type == "cuda", importlib.util.find_spec("transformer_engine") is not None
+    missing = "Transformer Engine is not installed" if on_cuda else "this job runs on CPUs"
+    if precision == "fp8_te" and (lacking := _lacking_of_fp8() if on_cuda and installed else missing):
+        raise ValueError(
+            f"policy.forward_precision=fp8_te: {lacking}; it needs Transformer Engine {BLOCK_SCALING[0]} on GPUs of compute capability "
+            f"{BLOCK_SCALING[1]} with CUDA {BLOCK_SCALING[2]}, or newer ones; otherwise set it to bf16 or fp8_aligned"
+        )
     if wish == "transformer_engine" and not (on_cuda and installed):
-        missing = "Transformer Engine is not installed" if on_cuda else "this job runs on CPUs"
         raise ValueError(f"model.transformer_impl=transformer_engine: {missing}; set it to local or auto")
     return wish != "local" and on_cuda and installed and not config.policy.is_aligned
+
+
+def _lacking_of_fp8() -> str | None:
+    """Why Transformer Engine cannot use its blockwise recipe here, or None if it can."""
+    from transformer_engine.common.recipe import Float8BlockScaling
+    from transformer_engine.pytorch.fp8 import FP8GlobalStateManager
+
+    possible, reason = FP8GlobalStateManager.is_fp8_block_scaling_available()
+    if not possible:
+        return str(reason)
+    if Float8BlockScaling().fp8_quant_fwd_weight.power_2_scale:  # (read from the environment when Transformer Engine is imported)
+        return f"scales are rounded to powers of two, unlike those of an FP8 engine; unset {BLOCK_SCALES}, or set it to 1"
+    return None
 
 
 def build_model(config: Config, temperature: float, transformer_engine: bool) -> PolicyModel:
@@ -247,6 +267,7 @@ def transformer_config_of(config: Config, transformer_engine: bool) -> Transform
         moe_token_dispatcher_type="alltoall",
         use_cpu_initialization=device().type == "cpu",
         **_fusions(config, transformer_engine),
+        **(dict(fp8="e4m3", fp8_recipe="blockwise") if config.policy.forward_precision == "fp8_te" else {}),
         **(recompute if config.model.recompute == "full" else {}),
         **(_moe_options(config, transformer_engine) if architecture.is_moe else {}),
     )

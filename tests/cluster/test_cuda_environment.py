@@ -1,8 +1,9 @@
 """The variables that a GPU job starts with, and that it leaves alone where somebody has set them."""
 
 from ais_megatron.cluster.cuda_environment import prepare_cuda
-from ais_megatron.config import load_config
+from ais_megatron.config import build_config, load_config
 from tests.helpers.paths import ROOT
+from tests.helpers.sglang import DENSE
 
 
 def test_a_gpu_job_starts_with_what_cuda_reads_once():
@@ -22,3 +23,9 @@ def test_a_gpu_job_starts_with_what_cuda_reads_once():
     environment = {}
     prepare_cuda(load_config(ROOT / "configs" / "tiny_countdown.yaml"), environment)
     assert environment == {}
+
+
+def test_transformer_engine_scales_like_an_fp8_engine():
+    environment: dict[str, str] = {}
+    prepare_cuda(build_config(dict(model=dict(architecture=DENSE), policy=dict(forward_precision="fp8_te"))), environment)
+    assert environment["NVTE_FP8_BLOCK_SCALING_FP32_SCALES"] == "1"

@@ -107,3 +107,26 @@ def test_an_installation_that_raises_is_a_problem_and_no_crash(gpus, monkeypatch
     monkeypatch.setattr(gpu_checks, "lacking_of_transformer_engine", broken)
     problems = gpu_problems(config())
     assert len(problems) == 2 and all("OSError: libcudart.so.13" in problem for problem in problems)
+
+
+@pytest.mark.parametrize(
+    ("version", "capability", "cuda", "reason"),
+    [
+        ("2.20.2", (9, 0), "13.0", None),
+        ("2.2.0", (9, 0), "13.0", "Transformer Engine is 2.2.0"),
+        ("2.20.2", (8, 9), "13.0", "a GPU has compute capability 8.9"),
+        ("2.20.2", (9, 0), "12.8", "torch is built for CUDA 12.8"),
+    ],
+)
+def test_what_blockwise_fp8_needs(gpus, monkeypatch, version, capability, cuda, reason):
+    gpus(1)
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda gpu: capability)
+    monkeypatch.setattr(gpu_checks.metadata, "version", lambda name: version)
+    fp8 = build_config(dict(model=dict(architecture=DENSE), run=dict(backend="cuda"), policy=dict(forward_precision="fp8_te")))
+    problems = gpu_problems(fp8)
+    if reason is None:
+        assert problems == []
+        return
+    (problem,) = problems
+    assert f"policy.forward_precision=fp8_te: {reason}; it needs Transformer Engine 2.3, compute capability 9.0 and CUDA 12.9" in problem

@@ -90,6 +90,22 @@ def test_off_is_a_word_although_yaml_reads_it_as_false(tmp_path: Path) -> None:
         ({"rollout": {"group_size": 1}}, r"rollout.group_size=1: .*always zero"),
         ({"rollout": {"max_response_tokens": 40_000}}, r"max_response_tokens=40000: .*max_position_embeddings=32768"),
         (
+            {"policy": {"forward_precision": "fp8_te"}, "run": {"backend": "cpu"}},
+            r"fp8_te: run.backend=cpu has no FP8 tensor cores; use GPUs",
+        ),
+        (
+            {"policy": {"forward_precision": "fp8_te"}, "model": {"architecture": ARCHITECTURE, "transformer_impl": "local"}},
+            r"fp8_te: needs Transformer Engine's layers; set model.transformer_impl to auto",
+        ),
+        (
+            {
+                "policy": {"forward_precision": "fp8_te"},
+                "parallel": {"tp": 2},
+                "model": {"architecture": ARCHITECTURE | {"intermediate_size": 48}},
+            },
+            r"multiples of 16 on each of 2 ranks, but model.architecture.intermediate_size=48",
+        ),
+        (
             {"rollout": {"quantization": "int8"}},
             r"rollout.quantization='int8': input should be 'none', 'fp8_e4m3', 'fp8_e5m2', 'fp4_e2m1' or 'int4'",
         ),

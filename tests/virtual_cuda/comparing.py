@@ -43,13 +43,13 @@ def on_both(
     return ours
 
 
-def assert_same_training(gpus: RankPool, cpus: RankPool, weights: dict[str, Path], layout: str) -> None:
-    for result in on_both(gpus, cpus, layout, scenarios.training, weights):
+def assert_same_training(gpus: RankPool, cpus: RankPool, weights: dict[str, Path], layout: str, **arguments: Any) -> None:
+    for result in on_both(gpus, cpus, layout, scenarios.training, weights, **arguments):
         assert result["update"]["grad_norm"] > 0.0
 
 
-def assert_checkpoints_come_back(gpus: RankPool, weights: dict[str, Path], layout: str, folder: Path) -> None:
-    arguments = {"layout": layout, "weights": weights[layout.split(",")[0]], "folder": folder}
+def assert_checkpoints_come_back(gpus: RankPool, weights: dict[str, Path], layout: str, folder: Path, fp8: bool = False) -> None:
+    arguments = {"layout": layout, "weights": weights[layout.split(",")[0]], "folder": folder, "fp8": fp8}
     for differences in gpus.run(ALL_LAYOUTS[layout][0], scenarios.checkpoints, **arguments):
         assert differences == [0.0, 0.0]
 

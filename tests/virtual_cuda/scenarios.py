@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -125,14 +126,38 @@ def off_policy(policy, rows: Batch) -> Batch:  # noqa: ANN001
     return replace(rows, rollout_logprobs=(policy.logprobs(rows) + wobble) * rows.loss_mask)
 
 
-def training(rank: int, layout: str, weights: Path) -> dict[str, Any]:
-    """Every kind of pass and update; returns numbers that do not depend on the device."""
+def fp8_on_gpus() -> dict[str, Any]:
+    """The section `policy` for Transformer Engine's FP8; on CPU ranks the default, because the stand-ins compute in plain precision."""
+    from ais_megatron.distributed import device
+
+    return {"forward_precision": "fp8_te" if device().type == "cuda" else "bf16"}
+
+
+def products_in_fp8(rank: int, layout: str, weights: Path) -> list[Counter[tuple[str, str | None, bool]]]:
+    """What Transformer Engine multiplied for log-probabilities, and for an update."""
+    from tests.virtual_cuda.transformer_engine import PRODUCTS
+
+    policy = policy_of(config_of(layout, policy=fp8_on_gpus()), weights)
+    rows, seen = my_rows(batch_of(policy.config))[0], []
+    for run in (policy.logprobs, policy.sft_step):
+        PRODUCTS.clear()
+        run(rows)
+        seen.append(Counter(PRODUCTS))
+    return seen
+
+
+def training(rank: int, layout: str, weights: Path, fp8: bool = False, lora: int = 0) -> dict[str, Any]:
+    """Every kind of pass and update; returns numbers that do not depend on the device. lora: the rank of its factors."""
     from ais_megatron.algorithm.ais import AISState
     from ais_megatron.runs.metrics import PhaseTimer
     from ais_megatron.update import lagged_update, update
 
     replay = layout.startswith("moe")
     options = {"rollout": {"return_routed_experts": True}, "moe": {"routing_replay": True, "z_coefficient": 1e-3}} if replay else {}
+    if lora:
+        options |= {"policy": {"lora": {"rank": lora}}, "sft": {"steps": 1}, "train": {"optimizer": {"lr": 1e-2, "warmup_steps": 0}}}
+    if fp8:
+        options["policy"] = options.get("policy", {}) | fp8_on_gpus()
     config = config_of(layout, calibration={"mode": "fresh"}, **options)
     policy = policy_of(config, weights)
     rows, _ = my_rows(batch_of(config))
@@ -165,7 +190,7 @@ def objectives(rank: int, layout: str, weights: Path, names: list[tuple[str, str
     return norms
 
 
-def checkpoints(rank: int, layout: str, weights: Path, folder: Path) -> list[float]:
+def checkpoints(rank: int, layout: str, weights: Path, folder: Path, fp8: bool = False) -> list[float]:
     """Saved as a whole and in the background, loaded into another policy; returns the largest difference of the weights after
     the next update, for each way of saving."""
     from ais_megatron.config import CheckpointConfig
@@ -173,7 +198,7 @@ def checkpoints(rank: int, layout: str, weights: Path, folder: Path) -> list[flo
     from ais_megatron.policy.saver import Saver, checkpoint_to_resume
     from ais_megatron.policy.training_state import TrainingState
 
-    config, differences = config_of(layout), []
+    config, differences = config_of(layout, policy=fp8_on_gpus() if fp8 else {}), []
     saved = policy_of(config, weights)
     other = another_policy(config, None)
     rows, _ = my_rows(batch_of(config))

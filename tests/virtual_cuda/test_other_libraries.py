@@ -64,3 +64,36 @@ def test_checkpoints_come_back(others: RankPool, weights: dict[str, Path], layou
 @pytest.mark.parametrize("layout", ["dense, TP2 x PP2", "moe, one rank", *FAMILY_LAYOUTS])
 def test_weights_reach_engines_and_files(others: RankPool, ranks: RankPool, weights: dict[str, Path], layout: str, tmp_path: Path) -> None:
     assert_same_weights_everywhere(others, ranks, weights, layout, tmp_path)
+
+
+@pytest.fixture
+def with_transformer_engine(others: RankPool) -> RankPool:
+    if "transformer_engine" not in others.names:
+        pytest.skip("needs Transformer Engine, which this virtual machine does not have")
+    return others
+
+
+@pytest.mark.parametrize("layout", ["dense, TP2 x PP2", "moe, TP2 x EP2"])
+def test_every_product_of_the_layers_is_in_blockwise_fp8(with_transformer_engine: RankPool, weights: dict[str, Path], layout: str) -> None:
+    """With float32 scales, and sizes that FP8 kernels accept. (The kernels' stand-ins compute in plain precision.)"""
+    kind = layout.split(",")[0]
+    layers = {"TELayerNormColumnParallelLinear", "TERowParallelLinear"}
+    layers |= {"TEColumnParallelGroupedLinear", "TERowParallelGroupedLinear"} if kind == "moe" else set()
+    for passes in with_transformer_engine.run(4, scenarios.products_in_fp8, layout=layout, weights=weights[kind]):
+        for products in passes:
+            assert products.keys() == {(layer, "Float8BlockScaling", True) for layer in layers}
+
+
+@pytest.mark.parametrize("layout", ["moe, TP2 x EP2"])
+def test_training_in_fp8_passes_everywhere(
+    with_transformer_engine: RankPool, ranks: RankPool, weights: dict[str, Path], layout: str, tmp_path: Path
+) -> None:
+    assert_same_training(with_transformer_engine, ranks, weights, layout, fp8=True)
+    assert_checkpoints_come_back(with_transformer_engine, weights, layout, tmp_path, fp8=True)
+
+
+@pytest.mark.parametrize("layout", ["dense, TP2 x PP2", "qwen2, TP2"])
+def test_lora_beside_layers_with_the_norm_inside(
+    with_transformer_engine: RankPool, ranks: RankPool, weights: dict[str, Path], layout: str
+) -> None:
+    assert_same_training(with_transformer_engine, ranks, weights, layout, lora=4)

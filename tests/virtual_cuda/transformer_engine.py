@@ -3,7 +3,8 @@
 `install` must run before anything imports Transformer Engine or Megatron. The package's classes, parameters, names, arguments
 and the code that Megatron wraps around them are the real ones. The forward passes of five modules are replaced, because they
 begin where the compiled kernels do, and so are fused RoPE, fused permutation and the optimizer's multi-tensor kernels. Numbers
-of the real kernels cannot be seen here.
+of the real kernels cannot be seen here. In FP8 too they compute in plain precision, but they note the recipe they were asked for and
+check the sizes that FP8 kernels need (`PRODUCTS`).
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import os
 import re
 import sys
 import types
+from collections import Counter
 from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
@@ -23,16 +25,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ais_megatron.cluster.cuda_environment import BLOCK_SCALES
 from tests.virtual_cuda.missing import stand_in_for
 
 VERSION = "2.20.2"
 EXTENSION = "transformer_engine_torch"
 NOT_NEEDED = ("onnx", "onnxscript", "nvdlfw_inspect")  # imported by modules that nothing here runs
 
+PRODUCTS: Counter[tuple[str, str | None, bool]] = Counter()
+"""The forward products of this process, by the layer's class, the FP8 recipe's (None: not in FP8), and whether its scales are float32."""
+
 
 def install(packages: Path) -> None:
     """packages: the folder in which Transformer Engine's wheel was unpacked; it is on `sys.path`."""
     os.environ["NVTE_PROJECT_BUILDING"] = "1"  # it then leaves its C++ library alone
+    os.environ[BLOCK_SCALES] = "1"  # as `prepare_cuda` does
     stand_in_for(*NOT_NEEDED)
     sys.modules[EXTENSION] = _extension(packages)
     _answer_versions()
@@ -40,7 +47,9 @@ def install(packages: Path) -> None:
 
     transformer_engine.common.load_framework_extension = lambda framework: None
     import transformer_engine.pytorch as te
+    from transformer_engine.pytorch import quantization
 
+    quantization._FP8_BLOCK_SCALING_SUPPORT = (True, "")  # it would ask torch for its CUDA version
     te.Linear.forward = te.LayerNormLinear.forward = _linear
     te.RMSNorm.forward = _rms_norm
     te.DotProductAttention.forward = _attention
@@ -115,6 +124,8 @@ def _extension(packages: Path) -> _Extension:
         "multi_tensor_adam": _multi_tensor_adam,
         "fused_rope_forward": _rope_forward,
         "fused_rope_backward": _rope_backward,
+        "fused_multi_row_padding": _pad_rows,
+        "fused_multi_row_unpadding": _pad_rows,
     }
     for name, kernel in kernels.items():
         setattr(module, name, kernel)
@@ -141,6 +152,14 @@ def _multi_tensor_adam(  # noqa: PLR0913 - the kernel's own arguments
         square.mul_(beta2).addcmul_(grad.float(), grad.float(), value=1 - beta2)
         update = (mean / (1 - beta1**step)) / ((square / (1 - beta2**step)).sqrt() + eps)
         parameter.add_(-lr * (update + weight_decay * parameter))
+
+
+def _pad_rows(x: Tensor, out: Tensor, sizes: list[int], new_sizes: list[int]) -> None:
+    """Copies each block of rows to its place among larger or smaller blocks."""
+    out.zero_()
+    for source, target in zip(x.split(sizes), out.split(new_sizes), strict=True):
+        rows = min(len(source), len(target))
+        target[:rows].copy_(source[:rows])
 
 
 def _rotated(x: Tensor, freqs: Tensor, sign: float) -> Tensor:
@@ -179,7 +198,20 @@ class _AccumulatingLinear(torch.autograd.Function):
         return grad @ weight, torch.zeros_like(weight)
 
 
+def _note(module: Any, x: Tensor, weight: Tensor) -> None:
+    """Add the product to `PRODUCTS`."""
+    from transformer_engine.pytorch.quantization import FP8GlobalStateManager
+    from transformer_engine.pytorch.utils import assert_dim_for_fp8_exec
+
+    recipe = FP8GlobalStateManager.get_fp8_recipe() if FP8GlobalStateManager.is_fp8_enabled() else None
+    if recipe is not None:
+        assert_dim_for_fp8_exec(x, weight)
+    in_float32 = recipe is not None and not (recipe.fp8_quant_fwd_inp.power_2_scale or recipe.fp8_quant_fwd_weight.power_2_scale)
+    PRODUCTS[type(module).__name__, type(recipe).__name__ if recipe is not None else None, in_float32] += 1
+
+
 def _product(module: Any, x: Tensor, weight: Tensor) -> Tensor:
+    _note(module, x, weight)
     accumulates = module.fuse_wgrad_accumulation and torch.is_grad_enabled() and hasattr(weight, "main_grad")
     return _AccumulatingLinear.apply(x, weight) if accumulates else F.linear(x, weight)
 
@@ -190,6 +222,7 @@ def _linear(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Any:
 
     if hasattr(self, "layer_norm_weight"):
         x = F.rms_norm(x, (x.shape[-1],), self.layer_norm_weight, self.eps)
+    normed = x
     tp, mode = self.tp_size > 1, self.parallel_mode
     if tp and mode == "column":
         x = mappings.gather_from_sequence_parallel_region(x) if self.sequence_parallel else mappings.copy_to_tensor_model_parallel_region(x)
@@ -198,9 +231,10 @@ def _linear(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         reduce = mappings.reduce_scatter_to_sequence_parallel_region if self.sequence_parallel else None
         y = (reduce or mappings.reduce_from_tensor_model_parallel_region)(y)
     bias = self.bias if self.use_bias else None
-    if self.return_bias:
-        return y, bias
-    return y if bias is None else y + bias
+    returned = [y, bias] if self.return_bias else [y if bias is None else y + bias]
+    if getattr(self, "return_layernorm_output", False):
+        returned.append(normed)
+    return tuple(returned) if len(returned) > 1 else returned[0]
 
 
 def _rms_norm(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
