@@ -141,7 +141,7 @@ def adapter_problems(policy: PolicyConfig, rollout: RolloutConfig) -> list[str]:
             f"{key}: does not work with rollout.sglang.router={rollout.sglang.router}, because a request names the adapter of its server; "
             "leave the router out, or set rollout.lora_sync=merged"
         )
-    if policy.forward_precision != "bf16":
+    if policy.is_aligned:
         problems.append(
             f"{key}: policy.forward_precision={policy.forward_precision} trains quantised merged weights, but the servers quantise the "
             "frozen weights; set policy.forward_precision=bf16, or rollout.lora_sync=merged"

@@ -2,8 +2,8 @@
 
 `policy.forward_precision=fp8_aligned` or `int4_aligned`: the linear layers that the engine quantises use its weights (quantised in the
 blocks of whole Hugging Face tensors) and its inputs (quantised in groups, row by row), and attention uses K and V as the engine's FP8
-cache stores them. Everything else, such as embeddings, norms, the router and the output layer, is as before. The backward pass is
-straight-through:
+cache stores them. Norms, routers and the sum over experts round where the engine rounds. Everything else, such as embeddings and the
+output layer, is as before. The backward pass is straight-through:
 
     y = Q(x) Q(W)^T,      dx = dy Q(W),      dW = dy^T Q(x),      and the gradients of Q are taken to be 1
 
@@ -38,40 +38,11 @@ from ais_megatron.export.parameters import join, split
 from ais_megatron.models.family import Weight, parameters_of, shape_of
 from ais_megatron.policy.lora import Factors, LoRA
 from ais_megatron.policy.model import RMSNorm
+from ais_megatron.policy.routing import Router
+from ais_megatron.policy.straight_through import also_for, straight_through
 from ais_megatron.quantization.formats import Format, format_of
 from ais_megatron.quantization.fp8 import MIN_GROUP_AMAX, round_to_e4m3
 from ais_megatron.quantization.kv_scales import KVScales
-
-
-class _StraightThrough(torch.autograd.Function):
-    """Returns `quantized` in the forward pass, and gives the whole gradient to `original` in the backward pass."""
-
-    @staticmethod
-    def forward(ctx: Any, original: Tensor, quantized: Tensor) -> Tensor:
-        ctx.dtype = original.dtype
-        return quantized.view_as(quantized)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return grads[0].to(ctx.dtype), None
-
-
-def straight_through(original: Tensor, quantized: Tensor) -> Tensor:
-    """The values of `quantized`, with the gradient of `original`."""
-    result: Tensor = _StraightThrough.apply(original, quantized)
-    return result
-
-
-class _AlsoFor(torch.autograd.Function):
-    """Returns `result`, and gives its gradient to `other` too, whose values are not used."""
-
-    @staticmethod
-    def forward(ctx: Any, result: Tensor, other: Tensor) -> Tensor:
-        return result.view_as(result)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
-        return grads[0], grads[0]
 
 
 @dataclass(frozen=True)
@@ -114,6 +85,8 @@ class AlignedLinear:
     """The ranks that share the layer's matrices; None if this rank has them whole."""
     factors: Factors | None
     """Those of LoRA beside the layer."""
+    rounds_later: bool
+    """Whether the output is summed over experts before it is rounded to the model's dtype."""
     weight: Tensor | None = None
     """The quantised weight after the latest `Aligned.refresh`."""
     input: Tensor | None = None
@@ -152,11 +125,17 @@ class Aligned:
             if aligned.factors is not None:
                 aligned.factors.hook.remove()
                 aligned.linear.register_forward_hook(self._differentiated(aligned))
-            aligned.linear.register_forward_hook(self._rounded)
-        # A difference in the last bit of a BF16 value moves every thirtieth input to another value of FP8, so norms must round alike too.
+            if not aligned.rounds_later:
+                aligned.linear.register_forward_hook(self._rounded)
+        # A difference in the last bit of a BF16 value moves every thirtieth input to another value of FP8. So norms, routers and the sum
+        # over experts must round alike too.
         for module in model.modules():
-            if isinstance(module, RMSNorm):
+            if isinstance(module, RMSNorm | Router):
                 module.rounds_first = True
+        for layer in model.decoder.layers if config.architecture.is_moe else ():
+            for expert in layer.mlp.experts.local_experts:
+                expert.forward = _weighted(expert.forward)
+            layer.mlp.register_forward_hook(self._rounded)
         if config.rollout.kv_cache_is_fp8:
             self.use_scales(KVScales.unit(config.architecture.num_hidden_layers))
             for layer in model.decoder.layers:
@@ -199,7 +178,8 @@ class Aligned:
             height, width = shape_of(row, self._config.architecture)
             first_row, first_column = (rank * height // size, 0) if row.tp_dim == 0 else (0, rank * width // size)
             pieces.append(Piece(first_row, first_column, (height, width)))
-        return AlignedLinear(layer.get_submodule(name.removesuffix(".weight")), tuple(pieces), group if size > 1 else None, factors)
+        linear, shared_by = layer.get_submodule(name.removesuffix(".weight")), group if size > 1 else None
+        return AlignedLinear(linear, tuple(pieces), shared_by, factors, rounds_later=is_expert and rows[0].tp_dim == 1)
 
     @torch.no_grad()
     def refresh(self) -> None:
@@ -273,8 +253,7 @@ class Aligned:
             quantized, aligned.input = aligned.input, None
             if not torch.is_grad_enabled():
                 return output
-            result: Tensor = _AlsoFor.apply(output[0], aligned.factors(quantized))
-            return result, output[1]
+            return also_for(output[0], aligned.factors(quantized)), output[1]
 
         return hook
 
@@ -296,6 +275,16 @@ class Aligned:
             return query, *stored, *others
 
         return hook
+
+
+def _weighted(expert: Callable[[Tensor], tuple[Tensor, None]]) -> Callable[[Tensor, Tensor], tuple[Tensor, None]]:
+    """The expert, whose output is multiplied by the probabilities, as the engine does. Megatron multiplies what the last matrix gets."""
+
+    def forward(tokens: Tensor, probabilities: Tensor) -> tuple[Tensor, None]:
+        output, no_bias = expert(tokens)
+        return output * probabilities[:, None], no_bias
+
+    return forward
 
 
 def _expert_group() -> dist.ProcessGroup:

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from ais_megatron.batch import Batch
 from ais_megatron.distributed import device
+from ais_megatron.policy.straight_through import straight_through
 
 
 @dataclass
@@ -145,11 +146,16 @@ class Router(TopKRouter):
     """
 
     routing_state: Routing
+    rounds_first = False
+    """Round logits and probabilities to the model's dtype, as transformers' models do."""
+
+    def _rounded(self, x: Tensor) -> Tensor:
+        return straight_through(x, x.to(self.config.params_dtype).float()) if self.rounds_first else x
 
     def routing(self, logits: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """logits: ``[seq, batch, num_experts]``. Returns probabilities and choice, each ``[tokens, num_experts]``."""
         state, layer = self.routing_state, self.layer_number - 1
-        logits = logits.view(-1, state.num_experts)
+        logits = self._rounded(logits.view(-1, state.num_experts))
         real = state.real_tokens(len(logits))
         training = torch.is_grad_enabled() and self.training
         if training and state.z_coefficient:
@@ -168,7 +174,7 @@ class Router(TopKRouter):
             aux_loss = shares.sum() * (state.aux_coefficient * state.num_experts * state.tokens_scale)
             probabilities = MoEAuxLossAutoScaler.apply(probabilities, aux_loss)
         state.record(layer, chosen, real)
-        return probabilities, chosen
+        return self._rounded(probabilities), chosen
 
 
 def attach(model: nn.Module, routing: Routing) -> None:
