@@ -162,6 +162,7 @@ def _legend(comparison: Comparison) -> list[str]:
     final = "the last evaluation during training"
     if comparison.final_eval is not None:
         final = "the last policy, evaluated again with " + ", ".join(f"{k}={v}" for k, v in comparison.final_eval.items())
+        final += "; a model with an aligned forward pass always with its own engine"
     return [
         f"final: {final}; ± is the standard deviation over seeds",
         f"vs {comparison.reference_arm}: mean difference to that arm in points, seed by seed; ± is its standard error",

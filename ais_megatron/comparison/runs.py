@@ -150,10 +150,19 @@ def _run(cell: Cell, comparison: Comparison, path: Path, result: Result) -> int:
             resume = ["run.resume=true"] if (cell.folder / METRICS_FILE).exists() else []
             status = _process(ranks, ["train", str(cell.base), *cell.overrides, *resume, "metrics.progress_bar=false"], log)
         if status == 0 and comparison.final_eval is not None:
-            changes = as_dotlist(comparison.final_eval, path, "final_eval")
+            changes = final_changes(cell, comparison, path)
             status = _process(ranks, ["eval", str(cell.folder), *changes, "--out", str(cell.folder / FINAL_EVAL_FILE)], log)
     write_text_atomic(cell.folder / STATUS_FILE, f"{status}\n")
     return status
+
+
+def final_changes(cell: Cell, comparison: Comparison, path: Path) -> list[str]:
+    """The changes of the final evaluation. Those of the engine's precision are left out for a run with an aligned forward pass, because what
+    it trains is the quantised model."""
+    changes = as_dotlist(comparison.final_eval or {}, path, "final_eval")
+    if not cell.config.policy.is_aligned:
+        return changes
+    return [change for change in changes if not change.startswith(("rollout.quantization=", "rollout.kv_cache="))]
 
 
 def _process(num_ranks: int, arguments: list[str], log: IO[bytes]) -> int:

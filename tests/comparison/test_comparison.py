@@ -16,7 +16,7 @@ from ais_megatron.cluster.exits import EXIT_REQUEUE
 from ais_megatron.comparison import runs as comparison_module
 from ais_megatron.comparison.config import Comparison, load_comparison, select
 from ais_megatron.comparison.report import difference, has_collapsed, held_out, lines_of, steps_to, write_comparison_report
-from ais_megatron.comparison.runs import Result, result_of, run_cells
+from ais_megatron.comparison.runs import Result, final_changes, result_of, run_cells
 from ais_megatron.config import ConfigError, dump_config, load_config
 from tests.helpers.paths import ROOT
 from tests.helpers.runs import small
@@ -51,6 +51,14 @@ def test_arms_times_seeds_times_tasks(write, tmp_path: Path) -> None:
     (first, *_), (_, *some) = load_comparison(write())[1], select(cells, ["ais/0", "hard/bf16/1"])
     assert first.name == "countdown/bf16/0", "without tasks: the base's"
     assert [c.name for c in some] == ["hard/ais/0", "hard/bf16/1"]
+
+
+def test_an_aligned_model_is_evaluated_with_its_own_engine(write) -> None:
+    arms = {"fp8": {"rollout.quantization": "fp8_e4m3"}, "aligned": {"policy.forward_precision": "fp8_aligned"}}
+    path = write(arms=arms, overrides={"rollout.quantization": "fp8_e4m3"}, seeds=[0])
+    comparison, (fp8, aligned) = load_comparison(path, ["final_eval={rollout.quantization: none, eval.num_prompts: 4}"])
+    assert final_changes(fp8, comparison, path) == ["rollout.quantization=none", "eval.num_prompts=4"]
+    assert final_changes(aligned, comparison, path) == ["eval.num_prompts=4"]
 
 
 @pytest.mark.parametrize(
