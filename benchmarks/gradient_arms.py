@@ -46,6 +46,7 @@ ARMS: dict[str, dict[str, Any]] = {
     "ais, oracle": {"correction": "ais", "ais": {"coefficient": "oracle"}},
     "ais, sequence": {"correction": "ais", "ais": {"level": "sequence"}},
     "ais, measured": {"correction": "ais", "ais": {"coefficient": "measured"}},
+    "ais, measured, H = 10": {"correction": "ais", "ais": {"coefficient": "measured", "horizon": 10.0}},
 }
 
 ALIGNED_ARMS: dict[str, dict[str, Any]] = {

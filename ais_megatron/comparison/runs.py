@@ -157,8 +157,8 @@ def _run(cell: Cell, comparison: Comparison, path: Path, result: Result) -> int:
 
 
 def final_changes(cell: Cell, comparison: Comparison, path: Path) -> list[str]:
-    """The changes of the final evaluation. Those of the engine's precision are left out for a run with an aligned forward pass, because what
-    it trains is the quantised model."""
+    """The changes of the final evaluation. A run with an aligned forward pass keeps the engine's precision, because what it trains is the
+    quantised model."""
     changes = as_dotlist(comparison.final_eval or {}, path, "final_eval")
     if not cell.config.policy.is_aligned:
         return changes
