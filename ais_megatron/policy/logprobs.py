@@ -63,7 +63,7 @@ def vocab_parallel_logprobs(
     logprobs, entropy, scores = _VocabParallelLogprobs.apply(
         flat, targets.reshape(-1), offset, num_valid, temperature, group, chunk_tokens, entropy_gradient, signs
     )
-    return TokenLogprobs(logprobs.view(targets.shape), entropy.view(targets.shape), scores.view(*targets.shape, -1))
+    return TokenLogprobs(logprobs.view(targets.shape), entropy.view(targets.shape), scores.view(*targets.shape, signs.shape[1]))
 
 
 class _VocabParallelLogprobs(torch.autograd.Function):

@@ -48,6 +48,15 @@ def sharded(rank: int, temperature: float, chunk: int) -> list[Tensor]:
     return with_gradients(mine, function)
 
 
+def test_no_tokens_at_all() -> None:
+    """A microbatch without a scored token, with and without a sketch of its scores."""
+    for columns in (0, 3):
+        result = vocab_parallel_logprobs(
+            torch.zeros(0, VOCAB), torch.zeros(0, dtype=torch.int64), vocab_size=VOCAB, signs=torch.ones(VOCAB, columns)
+        )
+        assert [tuple(x.shape) for x in result] == [(0,), (0,), (0, columns)]
+
+
 @pytest.mark.parametrize("world", [1, 2, 4])
 @pytest.mark.parametrize(("temperature", "chunk"), [(1.0, 100), (0.7, 3), (1.5, 1)])
 def test_equals_plain_softmax(ranks: RankPool, world: int, temperature: float, chunk: int) -> None:

@@ -303,9 +303,7 @@ def fault_in_a_forward_pass(weights: Path) -> None:
     """The same where it stood: in what the log-probability pass returned to Megatron's schedule."""
     policy = policy_of(config_of("dense, one rank"), weights)
     with torch.no_grad():
-        policy._run(
-            batch_of(policy.config), lambda rows, index, logprobs, entropy: (logprobs.sum(), rows.loss_mask.sum(), torch.zeros(0)), True
-        )
+        policy._run(batch_of(policy.config), lambda rows, index, logprobs, *_: (logprobs.sum(), rows.loss_mask.sum(), torch.zeros(0)), True)
 
 
 def fault_in_a_backward_pass() -> None:
