@@ -128,7 +128,7 @@ def passes(rank: int, path: Path, share: bool, recompute: str = "none", **layout
     batch = grouped_batch()  # on every data-parallel rank, so that ranks pack the same rows
     logprobs, calibration = policy.logprobs_and_calibration(batch)
     rows = replace(batch, rollout_logprobs=(logprobs - 0.2) * batch.loss_mask)
-    metrics, _, lagged, kept = policy.lagged_train_step(rows, LossScaler(alpha=0.5, aggregation="token"), keep_logprobs=True)
+    metrics, *_, lagged, kept = policy.lagged_train_step(rows, LossScaler(alpha=0.5, aggregation="token"), keep_logprobs=True)
     scales = calibration.scales
     return logprobs, torch.stack([scales.q_amax, scales.k_amax, scales.v_amax]), kept, lagged.scales.k_amax, metrics, weights_of(policy)
 
