@@ -22,7 +22,7 @@ of its Proposition 1. There the two terms are those of a scalar surrogate, and h
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -69,6 +69,7 @@ class Evidence:
 
     @staticmethod
     def from_json(raw: dict[str, Any]) -> Evidence:
+        """The reverse of what `AISState.to_json` writes."""
         plain: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in raw.items()}
         return Evidence(**plain)
 
@@ -101,9 +102,6 @@ class Evidence:
         means = torch.tensor(self.means, dtype=torch.float64).view(-1, SIZE)
         products, covariances = (torch.tensor(x, dtype=torch.float64).view(len(means), -1) for x in (self.own_products, self.covariances))
         return means, products, covariances
-
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
 
     def choice(self, ais: AISConfig) -> Choice:
         """The choice of least estimated error. Before the first batch the correction is as strong as allowed, with the configured limit."""
