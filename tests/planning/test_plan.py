@@ -166,11 +166,12 @@ def test_memory_of_real_ranks(ranks: RankPool, layout: str) -> None:
         deviation = {name: value / real[name] - 1.0 for name, value in planned.items()}
         print(f"{layout} rank {number}:", {name: f"{d:+.2%}" for name, d in deviation.items()})
         assert all(abs(deviation[name]) < 0.002 for name in ("weights", "gradients", "optimizer")), deviation
-        assert abs(deviation["train"]) < (0.15 if world == 1 else 0.2), deviation
         # gloo's threads release a collective's buffer when they come to it, so a few hidden states stay longer than the plan says.
         # How many depends on how busy the machine is: none to five of a microbatch's were seen, of 256 KiB each.
         late = 0 if world == 1 else 8 * BUDGET * config.architecture.hidden_size * 2
-        assert -0.15 * planned["logprobs"] < real["logprobs"] - planned["logprobs"] < 0.15 * planned["logprobs"] + late, deviation
+        for phase in ("train", "logprobs"):
+            missing = real[phase] - planned[phase]
+            assert -0.15 * planned[phase] < missing < 0.15 * planned[phase] + late, (phase, deviation)
         scales = 2 * 4 * config.architecture.num_hidden_layers  # K and V scales, which `measured` does not send
         assert pushed_bytes(config) - scales == real["pushed"]
 
