@@ -25,6 +25,7 @@ from math import ceil, prod
 from ais_megatron.config import Architecture, Config, ParallelConfig
 from ais_megatron.config.policy import adapter_targets, lora_targets, projection
 from ais_megatron.models.family import Weight, shape_of
+from ais_megatron.planning.aligned import copied_bytes, copy_width, refresh_bytes, rounding_bytes, saved_bytes
 from ais_megatron.shapes import Shapes, logprob_chunk
 
 LOGPROB_CHUNKS_BACKWARD = 4  # FP32 tensors [chunk, vocab/tp] at the same time: log p and p, of this chunk and the previous one
@@ -71,6 +72,10 @@ class RankMemory:
     """KV cache of the embedded engine."""
     sync: int
     """Buckets of a weight sync."""
+    aligned: int = 0
+    """Quantised copies of the weights, for an aligned forward pass. They last, too."""
+    refresh: int = 0
+    """Temporary tensors while these copies are made, before a phase's first pass."""
     workspaces: int = 0
     fragmentation: float = 0.0
     """What the allocator loses between blocks, as a share of its bytes."""
@@ -79,7 +84,7 @@ class RankMemory:
 
     @property
     def lasting(self) -> int:
-        return self.weights + self.gradients + self.optimizer + self.engine_weights
+        return self.weights + self.gradients + self.optimizer + self.engine_weights + self.aligned
 
     @property
     def allocated(self) -> dict[str, int]:
@@ -88,8 +93,8 @@ class RankMemory:
         parts = {
             "generate": self.kv_cache,
             "collect": self.gathered + beside,
-            "logprobs": self.batch + self.logprobs + beside,
-            "train": self.batch + max(self.activations + self.logits, self.optimizer_step) + beside,
+            "logprobs": max(self.batch + self.logprobs, self.refresh) + beside,
+            "train": max(self.batch + max(self.activations + self.logits, self.optimizer_step), self.refresh) + beside,
             "sync": self.sync,
         }
         return {phase: self.lasting + size for phase, size in parts.items()}
@@ -203,9 +208,11 @@ def layer_saved(config: Config, tokens: int, cuda: bool, expert_load: float) -> 
     projection = e * q
     saved = tokens * (2 * norm + 2 * inputs) // shard + tokens * (attention + projection) // tp
     if not a.is_moe:
+        saved += saved_bytes(config, tokens, 0, cuda)
         return saved + tokens * e * 5 * a.intermediate_size // tp  # gate and up, silu(gate), up again, product
     routed = tokens // shard
     pairs = int(routed * a.num_experts_per_tok * parallel.etp * expert_load)
+    saved += saved_bytes(config, tokens, pairs, cuda)
     saved += routed * (12 * a.num_experts_per_tok + 5 * a.num_experts) + 8 * pairs
     return saved + pairs * (e * (hidden + 6 * a.moe_intermediate_size // parallel.etp) + FP32)
 
@@ -232,7 +239,8 @@ def training_memory(config: Config, stage: int, tokens: int, in_flight: int, cud
     body = in_flight * layers * saved
     if stage < parallel.pp - 1:
         return body + one_layer, 0
-    head = tokens * 2 * e * a.hidden_size // shard
+    norm = copy_width(config, cuda) if config.policy.is_aligned else 0
+    head = tokens * (2 * e + norm) * a.hidden_size // shard
     vocabulary, chunk = logits_shape(config, tokens, cuda)
     logits = e * vocabulary * tokens
     in_head = 2 * logits + LOGPROB_CHUNKS_BACKWARD * FP32 * chunk * vocabulary
@@ -252,7 +260,7 @@ def logprob_memory(config: Config, stage: int, tokens: int, cuda: bool, expert_l
         copies = 6 if parallel.etp > 1 else 2  # copies of the routed tokens: sorted and summed; with ETP also gathered and scattered
         mlp = e * pairs * (copies * a.hidden_size + 5 * a.moe_intermediate_size // parallel.etp)
     else:
-        mlp = e * tokens * 5 * a.intermediate_size // parallel.tp
+        mlp = max(5 * e * tokens * a.intermediate_size // parallel.tp, rounding_bytes(config, tokens))
     residuals = 4 * tokens // parallel.tp + tokens if parallel.sequence_parallel else 4 * tokens  # four sharded tensors and a gathered one
     layer = mlp + e * a.hidden_size * residuals
     if stage < parallel.pp - 1:
@@ -404,6 +412,8 @@ def rank_memory(
         optimizer_step=FP32 * (dense + expert),  # torch's AdamW updates all parameters at once
         kv_cache=cached * kv_bytes_per_token(config, cuda) if local else 0,
         sync=sync_memory(config),
+        aligned=copied_bytes(config, cuda),
+        refresh=refresh_bytes(config, cuda),
         workspaces=workspaces,
         fragmentation=fragmentation,
         overlaps=local and rollout.ahead > 0,

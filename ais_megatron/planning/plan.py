@@ -39,6 +39,8 @@ COMPONENTS = (
     ("gradients", "gradients, FP32"),
     ("optimizer", "optimizer, sharded over DP"),
     ("engine_weights", "engine weights"),
+    ("aligned", "quantised copies of the weights (aligned forward pass)"),
+    ("refresh", "logprobs, train: temporaries while these are made"),
     ("gathered", "collect: responses that are exchanged"),
     ("batch", "microbatches on the device"),
     ("activations", "train: activations"),

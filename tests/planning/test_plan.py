@@ -7,10 +7,12 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
 from ais_megatron.config import Config, ConfigError, ParallelConfig, build_config, load_config
+from ais_megatron.planning.aligned import copied_bytes, refresh_bytes
 from ais_megatron.planning.cost import GIB, Assumptions, forward_flops, servers_of, step_time, sync_bytes
 from ais_megatron.planning.memory import (
     Microbatching,
@@ -28,6 +30,10 @@ from ais_megatron.planning.memory import (
 from ais_megatron.planning.plan import make_plan, suggest, with_gpus
 from tests.helpers.paths import ROOT
 from tests.helpers.ranks import RankPool
+
+if TYPE_CHECKING:
+    from ais_megatron.batch import Batch
+    from ais_megatron.policy.policy import Policy
 
 CONFIGS = ROOT / "configs"
 DENSE, MOE, TINY = (CONFIGS / f"{name}.yaml" for name in ("qwen3_8b_ais", "qwen3_30b_a3b_ais", "tiny_countdown"))
@@ -66,7 +72,7 @@ LAYOUTS = {
 }
 
 
-def make_config(architecture: dict, model: dict, parallel: dict) -> Config:
+def make_config(architecture: dict, model: dict, parallel: dict, policy: dict | None = None, rollout: dict | None = None) -> Config:
     """As many full microbatches as are in flight at once and no more: what gloo's threads release, the profiler does not see, and
     it would add up."""
     dp, pp = parallel.get("dp", 1), parallel.get("pp", 1)
@@ -75,8 +81,10 @@ def make_config(architecture: dict, model: dict, parallel: dict) -> Config:
             "run": {"backend": "cpu"},
             "model": {"architecture": ARCHITECTURE | architecture, **model},
             "parallel": {"dp": dp, **parallel},
-            "rollout": {"prompts_per_step": pp * dp, "group_size": BUDGET // SEQ, "max_response_tokens": SEQ // 2},
+            "rollout": {"prompts_per_step": pp * dp, "group_size": BUDGET // SEQ, "max_response_tokens": SEQ // 2, **(rollout or {})},
             "train": {"tokens_per_microbatch": BUDGET, "logprob_chunk_tokens": 128},
+            "policy": policy or {},
+            "sft": {"steps": int(bool(policy))},  # LoRA needs weights to freeze
         }
     )
 
@@ -95,17 +103,15 @@ def allocated_peak(work) -> int:
     return peak
 
 
-def measured(rank: int, data: dict) -> dict[str, int]:
-    """Bytes of a real rank: lasting tensors one by one, phases by what torch allocates in them."""
+def policy_and_batch(config: Config) -> tuple[Policy, Batch]:
+    """A policy that has made one optimizer step, so that the optimizer's state exists, and the batch."""
     import torch
 
     from ais_megatron.batch import Batch
     from ais_megatron.config import OptimizerConfig
     from ais_megatron.policy import model
     from ais_megatron.policy.policy import Policy, initialize_parallel
-    from ais_megatron.weight_sync import weight_stream
 
-    config = build_config(data)
     initialize_parallel(config)
     original, model.bf16_products_are_slow = model.bf16_products_are_slow, lambda: False  # the plan does not count float32 copies
     try:
@@ -124,7 +130,16 @@ def measured(rank: int, data: dict) -> dict[str, int]:
         advantages=torch.ones(rows),
         rewards=torch.zeros(rows),
     )
-    policy.sft_step(batch)  # the optimizer's state exists from its first step on
+    policy.sft_step(batch)
+    return policy, batch
+
+
+def measured(rank: int, data: dict) -> dict[str, int]:
+    """Bytes of a real rank: lasting tensors one by one, phases by what torch allocates in them."""
+    from ais_megatron.weight_sync import weight_stream
+
+    config = build_config(data)
+    policy, batch = policy_and_batch(config)
     buffers = [*policy.ddp.buffers, *policy.ddp.expert_parallel_buffers]
     # Everything the optimizers keep that is neither a parameter nor a gradient, each storage once.
     known = {t.untyped_storage().data_ptr() for b in buffers for t in (b.param_data, b.grad_data) if t is not None}
@@ -174,6 +189,91 @@ def test_memory_of_real_ranks(ranks: RankPool, layout: str) -> None:
             assert -0.15 * planned[phase] < missing < 0.15 * planned[phase] + late, (phase, deviation)
         scales = 2 * 4 * config.architecture.num_hidden_layers  # K and V scales, which `measured` does not send
         assert pushed_bytes(config) - scales == real["pushed"]
+
+
+FP8, LORA = {"forward_precision": "fp8_aligned"}, {"lora": {"rank": 8}}
+# ranks, architecture, model, parallel, policy, quantization
+ALIGNED = {
+    "one": (1, {}, {}, {}, FP8, "fp8_e4m3"),
+    "recompute": (1, {}, {"recompute": "full"}, {}, FP8, "fp8_e4m3"),
+    "LoRA": (1, {}, {}, {}, FP8 | LORA, "fp8_e4m3"),
+    "LoRA on one projection": (1, {}, {}, {}, FP8 | {"lora": {"rank": 8, "targets": ["v_proj"]}}, "fp8_e4m3"),
+    "int4": (1, {}, {}, {}, {"forward_precision": "int4_aligned"}, "int4"),
+    "large MLP": (1, {"vocab_size": 300, "intermediate_size": 2048, "head_dim": 64}, {}, {}, FP8, "fp8_e4m3"),
+    "TP2+SP, LoRA": (2, {}, {}, {"tp": 2, "sequence_parallel": True}, FP8 | LORA, "fp8_e4m3"),
+    "PP2": (2, {}, {}, {"pp": 2}, FP8, "fp8_e4m3"),
+    "MoE EP2": (2, EXPERTS, {}, {"dp": 2, "ep": 2}, FP8, "fp8_e4m3"),
+    "MoE TP2+ETP2": (2, EXPERTS, {}, {"tp": 2, "sequence_parallel": True, "etp": 2}, FP8, "fp8_e4m3"),
+}
+
+
+def measured_aligned(rank: int, data: dict) -> dict[str, int]:
+    """Bytes of the quantised copies, of making them, and of the phases that use them."""
+    policy, batch = policy_and_batch(build_config(data))
+    aligned = policy.aligned
+    assert aligned is not None
+    aligned.refresh()
+    copies = {linear.weight.untyped_storage().data_ptr(): linear.weight.untyped_storage().nbytes() for linear in aligned._linears}
+
+    def refresh() -> None:
+        aligned.weights_changed()
+        aligned.refresh()
+
+    policy.optimizer.step = lambda: None
+    policy._weights_changed = lambda: None
+    return {
+        "copies": sum(copies.values()),
+        "refresh": min(allocated_peak(refresh) for _ in range(3)),
+        "train": min(allocated_peak(lambda: policy.sft_step(batch)) for _ in range(3)),
+        "logprobs": min(allocated_peak(lambda: policy.logprobs(batch)) for _ in range(4)),
+    }
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", ALIGNED)
+def test_memory_of_an_aligned_forward_pass(ranks: RankPool, layout: str) -> None:
+    world, architecture, model, parallel, policy, quantization = ALIGNED[layout]
+    config = make_config(architecture, model, parallel, policy, {"quantization": quantization})
+    for number, real in enumerate(ranks.run(world, measured_aligned, data=config.model_dump())):
+        stage = number // (world // config.parallel.pp)
+        memory = rank_memory(config, stage, prompt_tokens=SEQ // 2, response_tokens=SEQ // 2, cuda=False, expert_load=1.0)
+        planned = {
+            "copies": copied_bytes(config, cuda=False),
+            "refresh": refresh_bytes(config, cuda=False),
+            "train": memory.batch + max(memory.activations + memory.logits, memory.gradients),
+            "logprobs": memory.batch + memory.logprobs,
+        }
+        deviation = {name: value / real[name] - 1.0 for name, value in planned.items()}
+        print(f"{layout} rank {number}:", {name: f"{d:+.2%}" for name, d in deviation.items()})
+        assert planned["copies"] == real["copies"] == memory.aligned
+        late = 0 if world == 1 else 8 * BUDGET * config.architecture.hidden_size * 2  # as above
+        for phase in ("refresh", "train", "logprobs"):
+            missing = real[phase] - planned[phase]
+            assert missing < 0.15 * planned[phase] + late, (phase, deviation)
+            # Layers without factors save less than the plan says, and are not quantised again.
+            assert -0.15 * planned[phase] < missing or config.policy.lora.targets, (phase, deviation)
+
+
+def test_copies_of_an_aligned_forward_pass_by_hand() -> None:
+    """On CUDA they have two bytes per quantised weight, whether LoRA trains the layer or not, and they last."""
+    aligned = ["policy.forward_precision=fp8_aligned", "model.transformer_impl=local"]
+    plain, full, lora = (
+        with_gpus(load_config(DENSE, [*extra]), 8)
+        for extra in ([], aligned, [*aligned, "policy.lora.rank=8", "policy.lora.targets=[v_proj]", "sft.steps=1"])
+    )
+    quantized = 36 * (4096 * 4096 * 2 + 2 * 4096 * 1024 + 3 * 4096 * 12288)
+    for config in (full, lora):
+        memory = make_plan(config, Assumptions()).ranks[0]
+        assert memory.aligned == 2 * quantized // config.parallel.tp
+        assert memory.lasting == memory.weights + memory.gradients + memory.optimizer + memory.aligned
+        assert memory.allocated["logprobs"] >= memory.lasting + 22 * 4096 * 12288 // 4  # while the largest matrix is quantised
+    before, after = (make_plan(config, Assumptions()).ranks[0] for config in (plain, full))
+    assert before.aligned == before.refresh == 0 and after.lasting - before.lasting == after.aligned
+    norms = 2 * (2 * 4096 + 4096 + 1024)  # what a layer's norms save once more for each token, on four ranks
+    assert after.activations - before.activations == 16384 * (36 * norms + 2 * 4096) // 4
+    assert make_plan(with_gpus(load_config(MOE, aligned), 16), Assumptions()).ranks[0].aligned == 2 * 48 * (
+        (2 * 2048 * 4096 + 2 * 2048 * 512) // 2 + 128 // 8 * 3 * 2048 * 768
+    )
 
 
 @pytest.mark.parametrize("tied", [False, True])
