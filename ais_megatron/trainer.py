@@ -32,6 +32,7 @@ from ais_megatron.prompts import training_prompts
 from ais_megatron.quantization.kv_scales import KVScales
 from ais_megatron.runs.folder import SUMMARY_FILE, open_run_folder, write_json_atomic
 from ais_megatron.runs.metrics import PhaseTimer, Sinks, read_metrics
+from ais_megatron.runs.profiling import StepProfiler
 from ais_megatron.runs.report import write_report
 from ais_megatron.runs.samples import Sample, repetition, sample_of
 from ais_megatron.runs.summary import print_table, summarize
@@ -68,15 +69,21 @@ def train(config: Config) -> Path:
     _say(f"held-out pass@1 at the start: {start_accuracy:.1%}")
     sinks.truncate_after(state.step)
     timer = PhaseTimer(torch.cuda.synchronize if device().type == "cuda" else None)
+    on_cuda = device().type == "cuda"
+    profiler = StepProfiler(config.run.profile_steps, config.run.profiler, run_dir, rank(), timer, on_cuda)
     saver = Saver(session.policy, checkpoints, config.checkpoint, state.step if resumed else None, add_files=session.tokenizer.save)
     with closing(session.engine), sinks, Watchdog(config.run.watchdog_minutes, run_dir, rank()) as watchdog:
         while state.step < config.train.steps:
             stop_if_asked(saver, state)
             try:
-                row, state, outage, samples = train_step(session, state, timer, before_sync=lambda: evaluations.settle(timer))
+                with profiler.step(state.step + 1):
+                    row, state, outage, samples = train_step(session, state, timer, before_sync=lambda: evaluations.settle(timer))
             except Unavailable as error:  # there are no rollouts, so the policy is still that of `state`
                 saver.save_now(state)
                 raise _resumable(error, checkpoints) from error
+            if profiler.has_recorded:
+                with rank_consistent():
+                    profiler.write()
             done, is_last = state.step, state.step == config.train.steps
             if not outage:
                 row |= evaluations.after(done, timer)

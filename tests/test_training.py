@@ -18,6 +18,7 @@ from typer.testing import CliRunner
 
 from ais_megatron.cli import app
 from ais_megatron.config import build_config, load_config
+from ais_megatron.runs.profiling import read_profiles
 from tests.helpers.paths import ROOT
 from tests.helpers.ranks import RankPool
 from tests.helpers.runs import assert_same_rows, command, refusal, rows_of, run, samples_of, small, trained, write
@@ -249,3 +250,19 @@ def test_checkpoints_that_cannot_be_loaded(ranks: RankPool, tmp_path: Path, unti
         assert "has shape (96, 64), but its config.json implies (128, 64)" in refusals(ranks, tmp_path, model={"path": str(broken)})
     finally:
         os.replace(broken / "model.safetensors", untied_checkpoint / "model.safetensors")
+
+
+def test_profiled_steps_leave_traces_of_every_rank_and_change_nothing(ranks: RankPool, tmp_path: Path) -> None:
+    folders = {name: tmp_path / name for name in ("plain", "profiled")}
+    for name, folder in folders.items():
+        folder.mkdir()
+        data = small(folder, sft={"steps": 0}, checkpoint={"every": 0})
+        data["run"] |= {"profile_steps": "2-3"} if name == "profiled" else {}
+        ranks.run(2, trained, config=build_config(data))
+    assert_same_rows(folders["profiled"], folders["plain"])
+    assert not (folders["plain"] / "run" / "profile").exists()
+    profiles = read_profiles(folders["profiled"] / "run")
+    assert {step: [p["rank"] for p in profiles[step]] for step in profiles} == {2: [0, 1], 3: [0, 1]}
+    for profile in (p for step in profiles.values() for p in step):
+        assert {"generate", "reward", "logprobs", "diagnose", "train", "calibrate", "sync"} == set(profile["phases"])
+        assert {"generate", "logprobs", "train"} <= {row["phase"] for row in profile["operators"]}

@@ -52,6 +52,19 @@ def layout_problems(parallel: ParallelConfig, model: ModelConfig) -> list[str]:
     return problems
 
 
+def profile_problems(run: RunConfig, train: TrainConfig) -> list[str]:
+    """Steps to profile that do not exist, and a profiler without a GPU."""
+    problems = []
+    if missing := [step for step in run.profile_steps if step > train.steps]:
+        problems.append(
+            f"run.profile_steps={run.profile_steps}: there is no step {missing[0]}, because train.steps={train.steps}; allowed: 1 to "
+            f"{train.steps}. Choose other steps, or raise train.steps"
+        )
+    if run.profiler == "nsys" and run.backend == "cpu":
+        problems.append("run.profiler=nsys: run.backend=cpu has nothing that NVTX ranges could mark; set run.profiler=trace")
+    return problems
+
+
 def replay_problems(moe: MoEConfig, rollout: RolloutConfig, arch: Architecture | None) -> list[str]:
     """Routing replay without recorded routes."""
     if not moe.routing_replay:

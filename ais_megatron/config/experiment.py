@@ -65,6 +65,7 @@ class Config(Section):
         arch = self.model.architecture
         problems = [
             *checks.layout_problems(self.parallel, self.model),
+            *checks.profile_problems(self.run, self.train),
             *checks.batch_problems(self.rollout, self.train, self.sft, self.parallel.dp or 1, arch),
             *checks.prompt_problems(self.task, self.rollout, arch),
             *algorithm_problems(

@@ -2,12 +2,28 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field
 
 from ais_megatron.config.architecture import Architecture
 from ais_megatron.config.section import Fraction, PositiveInt, Section
+
+MOST_STEPS = 10_000  # in a range, so that a typing error does not fill the memory
+
+
+def _steps(value: object) -> object:
+    """The steps of a range such as ``3-5``, or of a single number."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        return [value]
+    if not isinstance(value, str):
+        return value
+    found = re.fullmatch(r"(\d+)-(\d+)", value.strip())
+    if found is None or not 0 <= int(found[2]) - int(found[1]) < MOST_STEPS:
+        raise ValueError(f"{value!r}: not a range of steps; write the first and the last one, such as 3-5, or a list, such as [3, 20]")
+    return list(range(int(found[1]), int(found[2]) + 1))
+
 
 OFF = BeforeValidator(lambda value: "off" if value is False else value)  # YAML reads an unquoted off as false
 
@@ -29,6 +45,16 @@ class RunConfig(Section):
         ge=0.0,
         description="if a step takes longer than this, the stacks of all ranks are written to logs/ and the job ends with status 124; 0: "
         "off",
+    )
+    profile_steps: Annotated[list[PositiveInt], BeforeValidator(_steps)] = Field(
+        [],
+        description="steps to profile, as a list or a range such as 3-5: every rank writes a trace and a table of operators to "
+        "run.dir/profile; empty: none. Profiled steps take longer",
+    )
+    profiler: Literal["trace", "nsys"] = Field(
+        "trace",
+        description="trace: torch.profiler. nsys: no files; the steps and their phases are NVTX ranges for "
+        "`nsys profile --capture-range=cudaProfilerApi`",
     )
 
 

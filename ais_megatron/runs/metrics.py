@@ -16,7 +16,7 @@ import sys
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -56,6 +56,8 @@ class PhaseTimer:
         self._synchronize = synchronize
         self._seconds: dict[str, float] = {}
         self._open: str | None = None
+        self.named_range: Callable[[str], AbstractContextManager[Any]] | None = None
+        """Marks each phase for a profiler while a step is profiled (`profiling`)."""
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -65,7 +67,11 @@ class PhaseTimer:
         self._open = name
         start = time.perf_counter()
         try:
-            yield
+            if self.named_range is None:
+                yield
+            else:
+                with self.named_range(name):
+                    yield
             if self._synchronize is not None:
                 self._synchronize()
         finally:

@@ -1,7 +1,8 @@
 """Writes a run's report, finished or not: ``report/index.html``, one file that needs no network and nothing beside it.
 
-Everything comes from the run folder: ``metrics.jsonl``, and ``samples.jsonl``, ``evaluations.jsonl``, ``config.yaml`` and
-``summary.json`` if they exist. So a report can be written again at any time and on any machine, even for a run that was killed.
+Everything comes from the run folder: ``metrics.jsonl``, and ``samples.jsonl``, ``evaluations.jsonl``, ``config.yaml``,
+``summary.json`` and ``profile/`` if they exist. So a report can be written again at any time and on any machine, even for a run that
+was killed.
 
 The page draws its charts from data in it. A response is hostile text: it is in the page only as JSON without ``<``, and reaches the
 screen only as text nodes. A content security policy also allows no script and no style but ours, named by their hashes, and no request.
@@ -23,6 +24,8 @@ from ais_megatron.runs import charts
 from ais_megatron.runs.charts import Run
 from ais_megatron.runs.folder import CONFIG_FILE, METRICS_FILE, SUMMARY_FILE, encode_json, write_text_atomic
 from ais_megatron.runs.metrics import read_evaluations, read_metrics
+from ais_megatron.runs.profile_page import profile_section
+from ais_megatron.runs.profiling import read_profiles
 from ais_megatron.runs.samples import SAMPLES_FILE, Sample, chosen_lines
 from ais_megatron.runs.summary import is_number, summarize, summary_lines
 
@@ -155,6 +158,7 @@ def _page(run_dir: Path, run: Run, samples: Sequence[Sample], samples_note: str)
         _learning(cards),
         _mismatch(cards),
         _time(cards),
+        profile_section(read_profiles(run_dir)),
         _samples(samples, samples_note),
         _configuration(run_dir / CONFIG_FILE),
     ]

@@ -262,3 +262,20 @@ def test_sets_of_an_evaluation(tmp_path: Path) -> None:
     assert load_config(path) == config
     (only,) = build_config({"model": {"architecture": ARCHITECTURE}, "eval": {"samples": 3}}).evaluation_sets
     assert (only.name, only.first_index, only.samples, only.top_p, only.ks) == ("held_out", -1, 3, 1.0, (1, 3))
+
+
+def test_steps_to_profile() -> None:
+    def steps(value: object, **run: object) -> list[int]:
+        data = {"model": {"architecture": ARCHITECTURE}, "train": {"steps": 8}, "run": {"profile_steps": value, **run}}
+        return build_config(data).run.profile_steps
+
+    assert (steps("3-5"), steps([3, 8]), steps(2), steps([])) == ([3, 4, 5], [3, 8], [2], [])
+    with pytest.raises(ConfigError, match=r"run.profile_steps=\[2, 9\]: there is no step 9, because train.steps=8; allowed: 1 to 8"):
+        steps([2, 9])
+    for wrong in ("5-3", "3..5", "soon", "1-99999999999"):
+        with pytest.raises(ConfigError, match="run.profile_steps: .*not a range of steps; write the first and the last one"):
+            steps(wrong)
+    with pytest.raises(ConfigError, match="run.profile_steps.0=0"):
+        steps(0)
+    with pytest.raises(ConfigError, match="run.profiler=nsys: run.backend=cpu"):
+        steps(1, profiler="nsys", backend="cpu")
