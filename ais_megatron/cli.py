@@ -335,7 +335,7 @@ def _train(config: Config) -> None:
 
 def _sft(config: Config) -> None:
     from ais_megatron.distributed import rank
-    from ais_megatron.policy.policy import initialize_parallel
+    from ais_megatron.policy.parallel import initialize_parallel
     from ais_megatron.session import build_task
     from ais_megatron.sft import starting_policy
 

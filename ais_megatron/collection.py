@@ -17,7 +17,7 @@ from ais_megatron.algorithm.advantages import advantages_of, has_signal
 from ais_megatron.batch import Batch, Prompt, Rollout, assemble
 from ais_megatron.config import TaskConfig
 from ais_megatron.distributed import all_reduce_sum, gather_batch, rank, rank_consistent
-from ais_megatron.policy.policy import model_parallel_group
+from ais_megatron.policy.parallel import model_parallel_group
 from ais_megatron.prompts import training_prompts
 from ais_megatron.rollout.engine import SamplingParams
 from ais_megatron.runs.metrics import PhaseTimer

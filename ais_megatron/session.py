@@ -12,7 +12,8 @@ from ais_megatron.batch import Rollout
 from ais_megatron.config import Config
 from ais_megatron.distributed import rank, rank_consistent
 from ais_megatron.generation import Generator
-from ais_megatron.policy.policy import Policy, data_parallel_group, initialize_parallel, model_parallel_group
+from ais_megatron.policy.parallel import data_parallel_group, initialize_parallel, model_parallel_group
+from ais_megatron.policy.policy import Policy
 from ais_megatron.prompts import Share, to_prompt, within_limit
 from ais_megatron.rollout.build import build_engine
 from ais_megatron.rollout.engine import RolloutEngine, SamplingParams

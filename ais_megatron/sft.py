@@ -17,7 +17,8 @@ from ais_megatron.config import Config
 from ais_megatron.config.policy import PolicyConfig
 from ais_megatron.distributed import rank_consistent
 from ais_megatron.policy.hf_export import save_hf
-from ais_megatron.policy.policy import Policy, data_parallel_group
+from ais_megatron.policy.parallel import data_parallel_group
+from ais_megatron.policy.policy import Policy
 from ais_megatron.prompts import encode
 from ais_megatron.runs.warm_start import cached_folder
 from ais_megatron.tasks import Task

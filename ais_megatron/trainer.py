@@ -25,7 +25,7 @@ from ais_megatron.evaluation import Evaluations
 from ais_megatron.interruption import stop_if_asked
 from ais_megatron.policy import checkpoint
 from ais_megatron.policy.calibration import Calibration
-from ais_megatron.policy.policy import model_parallel_group
+from ais_megatron.policy.parallel import model_parallel_group
 from ais_megatron.policy.saver import Saver, checkpoint_to_resume, tidy
 from ais_megatron.policy.training_state import TrainingState
 from ais_megatron.prompts import training_prompts

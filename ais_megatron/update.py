@@ -19,7 +19,8 @@ from ais_megatron.algorithm.diagnostics import Diagnostics, diagnose_with
 from ais_megatron.algorithm.gradients import GradientSums
 from ais_megatron.batch import Batch
 from ais_megatron.policy.calibration import Calibration
-from ais_megatron.policy.policy import Policy, data_parallel_group
+from ais_megatron.policy.parallel import data_parallel_group
+from ais_megatron.policy.policy import Policy
 from ais_megatron.runs.metrics import PhaseTimer
 
 

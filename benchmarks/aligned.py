@@ -25,7 +25,8 @@ from ais_megatron.algorithm.scaler import LossScaler
 from ais_megatron.batch import Batch
 from ais_megatron.config import Config, build_config
 from ais_megatron.distributed import init_process_group
-from ais_megatron.policy.policy import Policy, initialize_parallel
+from ais_megatron.policy.parallel import initialize_parallel
+from ais_megatron.policy.policy import Policy
 
 ROWS, PROMPT, RESPONSE = 128, 24, 48
 ARMS = {  # policy.forward_precision, rank of LoRA, whether the quantised weights are kept until the next update

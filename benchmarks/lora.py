@@ -25,7 +25,8 @@ from grpo_step import MODEL
 from ais_megatron.batch import Batch
 from ais_megatron.config import build_config
 from ais_megatron.distributed import init_process_group
-from ais_megatron.policy.policy import Policy, initialize_parallel
+from ais_megatron.policy.parallel import initialize_parallel
+from ais_megatron.policy.policy import Policy
 
 RANK, UPDATES, WIDTH = 16, 4, 64
 PRETRAINED = Path(__file__).resolve().parent.parent / "models" / "SmolLM2-135M-Instruct"

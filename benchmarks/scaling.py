@@ -18,7 +18,8 @@ from ais_megatron.algorithm.scaler import LossScaler
 from ais_megatron.batch import Batch
 from ais_megatron.config import build_config
 from ais_megatron.distributed import init_process_group
-from ais_megatron.policy.policy import Policy, initialize_parallel
+from ais_megatron.policy.parallel import initialize_parallel
+from ais_megatron.policy.policy import Policy
 
 BASE = {"rows": 64, "vocab_size": 4096, "num_hidden_layers": 4}
 

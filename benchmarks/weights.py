@@ -15,7 +15,8 @@ from contract import against_peer, emit, stopwatch
 
 from ais_megatron.config import build_config
 from ais_megatron.distributed import init_process_group
-from ais_megatron.policy.policy import Policy, initialize_parallel
+from ais_megatron.policy.parallel import initialize_parallel
+from ais_megatron.policy.policy import Policy
 from ais_megatron.quantization.fp8 import quantize_bucket
 from ais_megatron.rollout.sglang.transport import FlatBucket
 

@@ -42,7 +42,7 @@ def fails_on(truth, response: str, options) -> float:  # noqa: ANN001
 def collected(rank: int, config: Config, tp: int, pp: int, first: int, own_reward: bool = False):  # noqa: ANN201
     from ais_megatron.collection import collect
     from ais_megatron.generation import Generator
-    from ais_megatron.policy.policy import initialize_parallel
+    from ais_megatron.policy.parallel import initialize_parallel
     from ais_megatron.runs.metrics import PhaseTimer
     from ais_megatron.session import Session, share_of_this_rank
     from ais_megatron.tasks.own_reward import RewardedTask

@@ -108,7 +108,7 @@ def poisoned(rank: int, path: Path, updates: int = 1, **layout):  # noqa: ANN201
     import torch.distributed as dist
 
     from ais_megatron.algorithm.scaler import LossScaler
-    from ais_megatron.policy.policy import data_parallel_group
+    from ais_megatron.policy.parallel import data_parallel_group
 
     policy = make_policy(make_config(path, train={"max_skipped_updates": 3}, **layout), path)
     rows, _ = my_rows(make_batch())

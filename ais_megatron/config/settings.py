@@ -133,6 +133,9 @@ class TrainConfig(Section):
     steps: PositiveInt = Field(100, description="number of steps of the run; each generates one batch and trains on it")
     updates_per_batch: PositiveInt = Field(1, description="number of optimizer updates per batch; each uses an equal part of it")
     tokens_per_microbatch: PositiveInt = Field(16384, description="most tokens, padding included, in one forward pass of one rank")
+    packing: bool = Field(
+        False, description="rows of a microbatch are joined to one sequence without padding; on CUDA through Transformer Engine's kernels"
+    )
     share_prefixes: bool = Field(
         True,
         description="tokens with which rows begin alike, such as a group's prompt, go through the model once; on CPUs, for dense models",

@@ -33,19 +33,17 @@ class Calibration:
 
 
 class Calibrator:
-    """Records forward passes within the context `recording`. Set `lengths` to the ``[batch]`` of each microbatch before its forward pass.
+    """Records forward passes within the context `recording`. Call `see` with each microbatch before its forward pass.
 
-    recomputes: layers run a second time in the backward pass, when `lengths` may already belong to another microbatch.
+    recomputes: layers run a second time in the backward pass, when the latest microbatch may already be another one.
     """
 
     def __init__(self, model: GPTModel, num_layers: int, margin: float, recomputes: bool = False) -> None:
         self.num_layers, self.margin, self._recomputes = num_layers, margin, recomputes
-        self.lengths: Tensor | None = None
         self.latest: Calibration | None = None
         self._recording = False
-        # For the microbatch with lengths `_seen`: number of columns without padding, real tokens after them, all real tokens.
+        # Of the microbatch in the forward pass: number of places before the first padding, real tokens after it, number of all real tokens.
         self._full, self._rest, self._num_real = 0, torch.zeros(0, dtype=torch.int64), 0
-        self._seen: Tensor | None = None
         self._limits = torch.full((2, num_layers), E4M3_MAX)  # K and V magnitudes at which scale 1.0 saturates
         self._reset()
         for layer in model.decoder.layers:
@@ -62,7 +60,15 @@ class Calibrator:
         try:
             yield
         finally:
-            self._recording, self.lengths, self._seen = False, None, None
+            self._recording = False
+
+    def see(self, is_real: Tensor) -> None:
+        """is_real: bool ``[seq * batch]``, False in padding, in the order of Q, K and V."""
+        if not self._recording:
+            return
+        real = is_real.nonzero()[:, 0]
+        self._full = int((real == torch.arange(len(real), device=real.device)).sum())
+        self._rest, self._num_real = real[self._full :] - self._full, len(real)
 
     def _hook(self, layer: int) -> Callable[[nn.Module, tuple[Tensor, ...], dict[str, object]], None]:
         def record(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, object]) -> None:
@@ -74,17 +80,12 @@ class Calibrator:
 
     @torch.no_grad()
     def _record(self, layer: int, qkv: tuple[Tensor, ...]) -> None:
-        """qkv: ``[seq, batch, heads/tp, head_dim]`` each."""
-        assert self.lengths is not None, "set lengths before the forward pass"
-        if self._seen is not self.lengths:  # once for all layers of a microbatch
-            columns = torch.arange(qkv[0].shape[0], device=self.lengths.device)
-            self._full = int(self.lengths.min())
-            self._rest = (columns[self._full :, None] < self.lengths).flatten().nonzero()[:, 0]
-            self._num_real, self._seen = int(self.lengths.sum()), self.lengths
+        """qkv: ``[seq, batch, heads/tp, head_dim]`` each, or ``[seq, heads/tp, head_dim]`` of packed rows."""
         for row, x in enumerate(qkv):
-            # Columns without padding are read in place. From the other columns the real tokens are gathered, which is faster
-            # than masking the magnitudes of all tokens.
-            rest = x[self._full :].reshape(-1, x.shape[-2] * x.shape[-1]).index_select(0, self._rest)
+            # Places before the first padding are read in place. From the others the real tokens are gathered, which is faster than masking
+            # the magnitudes of all tokens.
+            x = x.flatten(0, -3)
+            rest = x[self._full :].index_select(0, self._rest)
             parts = [part for part in (x[: self._full], rest) if part.numel()]
             for part in parts:
                 low, high = part.aminmax()

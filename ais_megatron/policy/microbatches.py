@@ -1,16 +1,109 @@
-"""Splits rows into microbatches with a token budget: sort by length, fill, pad to the longest row.
+"""Splits rows into microbatches with a token budget, and arranges them for the model.
 
-The split changes only memory and speed. Losses are sums with one global divisor, so gradients do not depend on the split. They do not
-depend on `Shapes` either, because its padding is removed before the loss.
+    padded    sort by length, fill, pad to the longest row
+    packed    (`train.packing`) bins of about the same number of tokens; rows are joined without padding
+    shared    (`train.share_prefixes`, on CPUs) rows that begin alike are together; they are joined, and equal beginnings are there once
+
+The split and the arrangement change only memory and speed. Losses are sums with one global divisor, so gradients do not depend on the
+split, and padding never reaches the loss.
 """
 
 from __future__ import annotations
 
+import math
+
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from ais_megatron.batch import Batch
+from ais_megatron.config import Config
+from ais_megatron.distributed import device
+from ais_megatron.policy.arranged import Arranged, padded
+from ais_megatron.policy.packing import pack
+from ais_megatron.policy.parallel import Context, data_parallel_group
+from ais_megatron.policy.shared_prefixes import split_sharing
 from ais_megatron.shapes import AS_IS, Shapes
+
+
+class Microbatches:
+    """How this rank's rows become what the model gets.
+
+    transformer_engine: whether the model has Transformer Engine's layers, whose attention knows neither shared beginnings nor `Packed`.
+    """
+
+    def __init__(self, config: Config, context: Context, transformer_engine: bool) -> None:
+        parallel, ranks = config.parallel, context.size
+        on_cpu, is_moe = device().type == "cpu", config.architecture.is_moe
+        self.context = context
+        self.shares = config.train.share_prefixes and on_cpu and not is_moe and ranks == 1
+        self.packs = config.train.packing or self.shares or (ranks > 1 and not transformer_engine)
+        self._thd = transformer_engine
+        self._place_multiple = parallel.tp if parallel.sequence_parallel else 1
+        self._column_multiple = self._place_multiple * (2 * ranks if ranks > 1 else 1)
+        self.shapes = Shapes.on(device().type, self._column_multiple)
+        self._budget = config.train.tokens_per_microbatch * ranks
+        # Each layer waits for the tokens of all ranks that have experts.
+        self._equal_counts = is_moe and dist.get_world_size(data_parallel_group()) > 1
+
+    def pad(self, batch: Batch) -> Batch:
+        """The batch with as many columns as every microbatch can have."""
+        return pad_columns(batch, self._column_multiple)
+
+    def split(self, batch: Batch) -> list[Tensor]:
+        """Row numbers of each microbatch. If experts are spread over data-parallel ranks, all ranks have the same number of microbatches.
+        The last ones may be empty."""
+        if self.shares:
+            return split_sharing(batch, self._budget)
+        groups = self._split(batch, 1)
+        if not self._equal_counts:
+            return groups
+        most = torch.tensor(len(groups), device=device())
+        dist.all_reduce(most, op=dist.ReduceOp.MAX, group=data_parallel_group())
+        groups = self._split(batch, int(most))
+        return groups + [torch.zeros(0, dtype=torch.int64)] * (int(most) - len(groups))
+
+    def _split(self, batch: Batch, at_least: int) -> list[Tensor]:
+        if self.packs:
+            return split_evenly(batch.lengths, self._budget, at_least)
+        return split_by_tokens(batch.lengths, self._budget, at_least, self.shapes)
+
+    def rows(self, batch: Batch, index: Tensor) -> Batch:
+        """The rows of a microbatch, on the device. The batch must be padded (`pad`)."""
+        return make_microbatch(batch, index, self._column_multiple).to(device())
+
+    def arrange(self, rows: Batch) -> Arranged:
+        """What the model gets on this rank."""
+        if not self.packs:
+            return padded(rows, self.shapes, self.context)
+        multiple = math.lcm(self.shapes.columns, self._place_multiple)
+        return pack(rows, multiple, self.context, share=self.shares, thd=self._thd)
+
+
+def split_evenly(lengths: Tensor, budget: int, at_least: int = 1) -> list[Tensor]:
+    """Row numbers of each microbatch of rows that are packed: as few as the budget allows, with about the same number of tokens.
+
+    Args:
+        lengths: int64 ``[batch]``.
+        budget: most tokens of a microbatch. A single row that is longer gets its own microbatch.
+        at_least: smallest number of microbatches; at most one per row.
+    """
+    values = lengths.tolist()
+    order = sorted(range(len(values)), key=lambda row: -values[row])
+    count = min(max(at_least, math.ceil(sum(min(value, budget) for value in values) / budget)), len(values))
+    while count:
+        bins: list[list[int]] = [[] for _ in range(count)]
+        tokens = [0] * count
+        for row in order:  # the longest first, each to the emptiest
+            least = min(range(count), key=tokens.__getitem__)
+            if bins[least] and tokens[least] + values[row] > budget:
+                break
+            bins[least].append(row)
+            tokens[least] += values[row]
+        else:
+            return [torch.tensor(sorted(rows)) for rows in sorted(bins, key=lambda rows: -sum(values[row] for row in rows))]
+        count += 1
+    return []
 
 
 def split_by_tokens(lengths: Tensor, budget: int, at_least: int = 1, shapes: Shapes = AS_IS) -> list[Tensor]:

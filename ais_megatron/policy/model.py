@@ -29,10 +29,11 @@ from ais_megatron.config import Architecture, Config
 from ais_megatron.config.architecture import RopeScaling
 from ais_megatron.config.policy import BLOCK_SCALING
 from ais_megatron.distributed import device
+from ais_megatron.policy.arranged import Arranged
 from ais_megatron.policy.logprobs import vocab_parallel_logprobs
 from ais_megatron.policy.norm import chunked_rms_norm
+from ais_megatron.policy.packing import Packed
 from ais_megatron.policy.routing import Router
-from ais_megatron.policy.shared_prefixes import Packed
 
 
 def uses_transformer_engine(config: Config) -> bool:
@@ -91,6 +92,7 @@ def build_model(config: Config, temperature: float, transformer_engine: bool) ->
             model.sketch = Sketch.random(architecture.vocab_size, architecture.hidden_size, transformer_config.params_dtype, device())
         model.output_layer.register_forward_pre_hook(model.only_scored)
     model.rotary_pos_emb.register_forward_hook(model.rotate_by_position)
+    model.rotary_pos_emb.cp_group = None  # the hook chooses a rank's angles; Megatron's way needs pinned memory, which a CPU does not have
     if architecture.rope_scaling is not None:
         rope = model.rotary_pos_emb
         rope.inv_freq = stretched_frequencies(rope.inv_freq, architecture.rope_scaling)
@@ -160,7 +162,7 @@ class PolicyModel(GPTModel):
     Called with ``labels`` (int64 ``[batch, seq]``, the rows) and ``loss_mask`` (bool ``[batch, seq]``, the scored tokens), the last
     pipeline stage returns float32 ``[2, batch, seq]``. If it is `sketched`, it returns ``[2 + a + b, batch, seq]``, where a and b numbers
     without grad are the sketches of the token's score and of its hidden state. Index t describes token t. Other tokens have 0, as has
-    column 0, because no token predicts it. The input is either the same rows, or `packed` and its tokens.
+    column 0, because no token predicts it. The input are the tokens of `arranged`. With context parallelism all ranks return the same.
 
     The output layer gets only the hidden states that predict a scored token. Prompts are not scored, and with a large vocabulary their
     logits would cost a good part of a step. Under sequence parallelism each rank has other positions, so there all go through it.
@@ -174,21 +176,24 @@ class PolicyModel(GPTModel):
     """Given to models whose gradients are measured."""
     _sketch: Sketch | None  # in this forward pass
     _states: Tensor  # sketches of the hidden states that predict a scored token, [scored, b]
-    _scored: tuple[Tensor, Tensor]  # rows and columns of the scored tokens
+    _scored: tuple[Tensor, Tensor]  # rows and columns of the scored tokens that this rank's states predict
     _predicting: Tensor  # for each of them, where the state that predicts it is among the hidden states
-    _positions: Tensor | None  # of the packed tokens in their rows
+    _arranged: Arranged
 
-    def forward(self, *args: Any, loss_mask: Tensor, packed: Packed | None = None, sketched: bool = False, **kwargs: Any) -> Tensor:
+    def forward(self, tokens: Tensor, *, loss_mask: Tensor, arranged: Arranged, sketched: bool = False, **kwargs: Any) -> Tensor:
         self._sketch = self.sketch if sketched else None
         row, column = loss_mask[:, 1:].t().nonzero().flip(1).unbind(1)  # in the order of the hidden states, [seq, batch, hidden]
-        self._scored = row, column + 1
-        self._predicting = column * len(loss_mask) + row if packed is None else packed.places[row, column]
-        self._positions = None if packed is None else packed.positions
-        return super().forward(*args, packed_seq_params=packed, **kwargs)
+        here, self._predicting = arranged.on_this_rank(row, column)
+        self._scored = row[here], column[here] + 1
+        self._arranged = arranged
+        return super().forward(tokens, None, None, packed_seq_params=arranged.packed, **kwargs)
 
     def rotate_by_position(self, rotary: torch.nn.Module, inputs: tuple[Any, ...], angles: Tensor) -> Tensor:
         """A hook after the rotary embedding, whose angles ``[seq, 1, 1, head_dim]`` are those of one row."""
-        return angles if self._positions is None else angles[self._positions]
+        positions, packed = self._arranged.positions, self._arranged.packed
+        if positions is None or (packed is not None and packed.qkv_format == "thd"):  # Megatron then finds them by itself
+            return angles
+        return angles[positions]
 
     def only_scored(self, output_layer: torch.nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
         """A hook before the output layer, which replaces ``[seq, batch, hidden]`` by the scored states, ``[scored, 1, hidden]``."""
@@ -224,7 +229,8 @@ class PolicyModel(GPTModel):
         if self._sketch is not None:
             values = torch.cat([values, scores.t(), self._states.t()])
         everywhere = logits.new_zeros(len(values), *labels.shape, dtype=torch.float32)
-        return everywhere.index_put((torch.arange(len(values), device=labels.device)[:, None], *self._scored), values)
+        own = everywhere.index_put((torch.arange(len(values), device=labels.device)[:, None], *self._scored), values)
+        return self._arranged.context.total(own)
 
 
 def padded_vocab_size(architecture: Architecture, tp: int) -> int:
@@ -351,7 +357,7 @@ class RMSNorm(nn.Module):
 class SDPAttention(nn.Module):
     """Causal attention over ``[seq, batch, heads/tp, head_dim]`` through torch's scaled_dot_product_attention.
 
-    Rows are padded on the right, so with the causal mask no real token attends to padding. With `packed_seq_params` there is one row,
+    Rows are padded on the right, so with the causal mask no real token attends to padding. With `packed_seq_params` there is one sequence,
     and attention is within the rows that are packed in it.
     """
 
@@ -380,4 +386,5 @@ class SDPAttention(nn.Module):
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
         """``[batch, heads, seq, head_dim]`` each; without a mask it is causal."""
+        mask = None if mask is None else mask.to(q.dtype)
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, scale=self.softmax_scale, enable_gqa=True)

@@ -25,7 +25,6 @@ from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.optimizer import get_megatron_optimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
-from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 from torch import Tensor
 
 from ais_megatron.algorithm.correction import Correction
@@ -43,54 +42,15 @@ from ais_megatron.policy.aligned import Aligned
 from ais_megatron.policy.calibration import Calibration, Calibrator
 from ais_megatron.policy.hf_weights import export_buckets, export_factor_buckets, load_hf
 from ais_megatron.policy.lora import LoRA
-from ais_megatron.policy.microbatches import make_microbatch, pad_columns, split_by_tokens
+from ais_megatron.policy.microbatches import Microbatches
 from ais_megatron.policy.model import build_model, uses_transformer_engine
 from ais_megatron.policy.optimizer import Guard, optimizer_config, schedule
+from ais_megatron.policy.parallel import Context, data_parallel_group
 from ais_megatron.policy.routing import Routing, attach
-from ais_megatron.policy.shared_prefixes import pack, split_sharing
 from ais_megatron.quantization.kv_scales import KVScales
-from ais_megatron.shapes import Shapes
 
 # (microbatch, its row numbers, logprobs, entropy, sketches) -> (loss sum with grad, number of tokens, float64 metric sums)
 LossFunction = Callable[[Batch, Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
-
-
-def initialize_parallel(config: Config) -> None:
-    """Create Megatron's process groups for the running job.
-
-    Raises:
-        ValueError: the number of ranks is not tp * pp * cp * dp.
-    """
-    if device().type == "cpu":
-        cpu_backend.install()
-    parallel, world = config.parallel, dist.get_world_size()
-    size = parallel.model_parallel_size
-    if world % size or (parallel.dp and world != size * parallel.dp):
-        raise ValueError(
-            f"this job has {world} ranks, but parallel.tp={parallel.tp} * pp={parallel.pp} * cp={parallel.cp} * "
-            f"dp={parallel.dp or 'any'} needs {'a multiple of ' if not parallel.dp else ''}{size * (parallel.dp or 1)}"
-        )
-    with cpu_backend.active():
-        parallel_state.initialize_model_parallel(
-            tensor_model_parallel_size=parallel.tp,
-            pipeline_model_parallel_size=parallel.pp,
-            context_parallel_size=parallel.cp,
-            expert_model_parallel_size=parallel.ep,
-            expert_tensor_parallel_size=parallel.etp,
-            distributed_timeout_minutes=config.run.timeout_minutes,
-            create_gloo_process_groups=False,
-        )
-        model_parallel_cuda_manual_seed(config.run.seed)
-
-
-def model_parallel_group() -> dist.ProcessGroup:
-    """The ranks that together have one copy of the model (TP x PP), and so the rows of one data-parallel rank."""
-    return parallel_state.get_model_parallel_group()
-
-
-def data_parallel_group() -> dist.ProcessGroup:
-    """DP x CP: the ranks over which the sums of a batch are reduced."""
-    return parallel_state.get_data_parallel_group(with_context_parallel=True)
 
 
 class Policy:
@@ -106,11 +66,11 @@ class Policy:
     def __init__(self, config: Config, optimizer: OptimizerConfig, total_steps: int, temperature: float, path: str | None) -> None:
         self.config = config
         self.routing_metrics: dict[str, float] = {}
-        self.seq_multiple = config.parallel.tp if config.parallel.sequence_parallel else 1
-        self.shares_prefixes = config.train.share_prefixes and device().type == "cpu" and not config.architecture.is_moe
         torch.manual_seed(config.run.seed)
         with rank_consistent():
             self.transformer_engine = uses_transformer_engine(config)
+        self.context = Context.of_this_rank()
+        self.microbatches = Microbatches(config, self.context, self.transformer_engine)
         with cpu_backend.active():
             self.model = build_model(config, temperature, self.transformer_engine)
             with rank_consistent():
@@ -156,7 +116,7 @@ class Policy:
     def logprobs(self, batch: Batch, gradients: ResponseGradients | None = None) -> Tensor:
         """log pi of every token in the mask, float32 ``[batch, seq]`` on the CPU, 0 elsewhere. Equal on all ranks of the model-parallel
         group. `gradients` is filled on the last pipeline stage."""
-        padded = pad_columns(batch, self.seq_multiple)
+        padded = self.microbatches.pad(batch)
         result = torch.zeros(padded.tokens.shape, dtype=torch.float32)
 
         def collect(rows: Batch, index: Tensor, logprobs: Tensor, entropy: Tensor, sketches: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -261,7 +221,7 @@ class Policy:
         Nothing is computed twice, and the policy ratio is exactly 1. Returns and raises as `train_step`. It also returns the sums of the
         responses' gradients if they are measured, and with `keep_logprobs` old_logprobs, as `logprobs` does."""
         running = RunningStatistics(Correction.of(self.config), self.response_gradients(batch))
-        kept = torch.zeros(pad_columns(batch, self.seq_multiple).tokens.shape) if keep_logprobs else None
+        kept = torch.zeros(self.microbatches.pad(batch).tokens.shape) if keep_logprobs else None
         with self._recording():
             metrics, reduced = self._update(batch, None, scaler, reference_logprobs, running, kept)
         calibration = self._recorded()
@@ -280,7 +240,7 @@ class Policy:
     ) -> tuple[dict[str, float], Tensor]:
         """One optimizer step. If old_logprobs is None, those of the forward pass are used, and `running` records them. The last stage
         also writes them to `kept`, float32 ``[batch, padded seq]``, if it is given."""
-        batch = pad_columns(batch, self.seq_multiple)
+        batch = self.microbatches.pad(batch)
         width = batch.tokens.shape[1]
         old_logprobs, reference_logprobs = (
             None if x is None else F.pad(x, (0, width - x.shape[1])) for x in (old_logprobs, reference_logprobs)
@@ -311,7 +271,7 @@ class Policy:
             loss = -logprobs.masked_fill(~rows.loss_mask, 0.0).sum()
             return loss, rows.loss_mask.sum(), loss.detach().double()[None]
 
-        return self._optimize(pad_columns(batch, self.seq_multiple), loss_function, ("loss",))[0]
+        return self._optimize(self.microbatches.pad(batch), loss_function, ("loss",))[0]
 
     def _optimize(
         self, batch: Batch, loss_function: LossFunction, names: tuple[str, ...], running: RunningStatistics | None = None
@@ -347,13 +307,12 @@ class Policy:
         ``[microbatches, metrics + 1]``, whose last column is the number of tokens."""
         if self.aligned is not None:
             self.aligned.refresh()
-        shapes = Shapes.on(device().type, self.seq_multiple)
-        groups = self._microbatches(batch, shapes)
+        groups = self.microbatches.split(batch)
         # One microbatch at a time is moved to the device, because the routes of all together would take gigabytes.
-        microbatches = ((make_microbatch(batch, index, self.seq_multiple).to(device()), index) for index in groups)
+        microbatches = ((self.microbatches.rows(batch, index), index) for index in groups)
         with cpu_backend.active():
             results = get_forward_backward_func()(
-                forward_step_func=partial(self._forward_step, loss_function, shapes, sketched),
+                forward_step_func=partial(self._forward_step, loss_function, sketched),
                 data_iterator=microbatches,
                 model=[self.ddp],
                 num_microbatches=len(groups),
@@ -363,46 +322,21 @@ class Policy:
             )
         return torch.stack(results) if results else torch.zeros(0)
 
-    def _microbatches(self, batch: Batch, shapes: Shapes) -> list[Tensor]:
-        """Row numbers of each microbatch. If experts are spread over data-parallel ranks, all ranks have the same number of microbatches,
-        because each layer waits for the tokens of all ranks. The last ones may be empty."""
-        lengths, budget = batch.lengths, self.config.train.tokens_per_microbatch
-        if self.shares_prefixes:
-            return split_sharing(batch, budget)
-        groups = split_by_tokens(lengths, budget, shapes=shapes)
-        if self.routing is None or dist.get_world_size(data_parallel_group()) == 1:
-            return groups
-        most = torch.tensor(len(groups), device=device())
-        dist.all_reduce(most, op=dist.ReduceOp.MAX, group=data_parallel_group())
-        groups = split_by_tokens(lengths, budget, int(most), shapes)
-        return groups + [torch.zeros(0, dtype=torch.int64)] * (int(most) - len(groups))
-
     def _forward_step(
-        self,
-        loss_function: LossFunction,
-        shapes: Shapes,
-        sketched: bool,
-        microbatches: Iterator[tuple[Batch, Tensor]],
-        model: torch.nn.Module,
+        self, loss_function: LossFunction, sketched: bool, microbatches: Iterator[tuple[Batch, Tensor]], model: torch.nn.Module
     ) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]]:
         rows, index = next(microbatches)
-        if self.shares_prefixes:
-            packed = pack(rows, self.seq_multiple)
-            self.calibrator.lengths = packed.lengths
-            wanted = dict(labels=rows.tokens, loss_mask=rows.loss_mask, sketched=sketched)
-            output = model(packed.tokens, packed.positions[None], None, **wanted, packed=packed)
-        else:
-            given = shapes.fill(rows)
-            self.calibrator.lengths = given.lengths
-            if self.routing is not None:
-                self.routing.see(given)
-            positions = torch.arange(given.tokens.shape[1], device=given.tokens.device).expand_as(given.tokens)
-            output = model(given.tokens, positions, None, labels=given.tokens, loss_mask=given.loss_mask, sketched=sketched)
+        arranged = self.microbatches.arrange(rows)
+        self.calibrator.see(arranged.is_real)
+        if self.routing is not None:
+            self.routing.see(rows, arranged)
+        output = model(arranged.tokens, labels=rows.tokens, loss_mask=rows.loss_mask, arranged=arranged, sketched=sketched)
 
         def loss(values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-            values = values[:, : rows.tokens.shape[0], : rows.tokens.shape[1]]  # removes the padding
             total, num_tokens, sums = loss_function(rows, index, values[0], values[1], values[2:].detach())
-            return total, num_tokens.int(), torch.cat([sums.double(), num_tokens.double()[None]])
+            # Context-parallel ranks have the same loss. Megatron adds up the numbers of tokens of all ranks, so only one of them counts.
+            counted = num_tokens.int() * (self.context.rank == 0)
+            return total, counted, torch.cat([sums.double(), num_tokens.double()[None]])
 
         return output, loss
 

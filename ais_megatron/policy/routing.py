@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from ais_megatron.batch import Batch
 from ais_megatron.distributed import device
+from ais_megatron.policy.arranged import Arranged
 from ais_megatron.policy.straight_through import straight_through
 
 
@@ -44,18 +45,19 @@ class Routing:
     fractions: Tensor | None = None
     """float32 ``[num_layers, num_experts]``, f of the last recorded batch; None before the first."""
     _rows: Batch | None = None
+    _arranged: Arranged | None = None
     _recording: bool = False
     _counts: Tensor = field(default_factory=lambda: torch.zeros(0))
     _compared: Tensor = field(default_factory=lambda: torch.zeros(3))
 
-    def see(self, rows: Batch) -> None:
-        self._rows = rows
+    def see(self, rows: Batch, arranged: Arranged) -> None:
+        """The microbatch in the forward pass."""
+        self._rows, self._arranged = rows, arranged
 
     @property
-    def rows(self) -> Batch:
-        """The microbatch in the forward pass."""
-        assert self._rows is not None, "call see before the forward pass"
-        return self._rows
+    def _seen(self) -> tuple[Batch, Arranged]:
+        assert self._rows is not None and self._arranged is not None, "call see before the forward pass"
+        return self._rows, self._arranged
 
     @contextmanager
     def recording(self) -> Iterator[None]:
@@ -86,24 +88,22 @@ class Routing:
         }
         return metrics | ({"routing_differs_fraction": differing / compared} if compared else {})
 
-    def _local(self, tensor: Tensor, num_tokens: int) -> Tensor:
-        """``[batch, seq, ...]`` in the order of this rank's router: ``[tokens, ...]``, sequence first, and only this rank's slice of it."""
-        flat = tensor.transpose(0, 1)
-        shards = flat.shape[0] * flat.shape[1] // num_tokens
-        if shards > 1:
-            flat = flat.chunk(shards)[parallel_state.get_tensor_model_parallel_rank()]
-        return flat.reshape(num_tokens, *flat.shape[2:])
+    def _local(self, of_places: Tensor, num_tokens: int) -> Tensor:
+        """``[places, ...]`` of this rank's router, which with sequence parallelism has a slice of them: ``[tokens, ...]``."""
+        shards = len(of_places) // num_tokens
+        return of_places.chunk(shards)[parallel_state.get_tensor_model_parallel_rank()] if shards > 1 else of_places
 
     def real_tokens(self, num_tokens: int) -> Tensor:
         """bool ``[tokens]``, False on padding."""
-        lengths = self.rows.lengths
-        columns = torch.arange(self.rows.tokens.shape[1], device=lengths.device)
-        return self._local(columns < lengths[:, None], num_tokens)
+        return self._local(self._seen[1].is_real, num_tokens)
 
     def engine_experts(self, layer: int, num_tokens: int) -> Tensor | None:
         """The rollout engine's choice, int64 ``[tokens, top_k]``, -1 where there is none. None if the engine did not report it."""
-        routes = self.rows.routed_experts
-        return None if routes is None else self._local(routes[:, :, layer], num_tokens).long()
+        rows, arranged = self._seen
+        if rows.routed_experts is None:
+            return None
+        chosen = arranged.of_places(rows.routed_experts[:, :, layer]).masked_fill(~arranged.is_real[:, None], -1)
+        return self._local(chosen, num_tokens).long()
 
     def record(self, layer: int, chosen: Tensor, real: Tensor) -> None:
         """chosen: bool ``[tokens, num_experts]``, the experts that got the tokens."""

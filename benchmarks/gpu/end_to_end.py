@@ -26,7 +26,8 @@ from model import QWEN3_0_6B, layers_of, make_config
 
 from ais_megatron.config import Config, load_config
 from ais_megatron.distributed import init_process_group
-from ais_megatron.policy.policy import Policy, initialize_parallel
+from ais_megatron.policy.parallel import initialize_parallel
+from ais_megatron.policy.policy import Policy
 from ais_megatron.policy.training_state import TrainingState
 from ais_megatron.rollout.local.engine import LocalEngine
 from ais_megatron.runs.metrics import PhaseTimer, read_metrics

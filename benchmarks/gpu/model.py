@@ -86,7 +86,8 @@ def save_random_model(config: Config, folder: Path) -> PreTrainedModel:
 def make_policy(config: Config, folder: Path | None) -> Policy:
     """Joins (or makes) the job of one rank first."""
     from ais_megatron.distributed import init_process_group
-    from ais_megatron.policy.policy import Policy, initialize_parallel
+    from ais_megatron.policy.parallel import initialize_parallel
+    from ais_megatron.policy.policy import Policy
 
     init_process_group(config.run.backend)
     initialize_parallel(config)

@@ -52,7 +52,8 @@ def make_batch() -> Batch:
 
 
 def make_policy(config: Config, path: Path, lr: float = 1e-3):  # noqa: ANN201
-    from ais_megatron.policy.policy import Policy, initialize_parallel
+    from ais_megatron.policy.parallel import initialize_parallel
+    from ais_megatron.policy.policy import Policy
 
     initialize_parallel(config)
     return Policy(config, OptimizerConfig(lr=lr, warmup_steps=1), 10, TEMPERATURE, str(path))
@@ -62,7 +63,7 @@ def my_rows(batch: Batch) -> tuple[Batch, Tensor]:
     """This data-parallel rank's rows, interleaved so that ranks get rows of different lengths."""
     import torch.distributed as dist
 
-    from ais_megatron.policy.policy import data_parallel_group
+    from ais_megatron.policy.parallel import data_parallel_group
 
     group = data_parallel_group()
     index = torch.arange(dist.get_rank(group), len(batch), dist.get_world_size(group))

@@ -110,7 +110,8 @@ def policy_and_batch(config: Config) -> tuple[Policy, Batch]:
     from ais_megatron.batch import Batch
     from ais_megatron.config import OptimizerConfig
     from ais_megatron.policy import model
-    from ais_megatron.policy.policy import Policy, initialize_parallel
+    from ais_megatron.policy.parallel import initialize_parallel
+    from ais_megatron.policy.policy import Policy
 
     initialize_parallel(config)
     original, model.bf16_products_are_slow = model.bf16_products_are_slow, lambda: False  # the plan does not count float32 copies

@@ -28,7 +28,7 @@ def sums(rank: int, path: Path, parallel: dict[str, object], **sections: object)
     """`GradientSums.flat` of this data-parallel rank. Rows are split by whole groups."""
     import torch.distributed as dist
 
-    from ais_megatron.policy.policy import data_parallel_group
+    from ais_megatron.policy.parallel import data_parallel_group
 
     config = make_config(path, budget=40, rollout=ROLLOUT, ais={"coefficient": "measured", "caps": CAPS, "bands": [BAND]}, **sections)
     config = config.model_copy(update={"parallel": config.parallel.model_copy(update=parallel)})

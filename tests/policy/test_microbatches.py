@@ -12,6 +12,7 @@ from ais_megatron.policy.microbatches import make_microbatch, pad_columns, split
 from ais_megatron.shapes import Shapes
 from tests.helpers.policies import make_batch, make_policy, moe_config, my_rows
 from tests.helpers.ranks import RankPool
+from tests.helpers.updates import assert_same, one_update
 
 CUDA = Shapes.on("cuda", 4)
 
@@ -97,52 +98,6 @@ PARALLEL = {"one": (1, {}), "TP2+SP": (2, {"tp": 2, "sequence_parallel": True}),
 EXPERTS = {"one": (1, {}), "EP2": (2, {"ep": 2}), "TP2+EP2": (2, {"tp": 2, "sequence_parallel": True, "ep": 2})}
 
 
-def one_update(
-    rank: int, path: Path, parallel: dict, is_moe: bool, shapes: Shapes | None = None, recompute: str = "none"
-) -> dict[str, object]:
-    """What one update sees and makes, with the shapes of a GPU (in small) or this machine's own; and the shapes it met."""
-    from ais_megatron.algorithm.correction import Correction
-    from ais_megatron.algorithm.scaler import LossScaler
-    from ais_megatron.policy import policy as module
-
-    config = moe_config(path, parallel, budget=40, **(dict(aux_coefficient=0.02, z_coefficient=1e-3) if is_moe else {}))
-    if is_moe:
-        config = config.model_copy(update={"moe": config.moe.model_copy(update={"routing_replay": True})})
-    whole_rows = config.train.model_copy(update={"share_prefixes": False})  # as on a GPU; packed rows have no shapes to round
-    config = config.model_copy(update={"model": config.model.model_copy(update={"recompute": recompute}), "train": whole_rows})
-    policy = make_policy(config, path)
-    batch = make_batch()
-    if is_moe:
-        chosen = torch.randint(0, 8, (6, 17, 4, 2), generator=torch.Generator().manual_seed(2), dtype=torch.int8)
-        chosen[..., 1] = (chosen[..., 0] + 1 + chosen[..., 1] % 7) % 8  # two experts, not the same twice
-        chosen[torch.arange(17) >= batch.lengths[:, None] - 1] = -1
-        batch = replace(batch, routed_experts=chosen)
-    rows, _ = my_rows(batch)
-    rows = replace(rows, rollout_logprobs=-2.0 * rows.loss_mask)
-    met: set[tuple[int, ...]] = set()
-    policy.model.register_forward_pre_hook(lambda _, args: met.add(tuple(args[0].shape)))
-    own = module.Shapes
-    if shapes is not None:
-        module.Shapes = type("Chosen", (), {"on": staticmethod(lambda device, multiple: shapes)})
-    try:
-        old, calibration = policy.logprobs_and_calibration(rows)
-        gradients: list[torch.Tensor] = []
-        step, metrics_of_routing = policy.optimizer.step, dict(policy.routing_metrics)
-        policy.optimizer.step = lambda: (gradients.extend(p.main_grad.float().clone() for p in policy.model.parameters()), step())[1]
-        scaler = LossScaler(0.5, "sequence", Correction("ais"))
-        metrics = policy.train_step(rows, old, scaler)
-    finally:
-        module.Shapes = own
-    return {
-        "logprobs": old * rows.loss_mask,
-        "amax": torch.stack([calibration.scales.q_amax, calibration.scales.k_amax, calibration.scales.v_amax]),
-        "saturated": calibration.saturated_fraction,
-        "gradients": gradients,
-        "metrics": metrics | metrics_of_routing,
-        "met": met,
-    }
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(("kind", "layout"), [("dense", name) for name in PARALLEL] + [("moe", name) for name in EXPERTS])
 def test_rounded_shapes_change_no_figure(ranks: RankPool, untied_checkpoint: Path, moe_checkpoint: Path, kind: str, layout: str) -> None:
@@ -162,18 +117,6 @@ def test_experts_replayed_in_recomputed_layers(ranks: RankPool, moe_checkpoint: 
     world, parallel = EXPERTS["TP2+EP2"]
     arguments = dict(path=moe_checkpoint, parallel=parallel, is_moe=True, shapes=Shapes(columns=8, few_row_counts=True))
     assert_same(*(ranks.run(world, one_update, recompute=recompute, **arguments) for recompute in ("none", "full")))
-
-
-def assert_same(first: list[dict], second: list[dict]) -> None:
-    for one, other in zip(first, second, strict=True):
-        torch.testing.assert_close(other["logprobs"], one["logprobs"], rtol=0, atol=2e-6)
-        torch.testing.assert_close(other["amax"], one["amax"], rtol=1e-6, atol=1e-6)
-        assert other["saturated"] == one["saturated"]
-        largest = max(float(g.abs().max()) for g in one["gradients"])
-        for name, (g, h) in enumerate(zip(one["gradients"], other["gradients"], strict=True)):
-            assert (g - h).abs().max() <= 1e-6 * max(1.0, largest), name
-        for name, value in one["metrics"].items():
-            assert other["metrics"][name] == pytest.approx(value, rel=1e-5, abs=1e-6), name
 
 
 def order_of_events(rank: int, path: Path, parallel: dict) -> list[str]:

@@ -29,13 +29,13 @@ def letters(tokens: Tensor) -> str:
 
 
 def test_tokens_with_which_rows_begin_alike_are_packed_once() -> None:
-    from ais_megatron.policy.shared_prefixes import pack
+    from ais_megatron.policy.packing import pack
 
     batch = batch_of("abcde", "abh", "abcfg")
-    packed = pack(batch)
+    packed = pack(batch, share=True)
     assert letters(packed.tokens[0]) == "abcde" + "fg" + "h"
     assert packed.positions.tolist() == [0, 1, 2, 3, 4, 3, 4, 2]
-    assert packed.lengths.tolist() == [8]
+    assert int(packed.is_real.sum()) == 8
     for row, text in enumerate(["abcde", "abh", "abcfg"]):
         assert letters(packed.tokens[0, packed.places[row]])[: len(text)] == text
 
@@ -47,12 +47,12 @@ def test_tokens_with_which_rows_begin_alike_are_packed_once() -> None:
 )
 @pytest.mark.parametrize("multiple", [1, 4])
 def test_any_rows_are_found_again(texts: tuple[str, ...], multiple: int) -> None:
-    from ais_megatron.policy.shared_prefixes import pack
+    from ais_megatron.policy.packing import pack
 
-    packed = pack(batch_of(*texts), multiple)
-    assert int(packed.lengths) == len({text[:end] for text in texts for end in range(1, len(text) + 1)}), "one token per beginning"
+    packed = pack(batch_of(*texts), multiple, share=True)
+    assert int(packed.is_real.sum()) == len({text[:end] for text in texts for end in range(1, len(text) + 1)}), "one token per beginning"
     assert packed.tokens.shape[1] % multiple == 0
-    assert packed.tokens.shape[1] - int(packed.lengths) < multiple
+    assert packed.tokens.shape[1] - int(packed.is_real.sum()) < multiple
     for row, text in enumerate(texts):
         places = packed.places[row, : len(text)]
         assert letters(packed.tokens[0, places]) == text
@@ -63,10 +63,10 @@ def test_attention_is_that_of_whole_rows() -> None:
     """Also for keys and values with fewer heads, and its gradient."""
     import torch.nn.functional as F
 
-    from ais_megatron.policy.shared_prefixes import pack
+    from ais_megatron.policy.packing import pack
 
     texts = ("abcdefgh", "abcdxy", "abcdx", "q", "abcdefgz", "abcdxy")
-    packed = pack(batch_of(*texts), 3)
+    packed = pack(batch_of(*texts), 3, share=True)
     generator = torch.Generator().manual_seed(0)
     query, key, value = (
         torch.randn(packed.tokens.shape[1], heads, 5, generator=generator, dtype=torch.float64).requires_grad_() for heads in (4, 2, 2)
@@ -76,7 +76,7 @@ def test_attention_is_that_of_whole_rows() -> None:
         mask = None if mask is None else mask.double()
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
 
-    context = packed.attend(attention, query, key, value)
+    context = packed.packed.attend(attention, query, key, value)
     own, whole = [], []
     for row, text in enumerate(texts):
         places = packed.places[row, : len(text)]
@@ -92,10 +92,10 @@ def test_attention_is_that_of_whole_rows() -> None:
 
 def test_blocks_have_the_fewest_padded_queries() -> None:
     """Prompts of 4 tokens and responses of 6: the first row of each group has 10 tokens of its own, and the others have 6."""
-    from ais_megatron.policy.shared_prefixes import pack
+    from ais_megatron.policy.packing import pack
 
-    packed = pack(batch_of("aaaahhhhhh", "aaaaiiiiii", "aaaajjjjjj", "bbbbhhhhhh", "bbbbiiiiii"))
-    assert [tuple(block.queries.shape) for block in packed.blocks] == [(2, 10), (3, 6)]
+    packed = pack(batch_of("aaaahhhhhh", "aaaaiiiiii", "aaaajjjjjj", "bbbbhhhhhh", "bbbbiiiiii"), share=True)
+    assert [tuple(block.queries.shape) for block in packed.packed.blocks] == [(2, 10), (3, 6)]
 
 
 def test_microbatches_keep_rows_that_begin_alike_together() -> None:
@@ -124,7 +124,7 @@ def passes(rank: int, path: Path, share: bool, recompute: str = "none", **layout
     """Log-probabilities and calibration, and after a training step its metrics and all weights."""
     config = make_config(path, model={"recompute": recompute}, train={"share_prefixes": share}, **layout)
     policy = make_policy(config, path)
-    assert policy.shares_prefixes == share
+    assert policy.microbatches.shares == share
     batch = grouped_batch()  # on every data-parallel rank, so that ranks pack the same rows
     logprobs, calibration = policy.logprobs_and_calibration(batch)
     rows = replace(batch, rollout_logprobs=(logprobs - 0.2) * batch.loss_mask)

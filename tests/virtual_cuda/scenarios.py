@@ -98,7 +98,7 @@ def write_weights(folder: Path, kind: str) -> Path:
 
 
 def policy_of(config: Config, weights: Path):  # noqa: ANN201
-    from ais_megatron.policy.policy import initialize_parallel
+    from ais_megatron.policy.parallel import initialize_parallel
 
     initialize_parallel(config)
     return another_policy(config, weights)
