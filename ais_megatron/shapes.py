@@ -35,11 +35,12 @@ class Shapes:
     """The number of rows is 1, 2, 3, 4, 6, 8, 12, …: powers of two, and three times powers of two."""
 
     @staticmethod
-    def on(device: str, multiple: int) -> Shapes:
+    def on(device: str, multiple: int, ranks: int = 1) -> Shapes:
         """The shapes for a type of device, "cpu" or "cuda".
 
-        multiple: the number of columns must be a multiple of this in any case, for sequence parallelism."""
-        return Shapes(math.lcm(CUDA_COLUMNS, multiple), few_row_counts=True) if device == "cuda" else AS_IS
+        multiple: the number of columns must be a multiple of this in any case, for sequence parallelism.
+        ranks: how many ranks share the columns."""
+        return Shapes(math.lcm(CUDA_COLUMNS * ranks, multiple), few_row_counts=True) if device == "cuda" else AS_IS
 
     def width(self, longest: int) -> int:
         """The columns of a microbatch whose longest row has `longest` tokens."""

@@ -13,7 +13,13 @@ from ais_megatron.tasks import Problem, Reward
 from tests.helpers.batches import config_with
 from tests.helpers.ranks import RankPool
 
-LAYOUTS = {"1": (1, 1, 1), "DP2": (2, 1, 1), "TP2": (2, 2, 1), "DP2xPP2": (4, 1, 2)}
+LAYOUTS = {  # (ranks, tp, pp, cp)
+    "1": (1, 1, 1, 1),
+    "DP2": (2, 1, 1, 1),
+    "TP2": (2, 2, 1, 1),
+    "DP2xPP2": (4, 1, 2, 1),
+    "DP2xCP2": (4, 1, 1, 2),
+}
 
 
 def rewards_of(position: int) -> tuple[float, float]:
@@ -76,15 +82,15 @@ def collected(rank: int, config: Config, tp: int, pp: int, first: int, own_rewar
     [(1, [2, 3, 4, 6], 9), (3, [2, 3, 6, 9], 12), (9, [3, 6, 9, 12], 13)],
 )
 def test_groups_without_a_signal_make_room(ranks: RankPool, layout: str, refills: int, groups: list[int], next_prompt: int) -> None:
-    world, tp, pp = LAYOUTS[layout]
+    world, tp, pp, cp = LAYOUTS[layout]
     config = config_with(
         objective={"name": "dapo", "max_refills": refills},
         rollout={"prompts_per_step": 4, "group_size": 2},
-        parallel={"tp": tp, "pp": pp},
+        parallel={"tp": tp, "pp": pp, "cp": cp},
         train={"updates_per_batch": 2},
     )
     results = ranks.run(world, collected, config=config, tp=tp, pp=pp, first=2)
-    dp = world // (tp * pp)
+    dp = world // (tp * pp * cp)
     for dp_rank, responses, advantages, in_loss, position, _ in results:
         mine = groups[4 * dp_rank // dp : 4 * (dp_rank + 1) // dp]
         assert responses == [(group + 1, sample) for group in mine for sample in (1, 2)]

@@ -230,6 +230,20 @@ def test_a_moe_run_with_replayed_routing(ranks: RankPool, tmp_path: Path) -> Non
         assert 0.0 <= row["routing_differs_fraction"] < 0.5 and row["divergence_severity"] > 0.0
 
 
+@pytest.mark.slow
+def test_a_run_over_context_parallel_ranks(ranks: RankPool, tmp_path: Path) -> None:
+    """Both ranks generate their part of the responses and train on their part of every row: the same figures as on one rank."""
+    for cp in (1, 2):
+        data = small(tmp_path / str(cp), parallel={"dp": 1, "cp": cp}, ais={"coefficient": "measured"})
+        data["model"] |= {"dtype": "fp32"}
+        (tmp_path / str(cp)).mkdir()
+        assert ranks.run(cp, refusal, config=build_config(data), timeout=360) == ["finished"] * cp
+    one, two = (rows_of(tmp_path / str(cp))[0] for cp in (1, 2))
+    assert one["num_responses"] == two["num_responses"] == 8
+    for name in ("response_length_mean", "entropy", "loss", "grad_norm", "divergence_severity", "weight_reliability", "k_scale_max"):
+        assert two[name] == pytest.approx(one[name], rel=1e-3, abs=1e-5), name
+
+
 @pytest.mark.parametrize(("poison", "message"), [("nan", "logprob nan at response token 0"), ("empty", "the response is empty")])
 def test_a_corrupt_engine_stops_all_ranks(ranks: RankPool, tmp_path: Path, poison: str, message: str) -> None:
     error = refusals(ranks, tmp_path, poison=poison)

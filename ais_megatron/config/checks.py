@@ -30,11 +30,6 @@ def layout_problems(parallel: ParallelConfig, model: ModelConfig) -> list[str]:
     arch, problems = model.architecture, []
     if parallel.sequence_parallel and parallel.tp == 1:
         problems.append("parallel.sequence_parallel=true: parallel.tp=1 leaves nothing to split; set it to false or raise parallel.tp")
-    if parallel.cp > 1:  # Megatron would run, but every rank would treat a whole row as its slice and compute wrong numbers
-        problems.append(
-            f"parallel.cp={parallel.cp}: context parallelism does not work yet, because sequences are not split; set parallel.cp=1 "
-            "(for long sequences raise parallel.tp with parallel.sequence_parallel=true, or parallel.pp)"
-        )
     if arch is None:
         return problems
     problems += _expert_problems(parallel, arch, model.recompute)

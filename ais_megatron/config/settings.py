@@ -61,7 +61,7 @@ class RunConfig(Section):
 class ParallelConfig(Section):
     tp: PositiveInt = Field(1, description="tensor-parallel size")
     pp: PositiveInt = Field(1, description="pipeline-parallel size")
-    cp: PositiveInt = Field(1, description="context-parallel size; only 1 works, because sequences are not split yet")
+    cp: PositiveInt = Field(1, description="context-parallel size: over how many ranks the tokens of each row are spread")
     ep: PositiveInt = Field(1, description="expert-parallel size (MoE models): over how many ranks the experts are spread")
     etp: PositiveInt = Field(1, description="tensor-parallel size within an expert (MoE models)")
     dp: PositiveInt | None = Field(

@@ -1,7 +1,7 @@
 """Estimates the seconds and the traffic of a GRPO step for `ais-megatron plan`, from the configuration and stated assumptions.
 
     decode step  max(bytes of weights and KV cache read / (bandwidth x efficiency), FLOPs / peak) + latency of each layer
-    passes       FLOPs / (GPUs x peak x MFU) x (1 + pipeline bubble) + traffic of tensor and expert parallelism, not overlapped
+    passes       FLOPs / (GPUs x peak x MFU) x (1 + pipeline bubble) + traffic of tensor, context and expert parallelism, not overlapped
     gradients    reduce-scatter in FP32 and all-gather of the weights over DP, not overlapped (our DDP does not overlap)
     sync         gather within the trainer, quantise, send to the servers, one after the other
 
@@ -287,6 +287,9 @@ def pass_seconds(config: Config, assumed: Assumptions, flops_share: float, sends
     sent = 0.0
     if parallel.tp > 1:
         sent += 2 * 2 * (parallel.tp - 1) / parallel.tp * layer_bytes / assumed.link(parallel.tp)  # two all-reduces
+    if parallel.cp > 1:  # keys and values of the other ranks
+        keys = rows * split.width * 2 * a.kv_size // parallel.tp * dtype_bytes(config) * a.num_hidden_layers / parallel.pp
+        sent += keys * (parallel.cp - 1) / parallel.cp / assumed.link(parallel.tp * parallel.cp)
     spread = parallel.ep * parallel.etp
     if spread > 1:
         routed = layer_bytes / parallel.tp * a.num_experts_per_tok * (spread - 1) / spread

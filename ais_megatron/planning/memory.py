@@ -129,22 +129,29 @@ class Microbatching:
 
 
 def shapes_of(config: Config, cuda: bool) -> Shapes:
-    return Shapes.on("cuda" if cuda else "cpu", config.parallel.tp if config.parallel.sequence_parallel else 1)
+    """The shapes of rows, which context-parallel ranks share in chunks."""
+    parallel = config.parallel
+    multiple = (parallel.tp if parallel.sequence_parallel else 1) * (2 * parallel.cp if parallel.cp > 1 else 1)
+    return Shapes.on("cuda" if cuda else "cpu", multiple, parallel.cp)
 
 
 def microbatching(config: Config, row: int, cuda: bool) -> Microbatching:
     """How policy/microbatches.py splits rows of `row` tokens. `parallel.dp` must be set."""
     rollout, train, shapes = config.rollout, config.train, shapes_of(config, cuda)
     rows = ceil(rollout.prompts_per_step * rollout.group_size / (config.parallel.dp or 1) / train.updates_per_batch)
+    budget = train.tokens_per_microbatch * config.parallel.cp
+    if train.packing:
+        full = max(budget // row, 1)
+        return Microbatching(ceil(rows / full), full, row, rows)
     width = shapes.width(row)
-    full = shapes.most_rows(train.tokens_per_microbatch // width)
+    full = shapes.most_rows(budget // width)
     count = ceil(rows / full)
     return Microbatching(count, full, width, (count - 1) * full + shapes.rows(rows - (count - 1) * full))
 
 
 def microbatch_tokens(config: Config, longest_row: int, cuda: bool) -> int:
-    """Padded tokens of the largest microbatch: `train.tokens_per_microbatch`, or a single row that is longer."""
-    return max(config.train.tokens_per_microbatch, shapes_of(config, cuda).width(longest_row))
+    """Padded tokens of the largest microbatch on a rank: `train.tokens_per_microbatch`, or its part of a single row that is longer."""
+    return max(config.train.tokens_per_microbatch, ceil(shapes_of(config, cuda).width(longest_row) / config.parallel.cp))
 
 
 def dtype_bytes(config: Config) -> int:
@@ -348,7 +355,7 @@ def route_bytes(config: Config) -> int:
 
 def batch_memory(config: Config, tokens: int) -> int:
     """Bytes of microbatches of `tokens` padded tokens on the device: ids, mask, log-probabilities, positions and routes. Each microbatch
-    is moved there when it is needed."""
+    is moved there when it is needed, and context-parallel ranks have its whole rows."""
     return tokens * (8 + 1 + FP32 + 8 + route_bytes(config))
 
 
@@ -405,7 +412,7 @@ def rank_memory(
         optimizer=(12 if e == 2 else 8) * (dense + expert),
         engine_weights=engine_bytes(config) if local else 0,
         gathered=gathered_memory(config, longest),
-        batch=batch_memory(config, in_flight * tokens),
+        batch=batch_memory(config, in_flight * tokens * parallel.cp),
         activations=activations,
         logits=logits,
         logprobs=logprob_memory(config, stage, tokens, cuda, expert_load) + (e * trained.all if config.objective.kl_coefficient else 0),

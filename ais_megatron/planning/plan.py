@@ -179,20 +179,20 @@ def _server_problems(config: Config, assumed: Assumptions, servers: Servers) -> 
 def suggest(config: Config, assumed: Assumptions, gpus: int, count: int = 5) -> list[Plan]:
     """The `count` fastest layouts of `gpus` trainer GPUs that fit and that the configuration's checks allow.
 
-    TP stays within a node and comes with sequence parallelism. There is no context parallelism.
+    TP stays within a node and comes with sequence parallelism. Context parallelism is that of the configuration.
 
     Raises:
         ConfigError: `count` is negative.
     """
     if count < 0:
         raise ConfigError(f"--suggestions {count}: must be 0 or more; 0 lists none")
-    a, fitting = config.architecture, []
+    a, cp, fitting = config.architecture, config.parallel.cp, []
     experts = [n for n in POWERS if a.is_moe and a.num_experts % n == 0] or [1]
     for tp in (n for n in POWERS if n <= min(gpus, assumed.gpus_per_node)):
-        for pp in (n for n in range(1, gpus // tp + 1) if a.num_hidden_layers % n == 0 and gpus % (tp * n) == 0):
-            dp = gpus // (tp * pp)
+        for pp in (n for n in range(1, gpus // tp + 1) if a.num_hidden_layers % n == 0 and gpus % (tp * cp * n) == 0):
+            dp = gpus // (tp * pp * cp)
             for ep, etp in ((ep, etp) for ep in experts for etp in ({1, tp} if a.is_moe else {1})):
-                if tp * dp % (ep * etp):
+                if tp * cp * dp % (ep * etp):
                     continue
                 layout: dict[str, object] = dict(tp=tp, pp=pp, dp=dp, ep=ep, etp=etp, sequence_parallel=tp > 1)
                 for recompute in ("none", "full"):

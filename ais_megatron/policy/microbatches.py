@@ -23,7 +23,7 @@ from ais_megatron.policy.arranged import Arranged, padded
 from ais_megatron.policy.packing import pack
 from ais_megatron.policy.parallel import Context, data_parallel_group
 from ais_megatron.policy.shared_prefixes import split_sharing
-from ais_megatron.shapes import AS_IS, Shapes
+from ais_megatron.shapes import AS_IS, CUDA_COLUMNS, Shapes
 
 
 class Microbatches:
@@ -39,9 +39,10 @@ class Microbatches:
         self.shares = config.train.share_prefixes and on_cpu and not is_moe and ranks == 1
         self.packs = config.train.packing or self.shares or (ranks > 1 and not transformer_engine)
         self._thd = transformer_engine
-        self._place_multiple = parallel.tp if parallel.sequence_parallel else 1
-        self._column_multiple = self._place_multiple * (2 * ranks if ranks > 1 else 1)
-        self.shapes = Shapes.on(device().type, self._column_multiple)
+        by_tp = parallel.tp if parallel.sequence_parallel else 1
+        self._column_multiple = by_tp * (2 * ranks if ranks > 1 else 1)
+        self._place_multiple = by_tp if on_cpu else math.lcm(CUDA_COLUMNS, by_tp)
+        self.shapes = Shapes.on(device().type, self._column_multiple, ranks)
         self._budget = config.train.tokens_per_microbatch * ranks
         # Each layer waits for the tokens of all ranks that have experts.
         self._equal_counts = is_moe and dist.get_world_size(data_parallel_group()) > 1
@@ -76,8 +77,7 @@ class Microbatches:
         """What the model gets on this rank."""
         if not self.packs:
             return padded(rows, self.shapes, self.context)
-        multiple = math.lcm(self.shapes.columns, self._place_multiple)
-        return pack(rows, multiple, self.context, share=self.shares, thd=self._thd)
+        return pack(rows, self._place_multiple, self.context, share=self.shares, thd=self._thd)
 
 
 def split_evenly(lengths: Tensor, budget: int, at_least: int = 1) -> list[Tensor]:

@@ -76,7 +76,6 @@ def test_off_is_a_word_although_yaml_reads_it_as_false(tmp_path: Path) -> None:
         ({"parallel": {"tp": 3}}, r"parallel.tp=3: does not divide .*num_attention_heads=4; use one of \[1, 2\]"),
         ({"parallel": {"tp": 4}}, r"parallel.tp=4: does not divide .*num_key_value_heads=2; use one of \[1, 2\]"),
         ({"parallel": {"pp": 3}}, r"parallel.pp=3: .*num_hidden_layers=4; use one of \[1, 2, 4\]"),
-        ({"parallel": {"cp": 2}}, r"parallel.cp=2: .*set parallel.cp=1"),
         ({"parallel": {"ep": 2}}, r"parallel.ep=2: a dense model"),
         ({"parallel": {"tp": 2}, "model": MOE}, r"parallel.tp=2: a MoE model needs parallel.sequence_parallel=true"),
         ({"parallel": {"ep": 3, "dp": 3}, "model": MOE}, r"parallel.ep=3: does not divide .*num_experts=8"),

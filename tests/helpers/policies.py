@@ -22,11 +22,13 @@ LAYOUTS = {
 }
 
 
-def make_config(path: Path, tp: int = 1, pp: int = 1, sp: bool = False, dtype: str = "fp32", budget: int = 10_000, **sections) -> Config:
+def make_config(
+    path: Path, tp: int = 1, pp: int = 1, sp: bool = False, cp: int = 1, dtype: str = "fp32", budget: int = 10_000, **sections
+) -> Config:
     return build_config(
         {
             "model": {"path": str(path), "dtype": dtype, **sections.pop("model", {})},
-            "parallel": {"tp": tp, "pp": pp, "sequence_parallel": sp},
+            "parallel": {"tp": tp, "pp": pp, "cp": cp, "sequence_parallel": sp},
             "rollout": {"max_response_tokens": 20, "temperature": TEMPERATURE},
             "train": {"tokens_per_microbatch": budget, "logprob_chunk_tokens": 7, **sections.pop("train", {})},
             **sections,

@@ -50,7 +50,7 @@ def one_update(
     config = Config(**{**config.model_dump(), **sections}) if sections else config
     own = module.Shapes
     if shapes is not None:
-        module.Shapes = type("Chosen", (), {"on": staticmethod(lambda device, multiple: shapes)})
+        module.Shapes = type("Chosen", (), {"on": staticmethod(lambda device, multiple, ranks: shapes)})
     try:
         policy = make_policy(config, path)
     finally:

@@ -421,6 +421,30 @@ def test_microbatches_are_rounded_on_cuda_and_a_long_row_is_one() -> None:
     assert memories[0].activations == memories[1].activations, "one row of 4352 either way"
 
 
+def test_packed_rows_are_not_rounded() -> None:
+    config = with_gpus(load_config(DENSE, ["train.packing=true"]), 8)
+    assert microbatching(config, 4225, cuda=True) == Microbatching(count=171, rows=3, width=4225, computed=512)
+    assert microbatching(config, 300, cuda=True) == Microbatching(count=10, rows=54, width=300, computed=512)
+    padded = with_gpus(load_config(DENSE), 8)
+    short = Assumptions(prompt_tokens=100, response_tokens=200)
+    ratio = make_plan(config, short).time.train / make_plan(padded, short).time.train
+    assert 0.75 < ratio < 0.82, "300 tokens instead of 384"
+
+
+def test_context_parallel_ranks_have_their_part_of_a_row() -> None:
+    """A row of 33024 tokens on four ranks, in chunks of 4128; a rank's part is rounded to 65 x 128 tokens."""
+    layout = ["parallel.tp=2", "parallel.pp=2", "parallel.cp=4", "rollout.max_response_tokens=32768", "model.recompute=full"]
+    config = with_gpus(load_config(DENSE, layout), 16)
+    assert microbatch_tokens(config, 33024, cuda=True) == 16384, "less than a microbatch may have"
+    assert microbatch_tokens(with_gpus(load_config(DENSE, [*layout, "parallel.cp=1"]), 16), 33024, cuda=True) == 33024
+    assert microbatching(config, 33024, cuda=True) == Microbatching(count=1024, rows=1, width=33280, computed=1024)
+    one, four = (make_plan(with_gpus(load_config(DENSE, [*layout, f"parallel.cp={cp}"]), 16), Assumptions()).ranks[0] for cp in (1, 4))
+    assert one.activations * 0.45 < four.activations < one.activations * 0.55
+    assert four.weights == one.weights and four.optimizer == one.optimizer, "both are spread over dp * cp ranks"
+    for plan in suggest(config, Assumptions(rollout_gpus=8), 16):
+        assert plan.config.parallel.cp == 4 and plan.gpus == 16
+
+
 def test_responses_of_32k_tokens() -> None:
     """A row has 256 + 32768 tokens, twice the budget of a microbatch. A token has 36 layers x 2 x 8 heads x 128 bytes of KV cache."""
     long = ["rollout.max_response_tokens=32768"]

@@ -129,14 +129,15 @@ def a_save(request, ranks: RankPool, untied_checkpoint: Path, tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("layout", ["DP2", "TP1", "TP2+SP", "PP2", "TP2xPP2"])
+@pytest.mark.parametrize("layout", ["DP2", "TP1", "TP2+SP", "PP2", "TP2xPP2", "CP2"])
 def test_a_checkpoint_of_two_ranks_loads_under_any_layout(ranks: RankPool, untied_checkpoint: Path, a_save, layout: str) -> None:  # noqa: ANN001
     """Weights to the last bit; the next step to the last bit under the same layout, else as closely as layouts agree."""
     folder, (before, after, metrics) = a_save
     assert sorted(path.name for path in folder.iterdir()) == ["step_000002"]
     assert {"manifest.json", "state.json", "vocabulary", "common.pt"} <= {path.name for path in (folder / "step_000002").iterdir()}
-    world, tp, pp, sp = LAYOUTS[layout]
-    for weights, state, next_weights, next_metrics in ranks.run(world, loaded, path=untied_checkpoint, folder=folder, tp=tp, pp=pp, sp=sp):
+    world, tp, pp, sp = (2, 1, 1, False) if layout == "CP2" else LAYOUTS[layout]
+    parallel = dict(tp=tp, pp=pp, sp=sp, cp=2 if layout == "CP2" else 1)
+    for weights, state, next_weights, next_metrics in ranks.run(world, loaded, path=untied_checkpoint, folder=folder, **parallel):
         assert state.step == 2 and state.next_prompt == 16 and state.calibration.scales.k_amax.shape == (4,)
         assert all(torch.equal(weights[name], before[name]) for name in before), "not what was saved, or what a later step made of it"
         if layout == "DP2":

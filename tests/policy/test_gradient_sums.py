@@ -63,10 +63,12 @@ def by_transformers(path: Path) -> Tensor:
     return torch.cat([counts, groups.sum(0).flatten(), torch.einsum("gks,gls->kl", groups, groups).flatten()])
 
 
-@pytest.mark.parametrize("layout", ["TP1", "DP2", "TP2+SP", "PP2", "TP2xPP2"])
+@pytest.mark.parametrize("layout", ["TP1", "DP2", "TP2+SP", "PP2", "TP2xPP2", "CP2", "CP2xTP2+SP"])
 def test_dense(ranks: RankPool, untied_checkpoint: Path, layout: str) -> None:
-    world, tp, pp, sp = LAYOUTS[layout]
-    found = ranks.run(world, sums, path=untied_checkpoint, parallel={"tp": tp, "pp": pp, "sequence_parallel": sp})
+    with_context = {"CP2": (2, 1, 1, False), "CP2xTP2+SP": (4, 2, 1, True)}
+    world, tp, pp, sp = (LAYOUTS | with_context)[layout]
+    cp = 2 if layout in with_context else 1
+    found = ranks.run(world, sums, path=untied_checkpoint, parallel={"tp": tp, "pp": pp, "cp": cp, "sequence_parallel": sp})
     total = found[0] + found[1] if layout == "DP2" else found[0]
     torch.testing.assert_close(total, by_transformers(untied_checkpoint), rtol=2e-3, atol=2e-3)
     assert layout == "DP2" or all(torch.equal(other, found[0]) for other in found), "every rank must choose the same alpha"
