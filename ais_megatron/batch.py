@@ -84,6 +84,20 @@ class Batch:
     routed_experts: Tensor | None = None
     """`routes_dtype` ``[batch, seq, num_layers, experts_per_token]``, the experts that the engine chose for each token. -1 where it chose
     none: in padding, and for the last token of a response. None if routing is not replayed."""
+    inputs: Tensor | None = None
+    """int64 ``[batch, seq]``, what a diffusion model reads: `tokens`, of which some are masked. None: `tokens`."""
+
+    @property
+    def read(self) -> Tensor:
+        """int64 ``[batch, seq]``, what the model reads."""
+        return self.tokens if self.inputs is None else self.inputs
+
+    @property
+    def padding(self) -> Tensor:
+        """bool ``[batch, 1, 1, seq]``, True in padding, to which no token of a bidirectional model attends. A row of padding counts as one
+        token, because attention to nothing would be NaN."""
+        columns = torch.arange(self.tokens.shape[1], device=self.tokens.device)
+        return (columns >= self.lengths.clamp(min=1)[:, None])[:, None, None]
 
     def __len__(self) -> int:
         return self.tokens.shape[0]

@@ -45,6 +45,8 @@ def warm_start(config: Config, task: Task, tokenizer: Tokenizer, folder: Path) -
     Raises:
         ValueError: the task has no worked solutions.
     """
+    if config.architecture.family.is_diffusion:
+        raise ValueError(f"sft.steps={config.sft.steps}: a warm start of model_type={config.architecture.model_type} is not supported yet")
     all_weights = config.model_copy(update={"policy": PolicyConfig()})  # LoRA freezes what the warm start has made
     policy = Policy(all_weights, config.sft.optimizer, config.sft.steps, temperature=1.0, path=config.model.path)
     every = max(1, config.sft.steps // 10)

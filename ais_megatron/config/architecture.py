@@ -56,6 +56,9 @@ class Architecture(Section):
     num_experts_per_tok: int = Field(0, ge=0, description="qwen3_moe: number of experts that each token is sent to")
     moe_intermediate_size: int = Field(0, ge=0, description="qwen3_moe: width of one expert's MLP")
     norm_topk_prob: bool = Field(True, description="qwen3_moe: scale the probabilities of the chosen experts so that their sum is 1")
+    mask_token_id: int | None = Field(
+        None, ge=0, description="llada: the token that the model reads at positions whose token it shall predict; empty for other families"
+    )
 
     @property
     def family(self) -> Family:
@@ -88,6 +91,23 @@ class Architecture(Section):
     def _rope(self) -> Architecture:
         if self.rope_scaling is not None and "llama3" not in self.family.rope_types:
             raise ValueError(f"rope_scaling: model_type={self.model_type} has no scaled rotary embedding; leave it out")
+        return self
+
+    @model_validator(mode="after")
+    def _mask(self) -> Architecture:
+        mask, needed = self.mask_token_id, self.family.is_diffusion
+        if needed != (mask is not None) or not 0 <= (mask or 0) < self.vocab_size:
+            allowed = f"a token below vocab_size={self.vocab_size}" if needed else "left out"
+            raise ValueError(f"mask_token_id={mask}: must be {allowed} with model_type={self.model_type}")
+        if needed and self.query_size != self.hidden_size:
+            raise ValueError(
+                f"head_dim={self.head_dim}: must be hidden_size / num_attention_heads with model_type={self.model_type}, whose "
+                "config.json has no key for it"
+            )
+        if needed and self.tie_word_embeddings:
+            raise ValueError(
+                f"tie_word_embeddings=true: the output layer of model_type={self.model_type} has its own weights; set it to false"
+            )
         return self
 
     @model_validator(mode="after")

@@ -16,6 +16,7 @@ from ais_megatron.config.algorithm import (
     weight_level,
 )
 from ais_megatron.config.architecture import Architecture
+from ais_megatron.config.diffusion import diffusion_problems
 from ais_megatron.config.evaluation import EvalConfig, EvaluationSet, evaluation_sets
 from ais_megatron.config.policy import PolicyConfig, adapter_problems, lora_problems, precision_problems
 from ais_megatron.config.rollout import RolloutConfig
@@ -79,6 +80,7 @@ class Config(Section):
             *checks.replay_problems(self.moe, self.rollout, arch),
             *checks.engine_problems(self.rollout, self.run, self.calibration, arch),
             *checks.recording_problems(self.rollout),
+            *diffusion_problems(arch, self.parallel, self.train),
         ]
         if problems:
             raise ValueError("\n".join(problems))

@@ -33,10 +33,13 @@ def hf_config(architecture: Architecture, dtype: str, eos_ids: Sequence[int] = (
         eos_ids: the tokens that end a response, or none.
         pad_id: the tokenizer's, or None.
     """
+    family = architecture.family
+    unused = {"rope_scaling"} | (set() if architecture.is_moe else MOE_KEYS) | (set() if family.is_diffusion else {"mask_token_id"})
+    sizes = {family.config_names.get(key, key): value for key, value in architecture.model_dump(exclude=unused).items()}
     return {
-        **architecture.model_dump(exclude={"rope_scaling"} | (set() if architecture.is_moe else MOE_KEYS)),
-        **architecture.family.fixed,
-        "architectures": [architecture.family.hf_class],
+        **sizes,
+        **family.fixed,
+        "architectures": [family.hf_class],
         "rope_parameters": rope_parameters(architecture),
         "dtype": {"bf16": "bfloat16", "fp32": "float32"}[dtype],
         **generation_config(eos_ids, pad_id),
@@ -95,6 +98,7 @@ def read_architecture(folder: str | Path) -> Architecture:
     for key, value in family.fixed.items():
         if key in raw and raw[key] != value and not (raw[key] is None and not value):
             raise ConfigError(f"model.path={folder}: {key}={raw[key]!r} in its config.json is not supported; allowed: {value!r}")
+    raw |= {ours: raw[theirs] for ours, theirs in family.config_names.items() if raw.get(theirs) is not None}
     raw |= _rope(raw, family, folder)
     raw.setdefault("num_experts", raw.get("num_local_experts", 0))  # how transformers 5 writes it
     raw.setdefault("num_key_value_heads", raw.get("num_attention_heads"))

@@ -12,7 +12,7 @@ from ais_megatron.config.section import Section
 from ais_megatron.config.settings import ModelConfig, ParallelConfig
 from ais_megatron.models.family import Weight
 
-Target = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+Target = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "attn_out", "ff_proj", "ff_out"]
 
 SGLANG_LAYERS = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",))
 
@@ -27,7 +27,9 @@ class LoraConfig(Section):
     )
     alpha: float = Field(32.0, gt=0.0, description="the product of the factors is scaled by alpha / rank")
     targets: list[Target] = Field(
-        [], description="projections that have factors; empty: all of a dense model, those of the attention in a MoE model"
+        [],
+        description="projections that have factors; empty: all of a dense model, those of the attention in a MoE model. The last three "
+        "are llada's names of o_proj, gate_proj and down_proj",
     )
     dropout: float = Field(0.0, description="only 0 is possible: with dropout the policy would differ at every call")
 
@@ -178,8 +180,9 @@ def lora_problems(lora: LoraConfig, model: ModelConfig, architecture: Architectu
             "sft.steps=0"
         )
     if architecture is not None and (unknown := sorted(set(lora.targets) - set(lora_targets(lora, architecture)))):
-        problems.append(
-            f"policy.lora.targets: {', '.join(unknown)} belong to the experts of this model, and factors of experts are not supported, "
-            f"because SGLang and PEFT name them differently; use {', '.join(lora_targets(LoraConfig(rank=1), architecture))}"
-        )
+        why = "belong to the experts of this model, and factors of experts are not supported, because SGLang and PEFT name them differently"
+        if not architecture.is_moe:
+            why = f"are no projections of model_type={architecture.model_type}, so they would be left out"
+        use = ", ".join(lora_targets(LoraConfig(rank=1), architecture))
+        problems.append(f"policy.lora.targets: {', '.join(unknown)} {why}; use {use}")
     return problems

@@ -22,7 +22,7 @@ from torch.distributed.checkpoint.planner_helpers import create_read_items_for_c
 
 from ais_megatron.config import Architecture
 from ais_megatron.export.parameters import split
-from ais_megatron.models.family import EMBEDDING, FINAL_NORM, HEAD, Weight, parameters_of, shape_of
+from ais_megatron.models.family import Weight, parameters_of, shape_of
 
 # Megatron stores its local layers under the names that Transformer Engine's fused layers have.
 _STORED_NAMES = {
@@ -56,16 +56,16 @@ class CheckpointReader:
             OSError: a file cannot be read.
         """
         a = self._architecture
-        yield from self._parts((EMBEDDING,))
+        yield from self._parts((a.family.embedding,))
         for layer in range(a.num_hidden_layers):
             for rows in parameters_of(a.family.layer):
                 yield from self._parts(rows, layer)
             for expert in range(a.num_experts):
                 for rows in parameters_of(a.family.experts):
                     yield from self._parts(rows, layer, expert)
-        yield from self._parts((FINAL_NORM,))
+        yield from self._parts((a.family.final_norm,))
         if not a.tie_word_embeddings:
-            yield from self._parts((HEAD,))
+            yield from self._parts((a.family.head,))
 
     def factor(self, name: str, shape: tuple[int, int]) -> Tensor:
         """A LoRA factor, named from ``layers.`` on, in the precision of the checkpoint.
@@ -82,9 +82,9 @@ class CheckpointReader:
 
     def _parts(self, rows: tuple[Weight, ...], layer: int | None = None, expert: int | None = None) -> Iterator[tuple[str, Tensor]]:
         """The Hugging Face tensors of one Megatron parameter."""
-        shapes = [shape_of(row, self._architecture) for row in rows]
+        family, shapes = self._architecture.family, [shape_of(row, self._architecture) for row in rows]
         names = [
-            row.name.format(expert=expert) if layer is None else f"model.layers.{layer}.{row.name.format(expert=expert)}" for row in rows
+            row.name.format(expert=expert) if layer is None else f"{family.layers}{layer}.{row.name.format(expert=expert)}" for row in rows
         ]
         heights = [shape[0] for shape in shapes]
         key, index = self._find(rows[0], layer, expert, names[0], (sum(heights), *shapes[0][1:]))
@@ -113,7 +113,7 @@ class CheckpointReader:
         key, index = found
         size = tuple(self._stored[key].size)
         rows_stored, *others = size[len(index) :]
-        is_padded = row in (EMBEDDING, HEAD) and rows_stored >= shape[0]  # to a multiple of TP
+        is_padded = layer is None and len(shape) == 2 and rows_stored >= shape[0]  # to a multiple of TP
         if (
             tuple(others) != shape[1:]
             or (rows_stored != shape[0] and not is_padded)

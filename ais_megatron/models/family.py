@@ -17,7 +17,8 @@ class Weight(NamedTuple):
     """One row of a table: a Hugging Face tensor, and the Megatron parameter that holds its values."""
 
     name: str
-    """Hugging Face name. In a layer's table it is the part after ``model.layers.N.``. ``{expert}`` stands for the number of an expert."""
+    """Hugging Face name. In a layer's table it is the part after ``model.layers.N.`` (`Family.layers`). ``{expert}`` stands for the number
+    of an expert."""
     shape: tuple[str, ...]
     """Names of sizes, such as ``("query_size", "hidden_size")``."""
     tp_dim: int | None
@@ -29,6 +30,13 @@ class Weight(NamedTuple):
     """The name in Transformer Engine's layers; None: the same."""
     quantized: bool = False
     """Whether FP8 and FP4 rollouts quantise it."""
+
+
+EMBEDDING, FINAL_NORM, HEAD = (
+    Weight("model.embed_tokens.weight", ("vocab_size", "hidden_size"), 0, "embedding.word_embeddings.weight"),
+    Weight("model.norm.weight", ("hidden_size",), None, "decoder.final_layernorm.weight"),
+    Weight("lm_head.weight", ("vocab_size", "hidden_size"), 0, "output_layer.weight"),
+)
 
 
 class Sizes(Protocol):
@@ -61,9 +69,9 @@ class Family:
     ``ForCausalLM``."""
     layer: tuple[Weight, ...]
     """All weights of one layer except its experts, in the order of the export."""
-    sglang_attention: str
+    sglang_attention: str | None
     """SGLang's class for the attention of a layer, to which the plugin adds KV scales: the one in sglang/srt/models that creates
-    ``RadixAttention``, with its whole path."""
+    ``RadixAttention``, with its whole path. None: SGLang does not have this family."""
     experts: tuple[Weight, ...] = ()
     """The weights of one expert; empty in a dense family."""
     qk_norm: bool = False
@@ -81,6 +89,18 @@ class Family:
     takes_mask_by_kind: bool = False
     """transformers' model accepts a mapping from kinds of layers to attention masks. It does if the forward method of its model in
     modeling_X.py builds ``causal_mask_mapping``. Models that build one ``causal_mask`` do not."""
+    layers: str = "model.layers."
+    """What stands before the number of a layer in the name of a tensor."""
+    embedding: Weight = EMBEDDING
+    final_norm: Weight = FINAL_NORM
+    head: Weight = HEAD
+    config_names: Mapping[str, str] = field(default_factory=dict)
+    """Names in config.json of fields of `config.Architecture` that transformers calls otherwise."""
+    twin: Family | None = None
+    """The family in transformers that computes this one, if transformers does not have it. The twin's tables have the same rows in the same
+    order, under other names."""
+    is_diffusion: bool = False
+    """A masked diffusion model: every token attends to all others, and the logits at a position predict the token at this position."""
     sglang_keeps_tied_head: bool = False
     """In SGLang the model has its own head even if it is tied to the embedding. It does not if ``__init__`` in its file in
     sglang/srt/models sets ``lm_head`` to the embedding for ``tie_word_embeddings``."""
@@ -94,12 +114,15 @@ class Family:
         """The names of the rows that FP8 and FP4 rollouts quantise."""
         return frozenset(weight.name for weight in (*self.layer, *self.experts) if weight.quantized)
 
+    @property
+    def factor_layers(self) -> str:
+        """What stands before the number of a layer in our name of a LoRA factor."""
+        return self.layers.removeprefix("model.")
 
-EMBEDDING, FINAL_NORM, HEAD = (
-    Weight("model.embed_tokens.weight", ("vocab_size", "hidden_size"), 0, "embedding.word_embeddings.weight"),
-    Weight("model.norm.weight", ("hidden_size",), None, "decoder.final_layernorm.weight"),
-    Weight("lm_head.weight", ("vocab_size", "hidden_size"), 0, "output_layer.weight"),
-)
+    @property
+    def transformers_class(self) -> str:
+        """The class of transformers that computes this family."""
+        return self.hf_class if self.twin is None else self.twin.hf_class
 
 
 def shape_of(weight: Weight, sizes: Sizes) -> tuple[int, ...]:
@@ -108,16 +131,26 @@ def shape_of(weight: Weight, sizes: Sizes) -> tuple[int, ...]:
 
 def tensors_of(sizes: Sizes) -> Iterator[Tensor]:
     """Every tensor of a model under its Hugging Face name. The head is included even if it is tied to the embedding."""
+    yield from _tensors(sizes, sizes.family)
+
+
+def names_of_twin(sizes: Sizes) -> dict[str, str]:
+    """The name of every tensor by the name that transformers' model has for it. Both are the same if transformers has the family."""
     family = sizes.family
-    yield Tensor(EMBEDDING.name, shape_of(EMBEDDING, sizes), False)
+    theirs = _tensors(sizes, family.twin or family)
+    return {twin.name: tensor.name for twin, tensor in zip(theirs, tensors_of(sizes), strict=True)}
+
+
+def _tensors(sizes: Sizes, family: Family) -> Iterator[Tensor]:
+    yield Tensor(family.embedding.name, shape_of(family.embedding, sizes), False)
     for number in range(sizes.num_hidden_layers):
         for weight in family.layer:
-            yield Tensor(f"model.layers.{number}.{weight.name}", shape_of(weight, sizes), weight.quantized)
+            yield Tensor(f"{family.layers}{number}.{weight.name}", shape_of(weight, sizes), weight.quantized)
         for expert in range(sizes.num_experts):
             for weight in family.experts:
-                name = f"model.layers.{number}.{weight.name.format(expert=expert)}"
+                name = f"{family.layers}{number}.{weight.name.format(expert=expert)}"
                 yield Tensor(name, shape_of(weight, sizes), weight.quantized)
-    for weight in (FINAL_NORM, HEAD):
+    for weight in (family.final_norm, family.head):
         yield Tensor(weight.name, shape_of(weight, sizes), False)
 
 

@@ -5,14 +5,15 @@ from __future__ import annotations
 import re
 
 from ais_megatron.models.family import Family
+from ais_megatron.models.llada import LLADA
 from ais_megatron.models.llama import LLAMA
 from ais_megatron.models.qwen2 import QWEN2
 from ais_megatron.models.qwen3 import QWEN3
 from ais_megatron.models.qwen3_moe import QWEN3_MOE
 
-FAMILIES: dict[str, Family] = {family.model_type: family for family in (QWEN3, QWEN3_MOE, QWEN2, LLAMA)}
+FAMILIES: dict[str, Family] = {family.model_type: family for family in (QWEN3, QWEN3_MOE, QWEN2, LLAMA, LLADA)}
 
-_LAYER = re.compile(r"model\.layers\.\d+\.")
+_LAYER = re.compile(r"(.*?\.)\d+\.")
 _EXPERT = re.compile(r"(?<=\.experts\.)\d+")
 
 
@@ -25,4 +26,4 @@ def is_quantized_weight(hf_name: str) -> bool:
     if in_layer is None:
         return False
     name = _EXPERT.sub("{expert}", hf_name[in_layer.end() :])
-    return any(name in family.quantized for family in FAMILIES.values())
+    return any(in_layer[1] == family.layers and name in family.quantized for family in FAMILIES.values())

@@ -35,6 +35,8 @@ class Arranged:
     positions: Tensor | None
     """int64 ``[seq/cp]``, each token's position in its row, for the rotary embedding; None if it is 0, 1, 2, …"""
     context: Context
+    padding: Tensor | None = None
+    """`Batch.padding` of the sequences, for a bidirectional model."""
     packed: PackedSeqParams | None = None
     """How rows are joined, for the attention; None if each sequence is a row."""
 
@@ -68,8 +70,8 @@ def zigzag(numbers: Tensor, lengths: Tensor | int, ranks: int) -> tuple[Tensor, 
     return torch.minimum(chunk, 2 * ranks - 1 - chunk), numbers % size + size * (chunk >= ranks)
 
 
-def padded(rows: Batch, shapes: Shapes, context: Context = ALONE) -> Arranged:
-    """Each row as one sequence, padded to an allowed shape."""
+def padded(rows: Batch, shapes: Shapes, context: Context = ALONE, *, bidirectional: bool = False) -> Arranged:
+    """Each row as one sequence, padded to an allowed shape. bidirectional: tokens attend to later ones, so padding must be hidden."""
     given = shapes.fill(rows)
     (batch, seq), (sequences, width) = rows.tokens.shape, given.tokens.shape
     columns = torch.arange(width, device=given.tokens.device)
@@ -78,9 +80,10 @@ def padded(rows: Batch, shapes: Shapes, context: Context = ALONE) -> Arranged:
     sources = torch.arange(sequences, device=columns.device) * seq + mine[:, None]
     first = owner * len(mine) + number  # of the sequence 0; the other sequences follow
     return Arranged(
-        tokens=given.tokens[:, mine],
+        tokens=given.read[:, mine],
         sources=sources.masked_fill(mine[:, None] >= given.lengths, -1).flatten(),
         places=first[:seq] * sequences + torch.arange(batch, device=columns.device)[:, None],
         positions=None if context.size == 1 else mine,
         context=context,
+        padding=given.padding if bidirectional else None,
     )

@@ -24,7 +24,7 @@ from ais_megatron.config.policy import lora_targets
 from ais_megatron.export.adapter import factor_names, factor_shapes
 from ais_megatron.export.hf_reader import HFReader
 from ais_megatron.export.parameters import join, split
-from ais_megatron.models.family import EMBEDDING, FINAL_NORM, HEAD, Weight, parameters_of, shape_of
+from ais_megatron.models.family import Weight, parameters_of, shape_of
 from ais_megatron.policy.lora import LoRA
 
 
@@ -100,18 +100,18 @@ def parameter_map(architecture: Architecture, pp: int, ep: int = 1, transformer_
     """
     a, family = architecture, architecture.family
     last = pp - 1
-    entries = [_entry(a, 0, (EMBEDDING,))]
+    entries = [_entry(a, 0, (family.embedding,))]
     per_stage = a.num_hidden_layers // pp
     for number in range(a.num_hidden_layers):
         stage, local = divmod(number, per_stage)
-        place = f"model.layers.{number}.", f"decoder.layers.{local}.", transformer_engine
+        place = f"{family.layers}{number}.", f"decoder.layers.{local}.", transformer_engine
         entries += [_entry(a, stage, rows, *place) for rows in parameters_of(family.layer)]
         entries += [_entry(a, stage, rows, *place, slot) for slot in range(a.num_experts // ep) for rows in parameters_of(family.experts)]
-    entries.append(_entry(a, last, (FINAL_NORM,)))
+    entries.append(_entry(a, last, (family.final_norm,)))
     if not a.tie_word_embeddings:
-        entries.append(_entry(a, last, (HEAD,)))
+        entries.append(_entry(a, last, (family.head,)))
     elif pp > 1:
-        entries.append(_entry(a, last, (EMBEDDING._replace(megatron=HEAD.megatron),)))
+        entries.append(_entry(a, last, (family.embedding._replace(megatron=family.head.megatron),)))
     return entries
 
 
@@ -207,7 +207,7 @@ def export_buckets(
 
 
 def export_factor_buckets(lora: LoRA, config: Config, bucket_bytes: int) -> Iterator[Bucket]:
-    """All of LoRA's factors as whole tensors, named from ``layers.`` on, as `export_buckets` does it for weights."""
+    """All of LoRA's factors as whole tensors, named as in `factor_shapes`, as `export_buckets` does it for weights."""
     architecture, shapes = config.architecture, factor_shapes(config)
     per_stage = architecture.num_hidden_layers // parallel_state.get_pipeline_model_parallel_world_size()
     entries = []
@@ -215,7 +215,7 @@ def export_factor_buckets(lora: LoRA, config: Config, bucket_bytes: int) -> Iter
         for row in lora_targets(config.policy.lora, architecture).values():
             # Column-parallel layers split B by rows, and row-parallel layers split A by columns.
             dims = (None, 0) if row.tp_dim == 0 else (1, None)
-            for name, dim in zip(factor_names(f"layers.{layer}.{row.name}"), dims, strict=True):
+            for name, dim in zip(factor_names(f"{architecture.family.factor_layers}{layer}.{row.name}"), dims, strict=True):
                 entries.append(Entry(layer // per_stage, name, (Part(name, shapes[name], dim),)))
     factors = {name: factor for name, factor, _ in lora.named_factors()}
     itemsize = next(iter(factors.values())).element_size()

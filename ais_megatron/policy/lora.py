@@ -124,7 +124,7 @@ class Factors(nn.Module):
         """(name, factor, dimension that TP splits) of each factor. Names are those of PEFT, from ``layers.`` on."""
         rows = {projection(row): row for row in self.architecture.family.layer}
         for name in self.a:
-            name_a, name_b = factor_names(f"layers.{self.layer}.{rows[name].name}")
+            name_a, name_b = factor_names(f"{self.architecture.family.factor_layers}{self.layer}.{rows[name].name}")
             yield name_a, self.a[name], None if self.is_column else 1
             yield name_b, self.b[name], 0 if self.is_column else None
 

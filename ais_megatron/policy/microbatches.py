@@ -36,7 +36,8 @@ class Microbatches:
         parallel, ranks = config.parallel, context.size
         on_cpu, is_moe = device().type == "cpu", config.architecture.is_moe
         self.context = context
-        self.shares = config.train.share_prefixes and on_cpu and not is_moe and ranks == 1
+        self._bidirectional = config.architecture.family.is_diffusion
+        self.shares = config.train.share_prefixes and on_cpu and not is_moe and not self._bidirectional and ranks == 1
         self.packs = config.train.packing or self.shares or (ranks > 1 and not transformer_engine)
         self._thd = transformer_engine
         by_tp = parallel.tp if parallel.sequence_parallel else 1
@@ -76,7 +77,7 @@ class Microbatches:
     def arrange(self, rows: Batch) -> Arranged:
         """What the model gets on this rank."""
         if not self.packs:
-            return padded(rows, self.shapes, self.context)
+            return padded(rows, self.shapes, self.context, bidirectional=self._bidirectional)
         return pack(rows, self._place_multiple, self.context, share=self.shares, thd=self._thd)
 
 

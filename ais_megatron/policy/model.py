@@ -20,6 +20,7 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec, get_gpt_layer_with_transformer_engine_spec
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear, gather_from_sequence_parallel_region
 from megatron.core.transformer import ModuleSpec, TransformerConfig
+from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from torch import Tensor, nn
 
@@ -74,7 +75,7 @@ def build_model(config: Config, temperature: float, transformer_engine: bool) ->
     transformer_config = transformer_config_of(config, transformer_engine)
     model = PolicyModel(
         config=transformer_config,
-        transformer_layer_spec=_layer_spec(transformer_config, transformer_engine),
+        transformer_layer_spec=_layer_spec(transformer_config, transformer_engine, architecture.family.is_diffusion),
         vocab_size=padded_vocab_size(architecture, config.parallel.tp),
         max_sequence_length=architecture.max_position_embeddings,
         pre_process=parallel_state.is_pipeline_first_stage(),
@@ -84,6 +85,7 @@ def build_model(config: Config, temperature: float, transformer_engine: bool) ->
         rotary_base=architecture.rope_theta,
     )
     model.true_vocab_size = architecture.vocab_size
+    model.predicts_next = not architecture.family.is_diffusion
     model.temperature = temperature
     model.logprob_chunk_tokens = config.train.logprob_chunk_tokens
     model.entropy_gradient = config.objective.entropy_bonus > 0.0
@@ -162,13 +164,16 @@ class PolicyModel(GPTModel):
     Called with ``labels`` (int64 ``[batch, seq]``, the rows) and ``loss_mask`` (bool ``[batch, seq]``, the scored tokens), the last
     pipeline stage returns float32 ``[2, batch, seq]``. If it is `sketched`, it returns ``[2 + a + b, batch, seq]``, where a and b numbers
     without grad are the sketches of the token's score and of its hidden state. Index t describes token t. Other tokens have 0, as has
-    column 0, because no token predicts it. The input are the tokens of `arranged`. With context parallelism all ranks return the same.
+    column 0 of a causal model, because no token predicts it. The input are the tokens of `arranged`. With context parallelism all ranks
+    return the same. A diffusion model gets rows in which some tokens are masked, and predicts a token from the state at its own position.
 
     The output layer gets only the hidden states that predict a scored token. Prompts are not scored, and with a large vocabulary their
     logits would cost a good part of a step. Under sequence parallelism each rank has other positions, so there all go through it.
     """
 
     true_vocab_size: int
+    predicts_next: bool
+    """A token is predicted by the state before it, as in a causal model, and not by the state at its own position."""
     temperature: float
     logprob_chunk_tokens: int
     entropy_gradient: bool
@@ -182,11 +187,12 @@ class PolicyModel(GPTModel):
 
     def forward(self, tokens: Tensor, *, loss_mask: Tensor, arranged: Arranged, sketched: bool = False, **kwargs: Any) -> Tensor:
         self._sketch = self.sketch if sketched else None
-        row, column = loss_mask[:, 1:].t().nonzero().flip(1).unbind(1)  # in the order of the hidden states, [seq, batch, hidden]
+        first = int(self.predicts_next)  # the first column that may be scored
+        row, column = loss_mask[:, first:].t().nonzero().flip(1).unbind(1)  # in the order of the hidden states, [seq, batch, hidden]
         here, self._predicting = arranged.on_this_rank(row, column)
-        self._scored = row[here], column[here] + 1
+        self._scored = row[here], column[here] + first
         self._arranged = arranged
-        return super().forward(tokens, None, None, packed_seq_params=arranged.packed, **kwargs)
+        return super().forward(tokens, None, arranged.padding, packed_seq_params=arranged.packed, **kwargs)
 
     def rotate_by_position(self, rotary: torch.nn.Module, inputs: tuple[Any, ...], angles: Tensor) -> Tensor:
         """A hook after the rotary embedding, whose angles ``[seq, 1, 1, head_dim]`` are those of one row."""
@@ -312,7 +318,7 @@ def _moe_options(config: Config, transformer_engine: bool) -> dict[str, object]:
     )
 
 
-def _layer_spec(config: TransformerConfig, transformer_engine: bool) -> ModuleSpec | TransformerBlockSubmodules:
+def _layer_spec(config: TransformerConfig, transformer_engine: bool, bidirectional: bool) -> ModuleSpec | TransformerBlockSubmodules:
     experts = dict(num_experts=config.num_moe_experts, moe_grouped_gemm=config.moe_grouped_gemm)
     if transformer_engine:
         layer = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm, **experts)
@@ -322,6 +328,8 @@ def _layer_spec(config: TransformerConfig, transformer_engine: bool) -> ModuleSp
         mlp = layer.submodules.mlp  # a ModuleSpec in Megatron 0.16, a partial of the layer's class in 0.19
         submodules = mlp.keywords["submodules"] if isinstance(mlp, partial) else mlp.submodules
         submodules.router = Router
+    if bidirectional:
+        layer.submodules.self_attention.params["attn_mask_type"] = AttnMaskType.padding
     if transformer_engine:
         return layer
     layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = RMSNorm
@@ -355,10 +363,11 @@ class RMSNorm(nn.Module):
 
 
 class SDPAttention(nn.Module):
-    """Causal attention over ``[seq, batch, heads/tp, head_dim]`` through torch's scaled_dot_product_attention.
+    """Attention over ``[seq, batch, heads/tp, head_dim]`` through torch's scaled_dot_product_attention.
 
-    Rows are padded on the right, so with the causal mask no real token attends to padding. With `packed_seq_params` there is one sequence,
-    and attention is within the rows that are packed in it.
+    It is causal, unless its layer was built with `AttnMaskType.padding`. Rows are padded on the right, so with the causal mask no real
+    token attends to padding. Otherwise `attention_mask`, bool ``[batch, 1, 1, seq]``, says where padding is. With `packed_seq_params` there
+    is one sequence, and attention is within the rows that are packed in it.
     """
 
     def __init__(self, config: TransformerConfig, layer_number: int, softmax_scale: float | None = None, **_: object) -> None:
@@ -372,6 +381,7 @@ class SDPAttention(nn.Module):
         key: Tensor,
         value: Tensor,
         attention_mask: Tensor | None = None,
+        attn_mask_type: AttnMaskType = AttnMaskType.causal,
         packed_seq_params: Packed | None = None,
         **_: object,
     ) -> Tensor:
@@ -381,7 +391,12 @@ class SDPAttention(nn.Module):
         q, k, v = (x.to(kernel_dtype) for x in (query, key, value))
         if packed_seq_params is not None:
             return packed_seq_params.attend(self._attend, q[:, 0], k[:, 0], v[:, 0]).to(query.dtype)[:, None]
-        context = self._attend(*(x.permute(1, 2, 0, 3) for x in (q, k, v)))
+        mask = None
+        if attn_mask_type == AttnMaskType.padding:
+            assert attention_mask is not None
+            mask = torch.zeros(attention_mask.shape, device=query.device).masked_fill_(attention_mask, -torch.inf)
+        q, k, v = (x.permute(1, 2, 0, 3) for x in (q, k, v))
+        context = self._attend(q, k, v, mask)
         return context.to(query.dtype).permute(2, 0, 1, 3).flatten(2)
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:

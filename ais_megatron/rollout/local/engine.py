@@ -60,6 +60,8 @@ class LocalEngine:
             raise ValueError(
                 f"rollout.return_routed_experts=true: model_type={architecture.model_type} has no experts to return; set it to false"
             )
+        if architecture.family.is_diffusion:
+            raise ValueError(f"rollout.engine=local: generation with model_type={architecture.model_type} is not supported yet")
         device = torch.device(device)
         self._architecture = architecture
         self._max_batch = rollout.max_batch

@@ -52,7 +52,7 @@ def install() -> None:
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
     if multiprocessing.parent_process() is not None:
-        for attention in {family.sglang_attention for family in FAMILIES.values()}:
+        for attention in {family.sglang_attention for family in FAMILIES.values()} - {None}:
             HookRegistry.register(f"{attention}.__init__", add_kv_scales, HookType.AFTER)
         HookRegistry.register(RENAME, keep_parameter_names, HookType.AROUND)
         HookRegistry.register(LLAMA_LOADER, load_block_scales, HookType.AROUND)
