@@ -19,6 +19,7 @@ Bucket = list[tuple[str, Tensor]]
 """Whole weights under Hugging Face names, on their way from the policy to a rollout engine or into a file."""
 
 DROPPED = "dropped"  # the finish_reason of a response without finite log-probabilities
+STALE = "stale"  # that of a response with tokens older than `rollout.max_staleness`
 
 
 @dataclass(frozen=True)
@@ -45,8 +46,8 @@ class Rollout:
     rollout_logprobs: tuple[float, ...]
     """log mu of each of these tokens, at the sampling temperature."""
     finish_reason: str
-    """"stop" (end of sequence), "length" (cut at the limit), or `DROPPED`. A dropped response has no finite log-probabilities. Its tokens
-    are placeholders, and it is in neither the loss nor the baseline."""
+    """"stop" (end of sequence), "length" (cut at the limit), `DROPPED`, or `STALE`. A dropped response has no finite log-probabilities, or
+    is too old. Its tokens are placeholders, and it is in neither the loss nor the baseline."""
     weight_version: int
     """The version of the weights that the engine sampled with; the oldest one if they changed during the response."""
     routed_experts: Tensor | None = None
@@ -57,7 +58,13 @@ class Rollout:
 
     @property
     def is_dropped(self) -> bool:
-        return self.finish_reason == DROPPED
+        return self.finish_reason in (DROPPED, STALE)
+
+    def as_stale(self) -> Rollout:
+        """A placeholder for this response, which is too old to train on."""
+        prompt = self.prompt.token_ids
+        routed = None if self.routed_experts is None else self.routed_experts[: len(prompt)]
+        return Rollout(self.prompt, prompt[-1:], (0.0,), STALE, self.weight_version, routed)
 
     @property
     def versions_by_token(self) -> list[tuple[int, int]]:

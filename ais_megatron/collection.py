@@ -8,6 +8,7 @@ the stream, and one all-reduce per round tells every rank which of them have a s
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -88,9 +89,14 @@ def collect(session: Session, first: int, timer: PhaseTimer) -> Collected:
     return Collected(batch, candidates.rollouts, candidates.rewards, candidates.values, rows, first + sampled, sampled)
 
 
-def next_prompts(session: Session, first: int) -> tuple[list[Prompt], SamplingParams]:
-    """The first prompts that `collect` will generate for, from position `first` of the stream."""
-    return _prompts(session, first, session.config.rollout.prompts_per_step), session.sampling
+def batches_ahead(session: Session, first: int, steps_left: int) -> Iterator[tuple[int, list[Prompt], SamplingParams]]:
+    """The batches that are to be generated now, because `collect` will want them: the one at position `first` of the stream and those after
+    it, without those that were started before. Each is its position, this rank's prompts, and the sampling. Collective."""
+    size = session.config.rollout.prompts_per_step
+    for number in range(min(session.config.rollout.ahead, steps_left)):
+        position = first + number * size
+        if not session.generator.has_started(position):
+            yield position, _prompts(session, position, size), session.sampling
 
 
 def _prompts(session: Session, first: int, count: int) -> list[Prompt]:
@@ -101,7 +107,7 @@ def _prompts(session: Session, first: int, count: int) -> list[Prompt]:
 def _sample(session: Session, candidates: _Candidates, first: int, count: int, timer: PhaseTimer) -> None:
     """Generate and judge this rank's share of the next `count` prompts."""
     with timer.phase("generate"):
-        rollouts = session.generator.rollouts(_prompts(session, first, count), session.sampling)
+        rollouts = session.generator.rollouts(_prompts(session, first, count), session.sampling, first)
     with timer.phase("reward"):
         with rank_consistent():
             candidates.rewards += session.score(rollouts)

@@ -16,9 +16,9 @@ import torch
 
 from ais_megatron.algorithm.advantages import num_zero_signal_groups
 from ais_megatron.algorithm.correction import Correction
-from ais_megatron.batch import Batch, Rollout, assemble
+from ais_megatron.batch import STALE, Batch, Rollout, assemble
 from ais_megatron.cluster.watchdog import Watchdog
-from ais_megatron.collection import Collected, collect, next_prompts
+from ais_megatron.collection import Collected, batches_ahead, collect
 from ais_megatron.config import Config
 from ais_megatron.distributed import Unavailable, device, gather_batch, rank, rank_consistent, reduce_metrics
 from ais_megatron.evaluation import Evaluations
@@ -68,10 +68,17 @@ def train(config: Config) -> Path:
     assert start_accuracy is not None
     _say(f"held-out pass@1 at the start: {start_accuracy:.1%}")
     sinks.truncate_after(state.step)
+    if resumed is not None:
+        ahead = list(batches_ahead(session, state.next_prompt, config.train.steps - state.step))
+        session.generator.resume(resumed, state.step - config.rollout.ahead, ahead)
     timer = PhaseTimer(torch.cuda.synchronize if device().type == "cuda" else None)
     on_cuda = device().type == "cuda"
     profiler = StepProfiler(config.run.profile_steps, config.run.profiler, run_dir, rank(), timer, on_cuda)
-    saver = Saver(session.policy, checkpoints, config.checkpoint, state.step if resumed else None, add_files=session.tokenizer.save)
+    saver = Saver(
+        *(session.policy, checkpoints, config.checkpoint, state.step if resumed else None),
+        add_files=session.tokenizer.save,
+        add_own=session.generator.save,
+    )
     with closing(session.engine), sinks, Watchdog(config.run.watchdog_minutes, run_dir, rank()) as watchdog:
         while state.step < config.train.steps:
             stop_if_asked(saver, state)
@@ -117,8 +124,8 @@ def train_step(
     config, policy = session.config, session.policy
     began = time.perf_counter()
     collected = collect(session, state.next_prompt, timer)  # prompts -> rollouts -> rewards -> advantages
-    if config.rollout.ahead and state.step + 1 < config.train.steps:
-        session.generator.start(*next_prompts(session, collected.next_prompt))
+    for batch_ahead in batches_ahead(session, collected.next_prompt, config.train.steps - state.step - 1):
+        session.generator.start(*batch_ahead)
     learn = lagged_update if config.ais.lag else update
     wants_samples = _wants_samples(config, state.step + 1)
     outcome = learn(policy, collected.batch, state.ais, timer, wants_samples)  # logprobs -> diagnostics -> alpha -> loss -> weights
@@ -128,7 +135,8 @@ def train_step(
     with timer.phase("sync"):
         outage = _push(session, _scales(config, calibration), version=state.step + 1)
     samples = _samples(session, collected, outcome, state.step + 1) if wants_samples and rank() == 0 else []
-    seconds = time.perf_counter() - began
+    ended = time.perf_counter()
+    seconds = ended - began
     row = {
         "alpha": outcome.alpha,
         **(_chosen_limit(outcome.correction) if config.measures_gradients else {}),
@@ -136,6 +144,7 @@ def train_step(
         **outcome.metrics,
         **_rollout_metrics(session, collected, state.step, seconds),
         **_calibration_metrics(calibration),
+        **_idle_shares(session, timer, began, ended),
         "time/step": seconds,
     }
     return row, replace(state, step=state.step + 1, next_prompt=collected.next_prompt, ais=outcome.state), outage, samples
@@ -226,8 +235,10 @@ def _rollout_metrics(session: Session, collected: Collected, step: int, seconds:
 
     repetition_at_the_end: `repetition` of the last `LAST_TOKENS` tokens, as a mean over responses.
     staleness: how many updates the trainer (at `step`) is ahead of the weights that sampled a token, as a mean over tokens.
+    dropped_fraction, stale_fraction: responses without finite log-probabilities, and those older than `rollout.max_staleness`.
     """
     present = [not r.is_dropped for r in collected.rollouts]
+    stale = sum(r.finish_reason == STALE for r in collected.rollouts)
     rollouts = [r for r in collected.rollouts if not r.is_dropped]
     rewards = [reward for reward in collected.rewards if not reward.is_missing]
     values = collected.values[~collected.values.isnan()]
@@ -247,7 +258,8 @@ def _rollout_metrics(session: Session, collected: Collected, step: int, seconds:
             "finished_fraction": (sum(r.finish_reason == "stop" for r in rollouts), n),
             "staleness": (sum((step - version) * count for version, count in spans), tokens),
             "mixed_version_fraction": (sum(len(r.versions_by_token) > 1 for r in rollouts), n),
-            "dropped_fraction": (len(present) - n, len(present)),
+            "dropped_fraction": (len(present) - n - stale, len(present)),
+            "stale_fraction": (stale, len(present)),
             "zero_signal_groups": (num_zero_signal_groups(collected.values, group_size) if present else 0, len(present) / group_size),
             "num_responses": (n, 1.0 / torch.distributed.get_world_size()),
         }
@@ -261,6 +273,14 @@ def _rollout_metrics(session: Session, collected: Collected, step: int, seconds:
         "num_response_tokens": num_tokens,
         "tokens_per_second": num_tokens / seconds,
     }
+
+
+def _idle_shares(session: Session, timer: PhaseTimer, began: float, ended: float) -> dict[str, float]:
+    """Shares of a step in which the policy waits for responses and rewards (as a mean over ranks), and in which the engine generates
+    nothing (as a mean over its servers or ranks). A replayed recording has no engine."""
+    waiting = timer.seconds("generate", "reward") / (ended - began)
+    shares = reduce_metrics({"idle/trainer": (waiting, 1.0)})
+    return shares if session.config.rollout.engine_traits.replays else shares | {"idle/engine": session.generator.idle_share(began, ended)}
 
 
 def _calibration_metrics(calibration: Calibration) -> dict[str, float]:

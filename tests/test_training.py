@@ -30,7 +30,7 @@ ROW_KEYS = set(
     "repetition_at_the_end unlikely_fraction "
     "response_length_mean finished_fraction zero_signal_groups loss entropy grad_norm lr clip_fraction policy_ratio_mean "
     "num_response_tokens tokens_per_second staleness mixed_version_fraction "
-    "dropped_fraction q_amax kv_saturated_fraction time/generate time/reward time/logprobs "
+    "dropped_fraction stale_fraction idle/trainer idle/engine q_amax kv_saturated_fraction time/generate time/reward time/logprobs "
     "time/diagnose time/train time/calibrate time/sync time/step".split()
 )
 

@@ -81,6 +81,7 @@ class Config(Section):
             *checks.engine_problems(self.rollout, self.run, self.calibration, arch),
             *checks.recording_problems(self.rollout),
             *diffusion_problems(arch, self.parallel, self.train),
+            *checks.ahead_problems(self.rollout, self.objective.resolved.dynamic_sampling),
         ]
         if problems:
             raise ValueError("\n".join(problems))

@@ -12,6 +12,8 @@ from ais_megatron.config.engines import ENGINES, EngineTraits, own_traits
 from ais_megatron.config.section import PositiveInt, Section
 from ais_megatron.config.sglang import SGLangConfig
 
+MOST_AHEAD = 16  # a response that is this many updates old is of little use, and each batch ahead is kept in memory and in checkpoints
+
 
 class RolloutConfig(Section):
     engine: str = Field(
@@ -57,7 +59,19 @@ class RolloutConfig(Section):
         description="how LoRA reaches the engine. merged: every sync sends all weights, with the product of the factors added. adapter: "
         "SGLang servers keep the frozen weights, and a sync sends only the factors",
     )
-    ahead: int = Field(0, ge=0, le=1, description="1: generate the next batch while this one trains, with weights that are one step older")
+    ahead: int = Field(
+        0,
+        ge=0,
+        le=MOST_AHEAD,
+        description="how many batches are generated ahead, while earlier ones train. With 1 the weights are one step older, and a step "
+        "takes as long as the slower of both; more batches keep servers busy when few responses are long",
+    )
+    max_staleness: int | None = Field(
+        None,
+        ge=0,
+        description="responses with tokens that are more versions older than this are dropped, and counted in stale_fraction; empty: none "
+        "are, and no token is more than `ahead` versions old",
+    )
     sglang: SGLangConfig = SGLangConfig()
 
     @field_validator("engine")

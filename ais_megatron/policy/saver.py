@@ -30,12 +30,20 @@ class Saver:
     Args:
         newest_step: the step of the checkpoint that was loaded, or None.
         add_files: called on the first rank with the folder, to add further files to a checkpoint (the tokenizer).
+        add_own: called on every rank with the folder when a save begins, to add files of that rank (responses generated ahead).
     """
 
     def __init__(
-        self, policy: Policy, checkpoints: Path, config: CheckpointConfig, newest_step: int | None, add_files: Callable[[Path], None]
+        self,
+        policy: Policy,
+        checkpoints: Path,
+        config: CheckpointConfig,
+        newest_step: int | None,
+        add_files: Callable[[Path], None],
+        add_own: Callable[[Path], None] = lambda folder: None,
     ) -> None:
-        self._policy, self._checkpoints, self._config, self._add_files = policy, checkpoints, config, add_files
+        self._policy, self._checkpoints, self._config = policy, checkpoints, config
+        self._add_files, self._add_own = add_files, add_own
         self._in_flight: _InFlight | None = None
         self.newest_step = newest_step  # step of the checkpoint that was loaded or begun last
 
@@ -58,6 +66,8 @@ class Saver:
                 shutil.rmtree(partial, ignore_errors=True)
                 partial.mkdir(parents=True)
         with _removed_on_failure(partial):
+            with rank_consistent():
+                self._add_own(partial)
             pending = PendingSave(self._policy, partial, copies=self._config.async_save)
         self._in_flight = _InFlight(pending, state.of(self._policy), partial, folder, in_background=self._config.async_save)
         self.newest_step = state.step

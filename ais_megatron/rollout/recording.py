@@ -21,6 +21,7 @@ from torch import Tensor
 
 from ais_megatron.batch import Bucket, Prompt, Rollout
 from ais_megatron.rollout.engine import RolloutEngine, SamplingParams
+from ais_megatron.rollout.occupancy import HasOccupancy
 
 FORMAT, FORMAT_VERSION = "ais_megatron.rollouts", 1
 SUFFIX = ".safetensors"
@@ -37,6 +38,8 @@ class RecordingEngine:
 
     def __init__(self, engine: RolloutEngine, folder: Path, rank: int, continues: bool) -> None:
         self._engine, self._folder, self._rank = engine, folder, rank
+        if isinstance(engine, HasOccupancy):
+            self.occupancy = engine.occupancy
         if rank == 0:
             if not continues and any(folder.glob(f"*{SUFFIX}")):
                 raise ValueError(

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -99,18 +99,7 @@ class ReplayEngine:
             raise ValueError(
                 f"prompt {prompt.index}: its tokens in {path} are different; replay with the recorded run's task, tokenizer and run.seed"
             )
-        return [
-            Rollout(
-                prompt=prompt,
-                token_ids=tokens,
-                rollout_logprobs=logprobs,
-                finish_reason=about["finish_reason"],
-                weight_version=about["weight_version"],
-                routed_experts=experts,
-                version_spans=tuple((int(version), int(count)) for version, count in about["version_spans"]),
-            )
-            for about, tokens, logprobs, experts in contents.responses[number]
-        ]
+        return [_rollout(prompt, *response) for response in contents.responses[number]]
 
     def _why_missing(self, index: int) -> str:
         where = f"rollout.replay_dir={self._folder}: holds no responses to"
@@ -131,6 +120,51 @@ class ReplayEngine:
                     del self._contents[next(iter(self._contents))]
                 self._contents[path] = _read_contents(path, self._headers[path])
             return self._contents[path]
+
+
+class SavedResponses:
+    """Recorded responses to training prompts, each of which is given away once."""
+
+    def __init__(self) -> None:
+        self._found: dict[int, tuple[tuple[int, ...], dict[str, Any], list[Rollout]]] = {}
+
+    @classmethod
+    def of(cls, paths: Sequence[Path], oldest: int) -> SavedResponses:
+        """The responses in the files of `write_rollouts`, without those of groups that have tokens of a version below `oldest`.
+
+        Raises:
+            ValueError: a file is damaged.
+        """
+        saved = cls()
+        for path in paths:
+            header = _read_header(path)
+            contents = _read_contents(path, header)
+            for about, tokens, responses in zip(header["prompts"], contents.prompt_tokens, contents.responses, strict=True):
+                rollouts = [_rollout(Prompt(about["index"], "", tokens, {}), *response) for response in responses]
+                if min(rollout.weight_version for rollout in rollouts) >= oldest:
+                    saved._found[about["index"]] = (tokens, header["sampling"], rollouts)
+        return saved
+
+    def take(self, prompt: Prompt, sampling: SamplingParams) -> list[Rollout] | None:
+        """The responses to exactly this prompt with exactly this sampling, or None."""
+        tokens, sampled, rollouts = self._found.pop(prompt.index, ((), {}, []))
+        if tokens != prompt.token_ids or sampled != asdict(sampling):
+            return None
+        return [replace(rollout, prompt=prompt) for rollout in rollouts]
+
+
+def _rollout(
+    prompt: Prompt, about: dict[str, Any], tokens: tuple[int, ...], logprobs: tuple[float, ...], experts: Tensor | None
+) -> Rollout:
+    return Rollout(
+        prompt=prompt,
+        token_ids=tokens,
+        rollout_logprobs=logprobs,
+        finish_reason=about["finish_reason"],
+        weight_version=about["weight_version"],
+        routed_experts=experts,
+        version_spans=tuple((int(version), int(count)) for version, count in about["version_spans"]),
+    )
 
 
 def _key(index: int, version: int) -> _Key:

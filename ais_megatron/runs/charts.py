@@ -103,6 +103,13 @@ THROUGHPUT = Chart(
     "Throughput", "Response tokens of the whole job per second of a step.", (("tokens_per_second", "tokens per second"),), zero=True
 )
 
+IDLE = Chart(
+    "Idle shares",
+    "Of the trainer, which waits for responses and rewards, and of the engine, whose servers have no request. Mean over ranks and servers.",
+    (("idle/trainer", "trainer"), ("idle/engine", "engine")),
+    percent=True,
+    zero=True,
+)
 
 Points = dict[int, tuple[float, float | None]]  # value and standard error by step
 

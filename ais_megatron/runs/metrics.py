@@ -78,6 +78,10 @@ class PhaseTimer:
             self._seconds[name] = self._seconds.get(name, 0.0) + time.perf_counter() - start
             self._open = None
 
+    def seconds(self, *names: str) -> float:
+        """Seconds of these phases together since the last `take`."""
+        return sum(self._seconds.get(name, 0.0) for name in names)
+
     def take(self) -> dict[str, float]:
         """``{"time/generate": seconds, ...}`` for the phases since the last call. Starts again from zero."""
         assert self._open is None, f"phase {self._open!r} is still running"

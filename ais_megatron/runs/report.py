@@ -273,6 +273,7 @@ def _time(cards: _Cards) -> str:
         [
             cards.card("Where the time goes", parts, spec, "time/<phase>", wide=True),
             cards.of(charts.THROUGHPUT),
+            cards.of(charts.IDLE),
             *([anything] if names else []),
         ],
     )

@@ -29,6 +29,8 @@ ROW = {
     "time/generate": 2.0,
     "time/train": 1.0,
     "time/step": 3.5,
+    "idle/trainer": 0.5,
+    "idle/engine": 0.25,
 }
 
 
@@ -81,6 +83,7 @@ def test_missing_columns_leave_their_chart_out_and_the_page_says_so(tmp_path):
         "divergence_by_position",
         "time/&lt;phase&gt;",
         "tokens_per_second",
+        "idle/trainer, idle/engine",
     ]
     assert [[series["key"] for series in chart["series"]] for chart in data_of(page)["charts"]] == [
         ["reward_mean"],

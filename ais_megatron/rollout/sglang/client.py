@@ -26,6 +26,7 @@ from ais_megatron.config import Architecture, RolloutConfig
 from ais_megatron.distributed import Unavailable
 from ais_megatron.rollout.engine import SamplingParams, WeightsLost
 from ais_megatron.rollout.manifest import TIED_HEAD, Manifest
+from ais_megatron.rollout.occupancy import Occupancy
 from ais_megatron.rollout.sampling import check_prompt, check_sampling
 from ais_megatron.rollout.sglang.access_key import authorization
 from ais_megatron.rollout.sglang.adapter import Adapters
@@ -100,6 +101,11 @@ class SGLangEngine:
     def version(self) -> int:
         """See `RolloutEngine.version`. It is also -1 after an update that failed."""
         return self._version
+
+    @property
+    def occupancy(self) -> Occupancy:
+        """When this rank had requests at each server (at the router, if there is one)."""
+        return self._dispatcher.occupancy
 
     def close(self) -> None:
         if self._closed:

@@ -27,6 +27,7 @@ from ais_megatron.batch import Prompt, Rollout
 from ais_megatron.config.sglang import SGLangConfig
 from ais_megatron.distributed import Unavailable
 from ais_megatron.rollout.engine import SamplingParams, WeightsLost
+from ais_megatron.rollout.occupancy import Occupancy
 from ais_megatron.rollout.sglang.api import Refused, ServerAPI, Unreachable
 
 logger = logging.getLogger(__name__)
@@ -133,6 +134,7 @@ class Dispatcher:
     ) -> None:
         self.servers, self._config, self._request, self._number = servers, config, request, number
         self._is_current, self._is_updating = is_current, is_updating
+        self.occupancy = Occupancy(len(servers))
         self._look_every = min(PROGRESS_SECONDS, config.request_timeout_s / 4)
 
     async def complete(self, generation: Generation) -> None:
@@ -169,7 +171,8 @@ class Dispatcher:
             request = asyncio.ensure_future(self._ask(server, generation.prompts[key[0]], generation.sampling, key[1]))
             server.requests.add(request)
             try:
-                rollout = await request
+                with self.occupancy.at(self.servers.index(server)):
+                    rollout = await request
             except (Unreachable, Refused, asyncio.CancelledError) as error:
                 this = asyncio.current_task()
                 if this is not None and this.cancelling():  # everything is cancelled, not only this request
