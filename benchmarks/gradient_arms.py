@@ -25,6 +25,9 @@ from ais_megatron.config import Config, build_config
 TARGET = "bf16 rollouts"
 """The arm whose gradient the others should have."""
 
+MEASURED: dict[str, Any] = {"coefficient": "measured"}
+PRODUCT: dict[str, Any] = {"coefficient": "product", "tau": 5e-4}  # also of a record that another default of tau wrote
+
 ARMS: dict[str, dict[str, Any]] = {
     TARGET: {"correction": "none", "rollout": {"quantization": "none", "kv_cache": "auto"}},
     "none": {"correction": "none"},
@@ -35,18 +38,18 @@ ARMS: dict[str, dict[str, Any]] = {
     "tis, sequence": {"correction": "tis", "correction_options": {"level": "sequence"}},
     "mis": {"correction": "mis"},
     "icepop": {"correction": "icepop"},
-    "ais": {"correction": "ais"},
-    "ais, tau = 5e-4": {"correction": "ais", "ais": {"tau": 5e-4}},
-    "ais, tau = 1e-2": {"correction": "ais", "ais": {"tau": 1e-2}},
-    "ais, tau = auto": {"correction": "ais", "ais": {"tau": "auto"}},
-    "ais without rho": {"correction": "ais", "ais": {"factors": ["severity", "amplification"]}},
-    "ais without severity": {"correction": "ais", "ais": {"factors": ["reliability", "amplification"]}},
-    "ais without nu": {"correction": "ais", "ais": {"factors": ["reliability", "severity"]}},
-    "ais, C = 5": {"correction": "ais", "ais": {"weight_cap": 5.0}},
+    "ais": {"correction": "ais", "ais": MEASURED},
+    "ais, H = 10": {"correction": "ais", "ais": MEASURED | {"horizon": 10.0}},
+    "ais, product": {"correction": "ais", "ais": PRODUCT},
+    "ais, product, tau = 2e-3": {"correction": "ais", "ais": PRODUCT | {"tau": 2e-3}},
+    "ais, product, tau = 1e-2": {"correction": "ais", "ais": PRODUCT | {"tau": 1e-2}},
+    "ais, product, tau = auto": {"correction": "ais", "ais": PRODUCT | {"tau": "auto"}},
+    "ais, product without rho": {"correction": "ais", "ais": PRODUCT | {"factors": ["severity", "amplification"]}},
+    "ais, product without nu": {"correction": "ais", "ais": PRODUCT | {"factors": ["reliability", "severity"]}},
+    "ais, product, C = 1.5": {"correction": "ais", "ais": PRODUCT | {"weight_cap": 1.5}},
+    "ais, product, C = 5": {"correction": "ais", "ais": PRODUCT | {"weight_cap": 5.0}},
+    "ais, product, sequence": {"correction": "ais", "ais": PRODUCT | {"level": "sequence"}},
     "ais, oracle": {"correction": "ais", "ais": {"coefficient": "oracle"}},
-    "ais, sequence": {"correction": "ais", "ais": {"level": "sequence"}},
-    "ais, measured": {"correction": "ais", "ais": {"coefficient": "measured"}},
-    "ais, measured, H = 10": {"correction": "ais", "ais": {"coefficient": "measured", "horizon": 10.0}},
 }
 
 ALIGNED_ARMS: dict[str, dict[str, Any]] = {
@@ -55,7 +58,7 @@ ALIGNED_ARMS: dict[str, dict[str, Any]] = {
 }
 """Of an aligned trainer, with `--trainer aligned`."""
 
-BASELINES = ("none", "tis, C = 1.5", "tis", "tis, C = 5", "mis", "icepop", "ais")
+BASELINES = ("none", "tis, C = 1.5", "tis", "tis, C = 5", "mis", "icepop", "ais, product")
 """A new rule should be no worse than the best of these."""
 
 

@@ -65,8 +65,8 @@ def step(state: AISState, diagnostics: Diagnostics, ais: AISConfig, gradients: G
 
 
 def coefficient(diagnostics: Diagnostics, ais: AISConfig, tau: float) -> float:
-    """alpha of one batch by `ais.coefficient`, in [alpha_min, alpha_max]. `measured` needs more than diagnostics,
-    and the corrections that come here with it do not use alpha."""
+    """alpha of one batch by `ais.coefficient`, in [alpha_min, alpha_max]. `auto` is `product` here. Where it is `measured`, gradients
+    decide instead (`Config.measures_gradients`)."""
     if ais.coefficient == "constant":
         return _clip(ais.constant_alpha, ais)
     if ais.coefficient == "oracle":

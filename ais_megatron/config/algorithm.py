@@ -54,11 +54,12 @@ CORRECTION_BANDS = {"mis": (0.5, 2.0), "icepop": (0.5, 5.0), "geo_rs": (0.99, 1.
 class AISConfig(Section):
     """How alpha is computed. docs/algorithm.md explains the terms."""
 
-    coefficient: Literal["product", "oracle", "constant", "measured"] = Field(
-        "product",
-        description="how alpha is computed. product: rho (1 - exp(-D / tau)) / max(1, nu). oracle: the alpha with the least estimated "
-        "error of a scalar surrogate. constant: constant_alpha. measured: alpha and the limit of the weights with the least estimated "
-        "error of the gradient",
+    coefficient: Literal["auto", "measured", "product", "oracle", "constant"] = Field(
+        "auto",
+        description="how alpha is computed. measured: alpha and the limit of the weights with the least estimated error of the gradient. "
+        "product: rho (1 - exp(-D / tau)) / max(1, nu). oracle: the alpha with the least estimated error of a scalar surrogate. constant: "
+        "constant_alpha. auto: measured where each token has its own weight, and product where a response has one weight or with "
+        "correction_options.batch_normalise=true",
     )
     caps: list[float] = Field(
         [1.5, 2.0, 3.0, 5.0, 10.0],
@@ -92,7 +93,7 @@ class AISConfig(Section):
         "sequence-level objectives such as gspo and tbpo, else token",
     )
     tau: float | Literal["auto"] = Field(
-        2e-3,
+        5e-4,
         description="divergence D (nats per token) at which alpha reaches 63 % of rho / max(1, nu); auto: the mean D of the first "
         "auto_batches batches",
     )
@@ -235,9 +236,11 @@ def _check_preset(name: str, preset: ObjectivePreset) -> None:
         raise ValueError(f"objective.name={name!r}: its preset: {wrong}") from error
 
 
-def measures_gradients(correction: str, ais: AISConfig) -> bool:
+def measures_gradients(correction: str, ais: AISConfig, options: CorrectionOptions, objective: ObjectiveConfig) -> bool:
     """Whether alpha needs sketches of gradients."""
-    return correction == "ais" and ais.coefficient == "measured"
+    if correction != "ais" or ais.coefficient not in ("auto", "measured"):
+        return False
+    return ais.coefficient == "measured" or not _measured_problems(ais, options, objective)
 
 
 def weight_level(correction: str, ais: AISConfig, options: CorrectionOptions, objective: ObjectiveConfig) -> Level:
@@ -270,7 +273,7 @@ def algorithm_problems(
         )
     if correction == "ais" and options.level != "auto":
         problems.append(f"correction_options.level={options.level}: correction=ais has its own key; set ais.level")
-    if measures_gradients(correction, ais):
+    if correction == "ais" and ais.coefficient == "measured":
         problems += _measured_problems(ais, options, objective)
     if ais.lag:
         problems += _lag_problems(correction, options, resolved, updates_per_batch)

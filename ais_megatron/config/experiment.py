@@ -95,7 +95,7 @@ class Config(Section):
     @property
     def measures_gradients(self) -> bool:
         """Whether alpha needs sketches of the responses' gradients."""
-        return measures_gradients(self.correction, self.ais)
+        return measures_gradients(self.correction, self.ais, self.correction_options, self.objective)
 
     @property
     def evaluation_sets(self) -> list[EvaluationSet]:

@@ -144,7 +144,7 @@ def test_product_coefficient_by_hand() -> None:
 
 def test_factors_left_out_of_the_product() -> None:
     d = diagnostics_of(0.9, 2e-3, 1.25)
-    alone = {"reliability": 0.9, "severity": 1 - math.exp(-1), "amplification": 0.8}
+    alone = {"reliability": 0.9, "severity": 1 - math.exp(-4), "amplification": 0.8}
     for name, value in alone.items():
         assert product_coefficient(d, AISConfig(factors=[name])) == pytest.approx(value, rel=1e-14)
         others = [other for other in alone if other != name]
@@ -153,9 +153,11 @@ def test_factors_left_out_of_the_product() -> None:
         AISConfig(factors=["reliability", "divergence"])
 
 
-@pytest.mark.parametrize(("correction", "alpha"), [("none", 0.0), ("tis", 1.0), ("ais", 1 - math.exp(-1))])
+@pytest.mark.parametrize(("correction", "alpha"), [("none", 0.0), ("tis", 1.0), ("ais", 1 - math.exp(-4))])
 def test_correction_names_an_alpha(correction: str, alpha: float) -> None:
-    assert loss_scaler(diagnostics_of(1.0, 2e-3), config_with(correction=correction))[0].alpha == pytest.approx(alpha, rel=1e-14)
+    assert loss_scaler(diagnostics_of(1.0, 2e-3), config_with(correction=correction, ais={"coefficient": "product"}))[
+        0
+    ].alpha == pytest.approx(alpha, rel=1e-14)
 
 
 def test_mixing_between_none_and_tis() -> None:

@@ -203,6 +203,26 @@ def test_a_band_is_chosen_where_it_is_best() -> None:
 
 
 @pytest.mark.parametrize(
+    ("sections", "measured"),
+    [
+        ({}, True),
+        ({"ais": {"lag": 1}}, True),
+        ({"ais": {"coefficient": "product"}}, False),
+        ({"ais": {"level": "sequence"}}, False),
+        ({"objective": {"name": "gspo"}}, False),
+        ({"objective": {"name": "gspo"}, "ais": {"level": "token"}}, True),
+        ({"correction_options": {"batch_normalise": True}}, False),
+        ({"correction": "tis"}, False),
+    ],
+)
+def test_where_gradients_are_measured_by_default(sections: dict[str, object], measured: bool) -> None:
+    config = config_with(**sections)
+    assert config.measures_gradients == measured
+    if not measured and config.correction == "ais":
+        assert loss_scaler(diagnostics_of(1.0, 1.0), config)[0].alpha == pytest.approx(1.0), "the product formula"
+
+
+@pytest.mark.parametrize(
     ("sections", "message"),
     [
         ({"ais": {"coefficient": "measured", "caps": [2.0, 1.5]}}, r"ais\.caps|caps=\[2\.0, 1\.5\]: must be ascending"),

@@ -60,6 +60,7 @@ def test_the_arms_need_few_gradients(module, config):
 
 def test_alpha_mixes_by_batch(module, config, batches):
     vectors = module.basis(config, module.ARMS.values())
+    config = module.changed(config, {"ais": {"coefficient": "product"}})
     found = module.mixture(config, vectors, batches)
     full = module.basic_gradient(config)
     for row, alpha, seen in zip(found.coefficients, found.alphas, batches, strict=True):
@@ -87,7 +88,7 @@ def test_a_mixture_is_the_gradient_that_training_takes(module, config, batches):
 def test_a_cap_without_a_gradient_is_named(module, config, batches):
     vectors = module.basis(config, module.ARMS.values())
     with pytest.raises(KeyError, match="weight_cap=7.0.*ais.caps"):
-        module.mixture(module.changed(config, {"ais": {"weight_cap": 7.0}}), vectors, batches)
+        module.mixture(module.changed(config, {"ais": {"coefficient": "product", "weight_cap": 7.0}}), vectors, batches)
 
 
 @pytest.mark.slow

@@ -32,7 +32,7 @@ def test_what_the_schema_says() -> None:
     assert facts("rollout.quantization") == ("one of", "fp8_e4m3", "none, fp8_e4m3, fp8_e5m2, fp4_e2m1, int4")
     assert facts("objective.aggregation") == ("empty or one of", "empty", "token, sequence, constant")
     assert facts("model.architecture.head_dim") == ("whole number", "required", "from 1")
-    assert facts("ais.tau") == ("number or auto", "0.002", "")
+    assert facts("ais.tau") == ("number or auto", "0.0005", "")
     assert facts("parallel.dp") == ("whole number or empty", "empty", "from 1")
     assert facts("train.optimizer.lr")[1] == "1e-06" and facts("sft.optimizer.lr")[1] == "0.001", "one schema, two defaults"
 

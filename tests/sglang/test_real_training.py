@@ -29,7 +29,7 @@ CONFIG = ROOT / "configs" / "tiny_countdown_sglang.yaml"
 RESPONSES = 16 * 8
 Servers = Callable[[str, str], RunningServer]
 
-COMMON = ["sft.steps=60", "eval.num_prompts=32"]
+COMMON = ["sft.steps=60", "eval.num_prompts=32", "ais.coefficient=product"]  # whose alpha follows D, which is what is compared
 SHORT = "sft.steps=20"  # where nothing is said about what was learnt
 
 
@@ -103,7 +103,7 @@ def test_twenty_steps_with_a_server_killed_on_the_way(ranks: RankPool, tmp_path:
         ours, theirs = (mean(row[name] for row in some) for some in (rows, rows_of(local)))
         print(f"{name}: SGLang {ours:.4g}, local engine {theirs:.4g}")
         assert abs(ours - theirs) < tolerance, name
-    assert 0.05 < mean(row["alpha"] for row in rows) < 0.95 and 2e-4 < mean(row["divergence_severity"] for row in rows) < 5e-3
+    assert 0.05 < mean(row["alpha"] for row in rows) < 0.99 and 2e-4 < mean(row["divergence_severity"] for row in rows) < 5e-3
 
 
 def test_only_the_factors_of_lora_travel(tmp_path: Path) -> None:

@@ -45,6 +45,10 @@ FAMILY_LAYOUTS: dict[str, tuple[int, dict[str, Any], str]] = {
 ALL_LAYOUTS = LAYOUTS | FAMILY_LAYOUTS
 
 
+# Each row is a group of its own, so that ranks may share six rows as they like.
+SINGLE = {"rollout": {"group_size": 1, "return_routed_experts": False}, "objective": {"advantages": "reward", "dynamic_sampling": False}}
+
+
 def config_of(layout: str, **sections: Any) -> Config:
     kind, (_, parallel, recompute) = layout.split(",")[0], ALL_LAYOUTS[layout]
     model = {"architecture": ARCHITECTURES[kind], "dtype": "fp32", "recompute": recompute}
@@ -153,7 +157,8 @@ def training(rank: int, layout: str, weights: Path, fp8: bool = False, lora: int
     from ais_megatron.update import lagged_update, update
 
     replay = layout.startswith("moe")
-    options = {"rollout": {"return_routed_experts": True}, "moe": {"routing_replay": True, "z_coefficient": 1e-3}} if replay else {}
+    options: dict[str, Any] = {"moe": {"routing_replay": True, "z_coefficient": 1e-3}} if replay else {}
+    options |= SINGLE | {"rollout": SINGLE["rollout"] | {"return_routed_experts": replay}}
     if lora:
         options |= {"policy": {"lora": {"rank": lora}}, "sft": {"steps": 1}, "train": {"optimizer": {"lr": 1e-2, "warmup_steps": 0}}}
     if fp8:
@@ -185,7 +190,10 @@ def objectives(rank: int, layout: str, weights: Path, names: list[tuple[str, str
     rows = off_policy(policy, my_rows(batch_of(policy.config))[0])
     norms = {}
     for objective, correction in names:
-        policy.config = config_of(layout, objective={"name": objective}, correction=correction, train={"optimizer": {"lr": 1e-9}})
+        wish = SINGLE["objective"] | {"name": objective}
+        policy.config = config_of(
+            layout, rollout=SINGLE["rollout"], objective=wish, correction=correction, train={"optimizer": {"lr": 1e-9}}
+        )
         norms[f"{objective}/{correction}"] = update(policy, rows, AISState(), PhaseTimer(None)).metrics["grad_norm"]
     return norms
 
