@@ -181,8 +181,30 @@ def plan(
     prompt_tokens: Annotated[int, typer.Option(help="length of a typical prompt")] = 256,
     response_tokens: Annotated[int | None, typer.Option(help="length of a typical response; default: rollout.max_response_tokens")] = None,
     suggestions: Annotated[int, typer.Option(help="number of other layouts to list for the same GPUs")] = 5,
+    train_ratio: Annotated[
+        float | None, typer.Option(help="time of a forward and backward pass, divided by that of a forward pass; default: 3")
+    ] = None,
+    recompute_ratio: Annotated[float | None, typer.Option(help="the same with recomputed layers; default: 4")] = None,
+    quantize_passes: Annotated[
+        float | None, typer.Option(help="how often a sync's quantisation reads or writes the unquantised bytes; default: 3")
+    ] = None,
+    request_us: Annotated[float | None, typer.Option(help="CPU time of an HTTP request of the client; default: 250")] = None,
+    hop_us: Annotated[float, typer.Option(help="latency of a message from node to node")] = 14.0,
+    chunk_mib: Annotated[float, typer.Option(help="what a member of a broadcast receives before it passes it on")] = 0.5,
+    bucket_ms: Annotated[float, typer.Option(help="what a server does for a bucket of a sync apart from receiving it")] = 20.0,
+    calibration: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="JSON of benchmarks/plan_calibration.py, whose measurements replace the defaults above"),
+    ] = None,
+    sweep: Annotated[bool, typer.Option("--sweep", help="find the fastest layout at each number of GPUs, and what stops scaling")] = False,
+    sweep_gpus: Annotated[str, typer.Option(metavar="N,N...", help="GPUs of the sweep, of trainer and servers together")] = (
+        "16,32,64,128,256,512,1024,2048,4096"
+    ),
+    responses: Annotated[str, typer.Option(metavar="N,N...", help="lengths of the sweep's responses")] = "4096,8192,16384,32768",
+    out: Annotated[Path, typer.Option(metavar="DIR", help="folder for the sweep's sweep.md, sweep.json and sweep.png")] = Path("sweep"),
 ) -> None:
     """Estimate memory, traffic and time of a run from its configuration. Needs no GPU. Status 1 if the run cannot work or fit."""
+    from ais_megatron.planning.calibration import read_calibration
     from ais_megatron.planning.cost import CARDS, Assumptions
     from ais_megatron.planning.plan import make_plan, print_plan, suggest, with_gpus
 
@@ -190,7 +212,15 @@ def plan(
         raise ConfigError(
             f"--gpu {gpu}: unknown; allowed: {', '.join(CARDS)} (describe others by --gpu-memory-gib, --peak-tflops and --memory-gb-s)"
         )
+    measured = read_calibration(calibration) if calibration else {}
+    chosen = {"train_ratio": train_ratio, "recompute_ratio": recompute_ratio, "quantize_passes": quantize_passes, "request_us": request_us}
+    measured = {name: value for name, value in measured.items() if chosen[name] is None}
+    given = measured | {name: value for name, value in chosen.items() if value is not None}
     assumed = Assumptions(
+        **given,
+        hop_us=hop_us,
+        chunk_mib=chunk_mib,
+        bucket_ms=bucket_ms,
         card=CARDS[gpu],
         gpu_memory_gib=gpu_memory_gib,
         peak_tflops=peak_tflops,
@@ -208,6 +238,14 @@ def plan(
         fragmentation=fragmentation,
         margin=margin,
     )
+    if sweep:
+        from ais_megatron.planning.scale import sweep as find_points
+        from ais_megatron.planning.scale_report import write_sweep
+
+        loaded = load_config(config, overrides or [])
+        points = find_points(loaded, assumed, _numbers("--sweep-gpus", sweep_gpus), _numbers("--responses", responses))
+        print(write_sweep(out, loaded, assumed, points, measured) + f"\nwritten: {out}/sweep.md, sweep.json and sweep.png")
+        return
     planned = make_plan(with_gpus(load_config(config, overrides or []), gpus), assumed)
     print_plan(planned, suggest(planned.config, assumed, planned.gpus, suggestions) if suggestions else [])
     if planned.problems:
@@ -295,6 +333,13 @@ def keys(
     from ais_megatron.config.keys import all_keys, as_markdown, as_text, keys_of
 
     print(as_markdown() if markdown else as_text(keys_of(section) if section else all_keys(), shutil.get_terminal_size().columns))
+
+
+def _numbers(option: str, text: str) -> list[int]:
+    try:
+        return sorted({int(part) for part in text.split(",")})
+    except ValueError as error:
+        raise ConfigError(f"{option} {text}: must be whole numbers separated by commas, such as 16,64,256") from error
 
 
 def _run_distributed(config: Config, work: Callable[[Config], None]) -> None:

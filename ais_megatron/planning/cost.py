@@ -3,7 +3,8 @@
     decode step  max(bytes of weights and KV cache read / (bandwidth x efficiency), FLOPs / peak) + latency of each layer
     passes       FLOPs / (GPUs x peak x MFU) x (1 + pipeline bubble) + traffic of tensor, context and expert parallelism, not overlapped
     gradients    reduce-scatter in FP32 and all-gather of the weights over DP, not overlapped (our DDP does not overlap)
-    sync         gather within the trainer, quantise, send to the servers, one after the other
+    sync         gather within the trainer, quantise, send to the servers, one after the other. The servers form one chain, as in NCCL's
+                 broadcast: bytes / network + buckets x (requests to all servers + hops along the chain + the servers' own work)
 
 FLOPs per token are 2 per active parameter in the forward pass, 4 in the backward pass, 2 more if layers are recomputed, and those of
 causal attention. These estimates are for choosing a layout, and every constant is an option of the command. `planning.memory`
@@ -13,7 +14,8 @@ computes the memory. No torch here.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import ceil, inf, isfinite
+from math import ceil, inf, isfinite, log2
+from typing import Literal
 
 from ais_megatron.config import Architecture, Config, ConfigError
 from ais_megatron.planning.memory import (
@@ -32,6 +34,7 @@ from ais_megatron.planning.memory import (
 GIB = 2**30
 SERVER_MEM_FRACTION = 0.88  # if rollout.sglang.mem_fraction is empty; SGLang's own choice depends on the card
 PCIE_GB_S, DISK_GB_S = 25.0, 2.0  # bandwidth of rollout.sglang.transport=tensor and =disk
+NVLINK_HOP_US = 3.4  # of a message within a node, in NCCL's protocol for large messages (its tuning tables)
 
 
 @dataclass(frozen=True)
@@ -70,6 +73,13 @@ LIMITS = {
     "fragmentation": (0.0, 1.0),
     "margin": (0.0, 1.0),
     "expert_load": (1.0, inf),
+    "train_ratio": (1.0, inf),
+    "recompute_ratio": (1.0, inf),
+    "quantize_passes": (0.0, inf),
+    "request_us": (0.0, inf),
+    "hop_us": (0.0, inf),
+    "chunk_mib": (0.0, inf),
+    "bucket_ms": (0.0, inf),
 }
 POSITIVE = {"gpu_memory_gib", "peak_tflops", "memory_gb_s", "nvlink_gb_s", "network_gb_s", "mfu", "decode_efficiency"}
 
@@ -116,6 +126,20 @@ class Assumptions:
     """A layout fits only if its peak and this share of it fit."""
     expert_load: float = 1.25
     """Tokens of the busiest rank's experts, divided by the mean."""
+    train_ratio: float = 3.0
+    """Time of a forward and backward pass, divided by that of a forward pass."""
+    recompute_ratio: float = 4.0
+    """The same if layers are recomputed."""
+    quantize_passes: float = 3.0
+    """How often a sync's quantisation reads or writes the bytes of the unquantised weights."""
+    request_us: float = 250.0
+    """CPU time of an HTTP request on the client's one event loop."""
+    hop_us: float = 14.0
+    """Latency of a message from one node to the next."""
+    chunk_mib: float = 0.5
+    """Bytes that a member of a broadcast receives before it passes them on."""
+    bucket_ms: float = 20.0
+    """What a server does for a bucket apart from receiving it."""
 
     def __post_init__(self) -> None:
         problems = [problem for name in LIMITS if (problem := _limit_problem(name, getattr(self, name)))]
@@ -252,8 +276,8 @@ def servers_of(config: Config, assumed: Assumptions) -> Servers:
     return Servers(gpus, tp, engine_bytes(config, tp), kv, pool, concurrency)
 
 
-def generate_seconds(config: Config, assumed: Assumptions, servers: Servers) -> float:
-    """Seconds of generation: one prefill per group, then waves of decode steps. All responses have the typical length."""
+def generate_parts(config: Config, assumed: Assumptions, servers: Servers) -> dict[str, float]:
+    """Seconds of generation by cause: one prefill per group, then waves of decode steps. All responses have the typical length."""
     a, rollout = config.architecture, config.rollout
     prompt, response = row_tokens(config, assumed)
     prefill = forward_flops(a, rollout.prompts_per_step, prompt) / (servers.gpus * assumed.flops * assumed.mfu)
@@ -267,34 +291,47 @@ def generate_seconds(config: Config, assumed: Assumptions, servers: Servers) -> 
     weights = width * (quantized - experts * (1.0 - touched)) + dtype_bytes(config) * (total_parameters(a) - quantized)
     cache = servers.concurrency * (prompt + response / 2) * servers.kv_per_token
     speed = assumed.bandwidth * assumed.decode_efficiency
-    flops = servers.concurrency * 2.0 * active_parameters(a) / servers.tp
-    step = max(weights / servers.tp / speed + cache / speed, flops / (assumed.flops * assumed.mfu))
-    step += a.num_hidden_layers * assumed.latency_us * 1e-6
+    flops = servers.concurrency * 2.0 * active_parameters(a) / servers.tp / (assumed.flops * assumed.mfu)
     waves = ceil(rollout.prompts_per_step * rollout.group_size / (servers.engines * servers.concurrency))
-    return prefill + waves * response * step
+    steps, read = waves * response, weights / servers.tp / speed + cache / speed
+    parts = {"prefill": prefill, "latency of layers": steps * a.num_hidden_layers * assumed.latency_us * 1e-6}
+    if flops > read:
+        return parts | {"FLOPs of decoding": steps * flops}
+    return parts | {"reading weights": steps * weights / servers.tp / speed, "reading the KV cache": steps * cache / speed}
 
 
-def pass_seconds(config: Config, assumed: Assumptions, flops_share: float, sends: int) -> float:
-    """Seconds of one pass over the whole batch.
+def generate_seconds(config: Config, assumed: Assumptions, servers: Servers) -> float:
+    """Seconds of generation; see `generate_parts`."""
+    return sum(generate_parts(config, assumed, servers).values())
+
+
+def pass_parts(config: Config, assumed: Assumptions, flops_share: float, sends: int) -> dict[str, float]:
+    """Seconds of one pass over the whole batch, by cause.
 
     flops_share: FLOPs of the pass, divided by those of a forward pass. sends: the same for the collectives of a layer."""
     a, parallel = config.architecture, config.parallel
     split = microbatching(config, sum(row_tokens(config, assumed)), config.run.backend != "cpu")
-    bubble = 1.0 + (parallel.pp - 1) / split.count
     rows = split.computed * config.train.updates_per_batch  # rows of one data-parallel rank, including padding rows
     compute = flops_share * forward_flops(a, rows, split.width) / (parallel.model_parallel_size * assumed.flops * assumed.mfu)
     layer_bytes = rows * split.width / parallel.cp * a.hidden_size * dtype_bytes(config) * a.num_hidden_layers / parallel.pp
-    sent = 0.0
+    parts = {"FLOPs of the trainer": compute, "tensor parallelism": 0.0, "expert parallelism": 0.0}
     if parallel.tp > 1:
-        sent += 2 * 2 * (parallel.tp - 1) / parallel.tp * layer_bytes / assumed.link(parallel.tp)  # two all-reduces
+        sent = 2 * 2 * (parallel.tp - 1) / parallel.tp * layer_bytes / assumed.link(parallel.tp)  # two all-reduces
+        parts["tensor parallelism"] = sends * sent
     if parallel.cp > 1:  # keys and values of the other ranks
         keys = rows * split.width * 2 * a.kv_size // parallel.tp * dtype_bytes(config) * a.num_hidden_layers / parallel.pp
-        sent += keys * (parallel.cp - 1) / parallel.cp / assumed.link(parallel.tp * parallel.cp)
+        sent = keys * (parallel.cp - 1) / parallel.cp / assumed.link(parallel.tp * parallel.cp)
+        parts["context parallelism"] = sends * sent
     spread = parallel.ep * parallel.etp
     if spread > 1:
         routed = layer_bytes / parallel.tp * a.num_experts_per_tok * (spread - 1) / spread
-        sent += 2 * routed / assumed.link(spread)  # to the experts and back
-    return (compute + sends * sent) * bubble
+        parts["expert parallelism"] = sends * 2 * routed / assumed.link(spread)  # to the experts and back
+    return parts | {"pipeline bubble": sum(parts.values()) * (parallel.pp - 1) / split.count}
+
+
+def pass_seconds(config: Config, assumed: Assumptions, flops_share: float, sends: int) -> float:
+    """Seconds of one pass over the whole batch; see `pass_parts`."""
+    return sum(pass_parts(config, assumed, flops_share, sends).values())
 
 
 def sync_bytes(config: Config) -> SyncBytes:
@@ -311,29 +348,60 @@ def sync_bytes(config: Config) -> SyncBytes:
     return SyncBytes(gathered, whole * (parallel.pp - 1) // parallel.pp, pushed_bytes(config), buckets)
 
 
-def sync_seconds(config: Config, assumed: Assumptions, moved: SyncBytes) -> float:
+Route = Literal["chain", "tree", "direct"]
+
+
+def sync_parts(config: Config, assumed: Assumptions, moved: SyncBytes, servers: Servers, route: Route = "chain") -> dict[str, float]:
+    """Seconds of a sync, by cause.
+
+    route: how the broadcast reaches the servers. chain: each GPU passes chunks on to the next one, as NCCL does. tree: two binary trees
+    over the nodes, each with half of the bytes. direct: the trainer sends to one server after the other. Only the chain is implemented.
+    """
     parallel, rollout = config.parallel, config.rollout
     inside = max(parallel.tp, parallel.ep * parallel.etp)
     export = moved.gathered / assumed.link(inside) + moved.broadcast / assumed.link(parallel.model_parallel_size)
-    quantize = (
-        0.0
-        if rollout.quantization == "none" or rollout.lora_sync == "adapter"
-        else 3 * dtype_bytes(config) * total_parameters(config.architecture)
-    )
+    parts = {"gathering in the trainer": export, "quantising": 0.0}
+    if rollout.quantization != "none" and rollout.lora_sync != "adapter":
+        quantized = assumed.quantize_passes * dtype_bytes(config) * total_parameters(config.architecture)
+        parts["quantising"] = quantized / assumed.bandwidth
     if rollout.engine_traits.is_embedded:
-        return export + (quantize + moved.pushed) / assumed.bandwidth
-    ways = {"tensor": PCIE_GB_S * 1e9, "disk": DISK_GB_S * 1e9 / 2}  # a disk writes first and then reads
-    return export + quantize / assumed.bandwidth + moved.pushed / ways.get(rollout.sglang.transport, assumed.network_gb_s * 1e9)
+        return parts | {"bytes to the engines": moved.pushed / assumed.bandwidth}
+    transport = rollout.sglang.transport
+    if transport in ("tensor", "disk"):
+        speed = PCIE_GB_S * 1e9 if transport == "tensor" else DISK_GB_S * 1e9 / 2  # a disk writes first and then reads
+        return parts | {"bytes to the servers": moved.pushed / speed}
+    network = assumed.network_gb_s * 1e9
+    nodes, chunk = ceil(servers.gpus / assumed.gpus_per_node), assumed.chunk_mib * 2**20
+    hop = assumed.hop_us * 1e-6 + chunk / network
+    hop_inside = NVLINK_HOP_US * 1e-6 + chunk / (assumed.nvlink_gb_s * 1e9)
+    fill = {
+        "chain": nodes * hop + (servers.gpus - nodes) * hop_inside,
+        "tree": 2 * ceil(log2(nodes + 1)) * hop + (min(servers.gpus, assumed.gpus_per_node) - 1) * hop_inside,
+        "direct": hop + (servers.tp - 1) * hop_inside,
+    }[route]
+    return parts | {
+        "bytes to the servers": moved.pushed / network * (servers.engines if route == "direct" else 1),
+        # One for every bucket, and after the sync each rank asks every server which weights it has.
+        "requests to all servers": (moved.buckets + 1) * servers.engines * assumed.request_us * 1e-6,
+        "hops of the broadcast": moved.buckets * fill,
+        "the servers' own work": moved.buckets * assumed.bucket_ms * 1e-3,
+    }
+
+
+def sync_seconds(config: Config, assumed: Assumptions, moved: SyncBytes, servers: Servers) -> float:
+    """Seconds of a sync; see `sync_parts`."""
+    return sum(sync_parts(config, assumed, moved, servers).values())
 
 
 def step_time(config: Config, assumed: Assumptions) -> StepTime:
     """Estimate the seconds of each phase of a step. `parallel.dp` must be set."""
     a, parallel, rollout = config.architecture, config.parallel, config.rollout
     dp, recompute = parallel.dp or 1, config.model.recompute == "full"
-    generate = generate_seconds(config, assumed, servers_of(config, assumed))
+    servers = servers_of(config, assumed)
+    generate = generate_seconds(config, assumed, servers)
     logprobs = 0.0 if config.ais.lag else pass_seconds(config, assumed, 1.0, 1)
     logprobs += pass_seconds(config, assumed, 1.0, 1) if config.objective.kl_coefficient else 0.0
-    train = pass_seconds(config, assumed, 4.0 if recompute else 3.0, 3 if recompute else 2)
+    train = pass_seconds(config, assumed, assumed.recompute_ratio if recompute else assumed.train_ratio, 3 if recompute else 2)
     counts = max((rank_counts(a, parallel, stage) for stage in (0, parallel.pp - 1)), key=lambda c: c.all)
     replicas, updates = dp * parallel.cp, config.train.updates_per_batch
     ring = (4 + dtype_bytes(config)) * counts.all * (replicas - 1) / replicas
@@ -341,7 +409,7 @@ def step_time(config: Config, assumed: Assumptions) -> StepTime:
     optimizer = (
         updates * 40.0 * counts.all / replicas / assumed.bandwidth
     )  # reads and writes master weights and moments, and gradient, norm and weight
-    sync = sync_seconds(config, assumed, sync_bytes(config))
+    sync = sync_seconds(config, assumed, sync_bytes(config), servers)
     trainer = logprobs + train + gradients + optimizer
     total = max(generate, trainer) + sync if rollout.ahead else generate + trainer + sync
     tokens = rollout.prompts_per_step * rollout.group_size * row_tokens(config, assumed)[1]

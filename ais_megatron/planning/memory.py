@@ -285,9 +285,14 @@ def logits_shape(config: Config, tokens: int, cuda: bool) -> tuple[int, int]:
 
 def quantized_counts(a: Architecture, block: int) -> tuple[int, int]:
     """Number of (parameters, blocks of `block` rows and columns) in all projections that FP8 rollouts quantise."""
-    shapes = [shape_of(weight, a) for weight in a.family.layer + a.family.experts * a.num_experts if weight.quantized]
-    layers = a.num_hidden_layers
-    return layers * sum(n * k for n, k in shapes), layers * sum(ceil(n / block) * ceil(k / block) for n, k in shapes)
+
+    def count(table: tuple[Weight, ...]) -> tuple[int, int]:
+        shapes = [shape_of(weight, a) for weight in table if weight.quantized]
+        return sum(n * k for n, k in shapes), sum(ceil(n / block) * ceil(k / block) for n, k in shapes)
+
+    (parameters, blocks), (of_expert, blocks_of_expert) = count(a.family.layer), count(a.family.experts)
+    layers, experts = a.num_hidden_layers, a.num_experts
+    return layers * (parameters + experts * of_expert), layers * (blocks + experts * blocks_of_expert)
 
 
 ADAPTER_PLACES = 3  # on a server: --max-loras-per-batch of rollout/sglang/server.py

@@ -91,13 +91,13 @@ def with_gpus(config: Config, gpus: int | None) -> Config:
             f"--gpus {gpus}: parallel.tp={parallel.tp} * pp={parallel.pp} * cp={parallel.cp} * dp={parallel.dp or 'any'} needs "
             f"{'' if parallel.dp else 'a multiple of '}{parallel.local_world_size}"
         )
-    planned = _revised(config, parallel={"dp": dp})
+    planned = revised(config, parallel={"dp": dp})
     if isinstance(planned, str):
         raise ConfigError(planned)
     return planned
 
 
-def _revised(config: Config, **sections: dict[str, object]) -> Config | str:
+def revised(config: Config, **sections: dict[str, object]) -> Config | str:
     """The configuration with some keys changed, or the message of the error if it is not valid."""
     data = config.model_dump()
     for name, changes in sections.items():
@@ -186,6 +186,14 @@ def suggest(config: Config, assumed: Assumptions, gpus: int, count: int = 5) -> 
     """
     if count < 0:
         raise ConfigError(f"--suggestions {count}: must be 0 or more; 0 lists none")
+    # If generation decides (rollout.ahead=1), steps take the same time up to the sync. Then the layout whose trainer needs the least time
+    # comes first.
+    fitting = fitting_plans(config, assumed, gpus)
+    return sorted(fitting, key=lambda plan: (float(f"{plan.time.total:.3g}"), plan.time.trainer, plan.peak))[:count]
+
+
+def fitting_plans(config: Config, assumed: Assumptions, gpus: int) -> list[Plan]:
+    """All layouts of `suggest`, in no order."""
     a, cp, fitting = config.architecture, config.parallel.cp, []
     experts = [n for n in POWERS if a.is_moe and a.num_experts % n == 0] or [1]
     for tp in (n for n in POWERS if n <= min(gpus, assumed.gpus_per_node)):
@@ -196,13 +204,11 @@ def suggest(config: Config, assumed: Assumptions, gpus: int, count: int = 5) -> 
                     continue
                 layout: dict[str, object] = dict(tp=tp, pp=pp, dp=dp, ep=ep, etp=etp, sequence_parallel=tp > 1)
                 for recompute in ("none", "full"):
-                    revised = _revised(config, parallel=layout, model={"recompute": recompute})
-                    if isinstance(revised, Config) and not (plan := make_plan(revised, assumed)).problems:
+                    changed = revised(config, parallel=layout, model={"recompute": recompute})
+                    if isinstance(changed, Config) and not (plan := make_plan(changed, assumed)).problems:
                         fitting.append(plan)
                         break  # if the layout fits without recomputation, recomputation only costs time
-    # If generation decides (rollout.ahead=1), steps take the same time up to the sync. Then the layout whose trainer needs the least time
-    # comes first.
-    return sorted(fitting, key=lambda plan: (float(f"{plan.time.total:.3g}"), plan.time.trainer, plan.peak))[:count]
+    return fitting
 
 
 def print_plan(plan: Plan, suggestions: list[Plan]) -> None:
