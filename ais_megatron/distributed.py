@@ -113,6 +113,13 @@ def broadcast_text(text: str) -> str:
     return bytes(raw.tolist()).decode()
 
 
+def shared_store() -> dist.Store | None:
+    """The key-value store in which the ranks found each other; None if there is only one rank."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return None
+    return dist.distributed_c10d._get_default_store()
+
+
 def reduce_metrics(sums: Mapping[str, tuple[float, float]], group: dist.ProcessGroup | None = None) -> dict[str, float]:
     """Global means. Each entry is (sum, count) of this rank. One all-reduce gives sum(sums) / sum(counts), or 0 if the count is 0."""
     totals = all_reduce_sum(torch.tensor(list(sums.values()), dtype=torch.float64), group).tolist()

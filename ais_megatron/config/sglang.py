@@ -52,7 +52,11 @@ class SGLangConfig(Section):
     verify_tolerance: float = Field(
         1.0, gt=0.0, description="a sync fails if engine and trainer differ by more than this many nats per token on a few probe tokens"
     )
-    max_concurrency: PositiveInt = Field(256, description="most requests in flight at one server")
+    max_concurrency: PositiveInt = Field(
+        256,
+        description="most requests in flight at one server, of all ranks together; at most max_running, if that is set. Further requests "
+        "wait, and go to the first server that has room",
+    )
     request_timeout_s: float = Field(
         600.0,
         gt=0.0,

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from ais_megatron.config import Config, doors
-from ais_megatron.distributed import broadcast_text, device, rank, rank_consistent
+from ais_megatron.distributed import broadcast_text, device, rank, rank_consistent, shared_store
 from ais_megatron.rollout.engine import RolloutEngine
 from ais_megatron.rollout.local.engine import LocalEngine
 from ais_megatron.rollout.recording import RecordingEngine
@@ -89,6 +89,7 @@ def _sglang_engine(config: Config, eos_ids: tuple[int, ...], pad_id: int) -> Rol
             transport=transport,
             adapters=Adapters(config) if config.rollout.lora_sync == "adapter" else None,
             number=rank(),
+            store=shared_store(),
             on_close=pool.stop if pool else lambda: None,
         )
 

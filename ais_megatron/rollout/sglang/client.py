@@ -20,6 +20,7 @@ from typing import Any
 
 import aiohttp
 import torch
+from torch.distributed import Store
 
 from ais_megatron.batch import Bucket, Prompt, Rollout
 from ais_megatron.config import Architecture, RolloutConfig
@@ -35,6 +36,7 @@ from ais_megatron.rollout.sglang.checks import check_coverage, check_scales, ran
 from ais_megatron.rollout.sglang.dispatch import Dispatcher, Generation, Server, versions_of
 from ais_megatron.rollout.sglang.patience import Patience
 from ais_megatron.rollout.sglang.responses import ResponseFormat
+from ais_megatron.rollout.sglang.routing import OwnLoads, SharedLoads
 from ais_megatron.rollout.sglang.transport import Transport, WeightUpdate
 
 KEEP_ALIVE_S = 2.0  # for an idle connection. SGLang closes it after 5 s, possibly while we are sending a request
@@ -53,6 +55,7 @@ class SGLangEngine:
         transport: how weights travel. Only rank 0 has one, and only rank 0 updates.
         adapters: how LoRA's factors travel, if they are sent by themselves. Every rank has it.
         number: this rank's number. Ranks begin with different servers.
+        store: where the ranks count the requests at each server; None if this is the only rank.
         on_close: called at the end of `close`, to stop servers that were started for this engine.
     """
 
@@ -71,6 +74,7 @@ class SGLangEngine:
         transport: Transport | None = None,
         adapters: Adapters | None = None,
         number: int = 0,
+        store: Store | None = None,
         on_close: Callable[[], None] = lambda: None,
     ) -> None:
         self._on_close = on_close
@@ -91,8 +95,9 @@ class SGLangEngine:
         self._servers = [self._server(url) for url in urls]
         self._updated: list[Server] = []  # servers in the last update
         router = self._config.router
+        loads = OwnLoads(max(len(urls), 1)) if store is None else SharedLoads(store, run_id, len(urls))
         doors = [self._server(router, tuple(server.api for server in self._servers))] if router else self._servers
-        self._dispatcher = Dispatcher(doors, self._config, self._ask, self._is_current, lambda: self._is_updating, number)
+        self._dispatcher = Dispatcher(doors, self._config, self._ask, self._is_current, lambda: self._is_updating, number, loads)
 
     def _server(self, url: str, behind: tuple[ServerAPI, ...] = ()) -> Server:
         return Server(ServerAPI(url, self._session, self._config.request_timeout_s), behind=behind)

@@ -1,8 +1,7 @@
 """Distributes requests over the servers, and handles requests and servers that fail.
 
-Every request is for one response. It goes to the least loaded server, but preferably to the one that has the prompt's other samples
-and so its prefix. A response counts once. It is stored under (prompt, sample). A request is repeated only after its connection is
-closed, and the server drops a request whose connection is closed.
+Every request is for one response. `routing` chooses its server. A response counts once. It is stored under
+(prompt, sample). A request is repeated only after its connection is closed, and the server drops a request whose connection is closed.
 
     refused with 5xx         repeated after a pause that doubles, up to MAX_ATTEMPTS times
     its queue is full        repeated until there is room
@@ -18,9 +17,10 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
+from itertools import count
 from typing import Any
 
 from ais_megatron.batch import Prompt, Rollout
@@ -29,6 +29,7 @@ from ais_megatron.distributed import Unavailable
 from ais_megatron.rollout.engine import SamplingParams, WeightsLost
 from ais_megatron.rollout.occupancy import Occupancy
 from ais_megatron.rollout.sglang.api import Refused, ServerAPI, Unreachable
+from ais_megatron.rollout.sglang.routing import Key, Loads, Waiting, limit_of
 
 logger = logging.getLogger(__name__)
 
@@ -37,8 +38,8 @@ BACKOFF = 0.1  # seconds, doubled with every attempt
 HEALTH_SECONDS, HEALTH_TIMEOUT = 10.0, 30.0  # between health checks of working servers, and for one check
 PROGRESS_SECONDS = 5.0  # at most, between two looks at a server's progress
 QUEUE_FULL, QUEUE_SECONDS = "queue is full", 1.0  # in SGLang's message if it has --max-queued-requests; then a pause
+ROOM_SECONDS = 0.1  # between two looks whether other ranks have left room at a server
 OTHER_WEIGHTS = 200  # our own "status": the answer is valid, but not from this run's weights
-Key = tuple[int, int]  # (position in the prompts, sample number)
 
 
 @dataclass(eq=False)
@@ -103,7 +104,8 @@ class Generation:
     sampling: SamplingParams
     done: dict[Key, Rollout] = field(default_factory=dict)
     attempts: dict[Key, int] = field(default_factory=dict)
-    home: dict[int, Server] = field(default_factory=dict)
+    home: dict[int, int] = field(default_factory=dict)
+    """The server, by number, that has a prompt's other samples."""
 
     def missing(self) -> list[Key]:
         keys = ((i, sample) for i in range(len(self.prompts)) for sample in range(self.sampling.num_samples))
@@ -121,6 +123,7 @@ class Dispatcher:
         is_current: whether a server whose weights have this name may be used now.
         is_updating: whether an update is in progress. Servers are then paused. They make no progress and do not answer health checks.
         number: this rank's number. Ranks begin with different servers.
+        loads: requests in flight at each server.
     """
 
     def __init__(
@@ -131,9 +134,14 @@ class Dispatcher:
         is_current: Callable[[str], bool],
         is_updating: Callable[[], bool],
         number: int,
+        loads: Loads,
     ) -> None:
         self.servers, self._config, self._request, self._number = servers, config, request, number
         self._is_current, self._is_updating = is_current, is_updating
+        self._loads, self._limit = loads, limit_of(config)
+        self._placing, self._has_room = asyncio.Lock(), asyncio.Event()
+        self._active: list[Waiting] = []
+        self._calls = count()
         self.occupancy = Occupancy(len(servers))
         self._look_every = min(PROGRESS_SECONDS, config.request_timeout_s / 4)
 
@@ -148,45 +156,84 @@ class Dispatcher:
         while missing := generation.missing():
             if not any(server.usable for server in self.servers):
                 await self._wait_for_a_server()
-            queue = deque(missing)
-            workers = min(len(queue), self._config.max_concurrency * max(len(self._config.servers), len(self.servers)))
+            waiting = Waiting(missing, generation.home, (generation.prompts[0].index < 0, next(self._calls)))
+            workers = min(len(missing), self._limit * len(self.servers))
             watches = [asyncio.ensure_future(watch) for watch in (self._watch(), self._follow())]
-            work = [asyncio.ensure_future(self._work(generation, queue)) for _ in range(workers)]
+            work = [asyncio.ensure_future(self._work(generation, waiting)) for _ in range(workers)]
+            self._active.append(waiting)
             try:
                 await asyncio.gather(*work)
             finally:
+                self._active.remove(waiting)
                 for task in (*watches, *work):
                     task.cancel()
                 await asyncio.gather(*watches, *work, return_exceptions=True)
 
-    async def _work(self, generation: Generation, queue: deque[Key]) -> None:
+    async def _work(self, generation: Generation, waiting: Waiting) -> None:
         """Fetch one missing response after the other, until none is missing or no server is left."""
-        while queue:
-            server = self._choose(generation, queue[0])
-            if server is None:
-                return
-            key = queue.popleft()
+        while (place := await self._place(waiting)) is not None:
+            number, key = place
+            server = self.servers[number]
             if not server.requests:
                 server.move()  # it had nothing to do
             request = asyncio.ensure_future(self._ask(server, generation.prompts[key[0]], generation.sampling, key[1]))
             server.requests.add(request)
             try:
-                with self.occupancy.at(self.servers.index(server)):
-                    rollout = await request
+                try:
+                    with self.occupancy.at(number):
+                        rollout = await request
+                finally:
+                    server.requests.discard(request)
+                    self._loads.release(number)
+                    self._has_room.set()
             except (Unreachable, Refused, asyncio.CancelledError) as error:
                 this = asyncio.current_task()
                 if this is not None and this.cancelling():  # everything is cancelled, not only this request
                     raise
-                queue.appendleft(key)
+                waiting.put(key)
                 await self._failed(server, generation, key, error)
             else:
                 if rollout is None:
-                    queue.appendleft(key)
+                    waiting.put(key)
                     await self._failed(server, generation, key, Refused(OTHER_WEIGHTS, "answered with other weights than this run's"))
                 else:
                     generation.done[key] = rollout
-            finally:
-                server.requests.discard(request)
+
+    async def _place(self, waiting: Waiting) -> tuple[int, Key] | None:
+        """Wait until a server has room for one of the requests, and count it there. None if nothing waits or no server can be used.
+
+        Calls do not overtake each other: while requests of an earlier one wait, this one waits too, and evaluations come last.
+        """
+        async with waiting.turn:
+            while waiting:
+                usable = [i for i, server in enumerate(self.servers) if server.usable]
+                if not usable:
+                    return None
+                self._has_room.clear()
+                if not any(waiting.comes_after(other) for other in self._active):
+                    async with self._placing:
+                        if (place := await self._try_to_place(waiting, usable)) is not None:
+                            return place
+                with suppress(TimeoutError):
+                    await asyncio.wait_for(self._has_room.wait(), ROOM_SECONDS)
+        return None
+
+    async def _try_to_place(self, waiting: Waiting, usable: list[int]) -> tuple[int, Key] | None:
+        loads = await self._loads.counts()
+        place = waiting.choose({i: loads[i] for i in usable}, self._limit, self._number % len(self.servers))
+        if place is None:
+            return None
+        waiting.take(place[1])
+        try:
+            load = await self._loads.reserve(place[0])
+        except BaseException:
+            waiting.put(place[1])
+            raise
+        if load <= self._limit and self.servers[place[0]].usable:
+            return place
+        waiting.put(place[1])  # another rank was faster, or the server was lost meanwhile
+        self._loads.release(place[0])
+        return None
 
     async def _ask(self, server: Server, prompt: Prompt, sampling: SamplingParams, sample: int) -> Rollout | None:
         """Make one request, however long it takes while the server makes progress.
@@ -207,17 +254,6 @@ class Dispatcher:
             if not request.done():
                 request.cancel()
                 await asyncio.wait({request})  # until the connection is closed
-
-    def _choose(self, generation: Generation, key: Key) -> Server | None:
-        """The server that has the prompt's other samples, and so its prefix, if it has room. Otherwise the least loaded server."""
-        home = generation.home.get(key[0])
-        if home is not None and home.usable and len(home.requests) < self._config.max_concurrency:
-            return home
-        usable = [(len(s.requests), (i - self._number) % len(self.servers), s) for i, s in enumerate(self.servers) if s.usable]
-        if not usable:
-            return None
-        generation.home[key[0]] = chosen = min(usable, key=lambda entry: entry[:2])[2]
-        return chosen
 
     async def _failed(self, server: Server, generation: Generation, key: Key, error: BaseException) -> None:
         """Decide what a failed request means for its server. The request is already back in the queue."""
