@@ -38,6 +38,8 @@ BENCHMARKS = {
     "sglang_sync": ["--sglang-python", SGLANG],
     "logprob_memory": [],
     "scaling": [],
+    "plan_calibration": [],
+    "client_load": [],
 }
 LIMIT_S = 900.0
 SLOW = ("grpo_step", "lagged", "lora", "aligned", "local_engine", "sglang_sync")  # the others take seconds, and need their rounds

@@ -6,8 +6,10 @@ Every request is for one response. `routing` chooses its server. A response coun
     refused with 5xx         repeated after a pause that doubles, up to MAX_ATTEMPTS times
     its queue is full        repeated until there is room
     refused with 4xx         an error, because the request is wrong
-    lost connection          the server is not used until it is healthy again; other servers do its requests
-    no progress              the same. A response may take as long as it likes while its server works, be it on other requests
+    lost connection          repeated, if the server still answers and has our weights: only this connection was lost. Otherwise the
+                             server is not used until it is healthy again; other servers do its requests
+    no progress              the server is lost too. A response may take as long as it likes while its server works, be it on other
+                             requests
     hung                     the same, after two failed health checks in a row
     other weights than ours  (after a restart) the server is not used until the next sync
 """
@@ -37,6 +39,7 @@ MAX_ATTEMPTS = 5  # of one response; after this many the request itself probably
 BACKOFF = 0.1  # seconds, doubled with every attempt
 HEALTH_SECONDS, HEALTH_TIMEOUT = 10.0, 30.0  # between health checks of working servers, and for one check
 PROGRESS_SECONDS = 5.0  # at most, between two looks at a server's progress
+ANSWER_SECONDS = 5.0  # for a server that has just lost a connection, to say that it is still there
 QUEUE_FULL, QUEUE_SECONDS = "queue is full", 1.0  # in SGLang's message if it has --max-queued-requests; then a pause
 ROOM_SECONDS = 0.1  # between two looks whether other ranks have left room at a server
 OTHER_WEIGHTS = 200  # our own "status": the answer is valid, but not from this run's weights
@@ -254,6 +257,8 @@ class Dispatcher:
             if not request.done():
                 request.cancel()
                 await asyncio.wait({request})  # until the connection is closed
+            if not request.cancelled():
+                request.exception()  # asyncio would complain of an error that nobody has looked at, although this request is repeated
 
     async def _failed(self, server: Server, generation: Generation, key: Key, error: BaseException) -> None:
         """Decide what a failed request means for its server. The request is already back in the queue."""
@@ -272,9 +277,20 @@ class Dispatcher:
         attempt = generation.attempts[key] = generation.attempts.get(key, 0) + 1
         if attempt >= MAX_ATTEMPTS:
             raise RuntimeError(f"prompt {generation.prompts[key[0]].index}: {attempt} attempts failed, the last one: {error}") from error
-        if status in (None, OTHER_WEIGHTS):
+        if status == OTHER_WEIGHTS or (status is None and not await self._is_still_there(server)):
             server.lose(str(error))
         await asyncio.sleep(min(BACKOFF * 2**attempt, 5.0))
+
+    async def _is_still_there(self, server: Server) -> bool:
+        """Whether a server that lost a connection makes progress, answers and has this run's weights. To lose it would cost all of its
+        requests in flight."""
+        if not server.usable or server.silent_s > self._config.request_timeout_s:
+            return False
+        try:
+            name = await asyncio.wait_for(server.api.weight_version(), ANSWER_SECONDS)
+        except (Unreachable, Refused, TimeoutError):
+            return False
+        return self._is_current(name) or server.api.url == self._config.router
 
     async def look(self) -> None:
         """Ask every server whether it answers, and whether it has weights that this run may use now. One that has failed must also be
