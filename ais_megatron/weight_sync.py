@@ -143,7 +143,7 @@ def weight_stream(policy: Policy, rollout: RolloutConfig, scales: KVScales | Non
             policy.config.architecture.num_hidden_layers
         )  # sent explicitly, because a server may have other scales from before
     if scales is not None and rollout.kv_cache_is_fp8:
-        yield list(scales.named_tensors())
+        yield list(scales.named_tensors(policy.config.architecture.attention_layers))
 
 
 def _exported(policy: Policy, rollout: RolloutConfig, sends_frozen: bool) -> Iterator[Bucket]:

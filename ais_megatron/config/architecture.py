@@ -10,6 +10,14 @@ from ais_megatron.config.section import PositiveInt, Section
 from ais_megatron.models.family import Family
 from ais_megatron.models.registry import FAMILIES
 
+LINEAR_KEYS = (
+    "linear_num_key_heads",
+    "linear_num_value_heads",
+    "linear_key_head_dim",
+    "linear_value_head_dim",
+    "linear_conv_kernel_dim",
+)
+
 
 class RopeScaling(Section):
     """How Llama 3.1 and later stretch the low frequencies of the rotary embedding, named as in ``rope_parameters`` of config.json."""
@@ -59,6 +67,15 @@ class Architecture(Section):
     mask_token_id: int | None = Field(
         None, ge=0, description="llada: the token that the model reads at positions whose token it shall predict; empty for other families"
     )
+    partial_rotary_factor: float = Field(1.0, gt=0.0, le=1.0, description="share of a head that is rotated; below 1 only with qwen3_5")
+    full_attention_interval: int = Field(
+        0, ge=0, description="qwen3_5: every so manyth layer has attention, and all others have a gated delta rule with a recurrent state"
+    )
+    linear_num_key_heads: int = Field(0, ge=0, description="qwen3_5: number of query and key heads in a layer with a gated delta rule")
+    linear_num_value_heads: int = Field(0, ge=0, description="qwen3_5: number of value heads there; a multiple of linear_num_key_heads")
+    linear_key_head_dim: int = Field(0, ge=0, description="qwen3_5: width of one query or key head there")
+    linear_value_head_dim: int = Field(0, ge=0, description="qwen3_5: width of one value head there")
+    linear_conv_kernel_dim: int = Field(0, ge=0, description="qwen3_5: number of tokens that the convolution there sees")
 
     @property
     def family(self) -> Family:
@@ -77,6 +94,35 @@ class Architecture(Section):
     def kv_size(self) -> int:
         """Width of all key heads together, and of all value heads."""
         return self.num_key_value_heads * self.head_dim
+
+    @property
+    def gated_query_size(self) -> int:
+        """Width of all query heads together, each with its gate."""
+        return 2 * self.query_size
+
+    @property
+    def linear_key_size(self) -> int:
+        """Width of all key heads of a gated delta rule together, and of all query heads."""
+        return self.linear_num_key_heads * self.linear_key_head_dim
+
+    @property
+    def linear_value_size(self) -> int:
+        """Width of all value heads of a gated delta rule together."""
+        return self.linear_num_value_heads * self.linear_value_head_dim
+
+    @property
+    def linear_qkv_size(self) -> int:
+        """Width of Q, K and V of a gated delta rule together."""
+        return 2 * self.linear_key_size + self.linear_value_size
+
+    def is_recurrent(self, layer: int) -> bool:
+        """Whether a layer, numbered from 0, has a gated delta rule instead of attention."""
+        return self.family.is_recurrent and (layer + 1) % self.full_attention_interval != 0
+
+    @property
+    def attention_layers(self) -> tuple[int, ...]:
+        """The numbers of the layers with attention, which have keys and values."""
+        return tuple(layer for layer in range(self.num_hidden_layers) if not self.is_recurrent(layer))
 
     @field_validator("model_type")
     @classmethod
@@ -120,6 +166,27 @@ class Architecture(Section):
                 raise ValueError(f"{name}={size}: must be {'1 or more' if self.is_moe else '0'} with model_type={self.model_type}")
         if self.num_experts_per_tok > self.num_experts:
             raise ValueError(f"num_experts_per_tok={self.num_experts_per_tok} exceeds num_experts={self.num_experts}")
+        return self
+
+    @model_validator(mode="after")
+    def _recurrent(self) -> Architecture:
+        recurrent = self.family.is_recurrent
+        for name in (*LINEAR_KEYS, "full_attention_interval"):
+            size = getattr(self, name)
+            if recurrent != (size > 0):
+                raise ValueError(f"{name}={size}: must be {'1 or more' if recurrent else '0'} with model_type={self.model_type}")
+        if recurrent and self.linear_num_value_heads % self.linear_num_key_heads:
+            raise ValueError(
+                f"linear_num_value_heads={self.linear_num_value_heads} must be a multiple of "
+                f"linear_num_key_heads={self.linear_num_key_heads}"
+            )
+        if self.partial_rotary_factor != 1.0 and self.family.partial_rotary_factor == 1.0:
+            raise ValueError(f"partial_rotary_factor={self.partial_rotary_factor:g}: must be 1 with model_type={self.model_type}")
+        if int(self.head_dim * self.partial_rotary_factor) % 2:
+            raise ValueError(
+                f"partial_rotary_factor={self.partial_rotary_factor:g}: rotates {int(self.head_dim * self.partial_rotary_factor)} of "
+                f"head_dim={self.head_dim} numbers, but they are rotated in pairs; choose an even number"
+            )
         return self
 
     @model_validator(mode="after")

@@ -19,6 +19,7 @@ from ais_megatron.config.architecture import Architecture
 from ais_megatron.config.diffusion import diffusion_problems
 from ais_megatron.config.evaluation import EvalConfig, EvaluationSet, evaluation_sets
 from ais_megatron.config.policy import PolicyConfig, adapter_problems, lora_problems, precision_problems
+from ais_megatron.config.recurrent import recurrent_problems
 from ais_megatron.config.rollout import RolloutConfig
 from ais_megatron.config.section import Section
 from ais_megatron.config.settings import (
@@ -76,6 +77,7 @@ class Config(Section):
             *precision_problems(self.policy, self.model, self.rollout, self.parallel, self.run.backend),
             *lora_problems(self.policy.lora, self.model, arch, self.sft.steps),
             *adapter_problems(self.policy, self.rollout),
+            *recurrent_problems(arch, self.parallel, self.train, self.policy, self.rollout),
             *checks.evaluation_problems(self.eval, self.task, self.rollout, self.tokenizer, arch),
             *checks.replay_problems(self.moe, self.rollout, arch),
             *checks.engine_problems(self.rollout, self.run, self.calibration, arch),

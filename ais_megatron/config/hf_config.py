@@ -9,12 +9,13 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from ais_megatron.config.architecture import Architecture
+from ais_megatron.config.architecture import LINEAR_KEYS, Architecture
 from ais_megatron.config.errors import ConfigError, explain
 from ais_megatron.models.family import Family
-from ais_megatron.models.registry import FAMILIES
+from ais_megatron.models.registry import FAMILIES, family_of
 
 MOE_KEYS = {"num_experts", "num_experts_per_tok", "moe_intermediate_size", "norm_topk_prob"}
+RECURRENT_KEYS = {*LINEAR_KEYS, "full_attention_interval"}
 LLAMA3_KEYS = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 
 
@@ -22,7 +23,21 @@ def rope_parameters(architecture: Architecture) -> dict[str, object]:
     """The ``rope_parameters`` of config.json, as transformers 5 writes them."""
     scaling = architecture.rope_scaling
     kind = {"rope_type": "default"} if scaling is None else {"rope_type": "llama3", **scaling.model_dump()}
-    return {**kind, "rope_theta": architecture.rope_theta}
+    rope = {**kind, "rope_theta": architecture.rope_theta}
+    if architecture.family.partial_rotary_factor == 1.0:
+        return rope
+    # A model that sees images gives shares of the frequencies to time, height and width. For text the three positions are the same.
+    pairs = int(architecture.head_dim * architecture.partial_rotary_factor) // 2
+    sections = [(pairs + 2) // 3, (pairs + 1) // 3, pairs // 3]
+    return {**rope, "partial_rotary_factor": architecture.partial_rotary_factor, "mrope_section": sections, "mrope_interleaved": True}
+
+
+def layer_types(architecture: Architecture) -> dict[str, object]:
+    """The ``layer_types`` of config.json; nothing if all layers are alike. (SGLang reads `full_attention_interval` instead.)"""
+    if not architecture.family.is_recurrent:
+        return {}
+    layers = range(architecture.num_hidden_layers)
+    return {"layer_types": ["linear_attention" if architecture.is_recurrent(layer) else "full_attention" for layer in layers]}
 
 
 def hf_config(architecture: Architecture, dtype: str, eos_ids: Sequence[int] = (), pad_id: int | None = None) -> dict[str, object]:
@@ -34,11 +49,14 @@ def hf_config(architecture: Architecture, dtype: str, eos_ids: Sequence[int] = (
         pad_id: the tokenizer's, or None.
     """
     family = architecture.family
-    unused = {"rope_scaling"} | (set() if architecture.is_moe else MOE_KEYS) | (set() if family.is_diffusion else {"mask_token_id"})
+    unused = (set() if family.is_moe else MOE_KEYS) | (set() if family.is_recurrent else RECURRENT_KEYS)
+    unused |= {"rope_scaling", "partial_rotary_factor"} | (set() if family.is_diffusion else {"mask_token_id"})
     sizes = {family.config_names.get(key, key): value for key, value in architecture.model_dump(exclude=unused).items()}
     return {
         **sizes,
+        **layer_types(architecture),
         **family.fixed,
+        "model_type": family.text_model_type or family.model_type,
         "architectures": [family.hf_class],
         "rope_parameters": rope_parameters(architecture),
         "dtype": {"bf16": "bfloat16", "fp32": "float32"}[dtype],
@@ -70,7 +88,7 @@ def read_eos_ids(*folders: str | Path | None) -> list[int]:
         return []
     try:
         raw = json.loads(path.read_text())
-        found = raw.get("eos_token_id")
+        found = raw.get("eos_token_id", (raw.get("text_config") or {}).get("eos_token_id"))
     except (ValueError, AttributeError) as error:
         raise ValueError(f"{path}: not a valid JSON object ({error})") from error
     ids = found if isinstance(found, list) else [] if found is None else [found]
@@ -92,9 +110,13 @@ def read_architecture(folder: str | Path) -> Architecture:
         raw = json.loads(path.read_text())
     except json.JSONDecodeError as error:
         raise ConfigError(f"model.path={folder}: {path} is not valid JSON ({error})") from error
-    family = FAMILIES.get(raw.get("model_type"))
+    family = family_of(raw.get("model_type"))
     if family is None:
         raise ConfigError(f"model.path={folder}: model_type={raw.get('model_type')!r} is not supported; allowed: {', '.join(FAMILIES)}")
+    if family.text_model_type is not None:
+        raw = raw | (raw.get("text_config") or {})  # beside which there may be a vision tower
+    raw["model_type"] = family.model_type
+    raw |= _layer_kinds(raw, family, folder)
     for key, value in family.fixed.items():
         if key in raw and raw[key] != value and not (raw[key] is None and not value):
             raise ConfigError(f"model.path={folder}: {key}={raw[key]!r} in its config.json is not supported; allowed: {value!r}")
@@ -120,4 +142,25 @@ def _rope(raw: dict[str, Any], family: Family, folder: str | Path) -> dict[str, 
         allowed = ", ".join(family.rope_types)
         raise ConfigError(f"model.path={folder}: scaled RoPE ({rope}) is not supported for {family.model_type}; allowed: {allowed}")
     scaling = {key: rope[key] for key in LLAMA3_KEYS if key in rope} if kind == "llama3" else None
-    return {"rope_theta": raw.get("rope_theta", rope.get("rope_theta", family.rope_theta)), "rope_scaling": scaling}
+    found: dict[str, object] = {
+        "rope_theta": raw.get("rope_theta", rope.get("rope_theta", family.rope_theta)),
+        "rope_scaling": scaling,
+    }
+    if family.partial_rotary_factor != 1.0:
+        found["partial_rotary_factor"] = raw.get("partial_rotary_factor", rope.get("partial_rotary_factor", family.partial_rotary_factor))
+    return found
+
+
+def _layer_kinds(raw: dict[str, Any], family: Family, folder: str | Path) -> dict[str, object]:
+    """`full_attention_interval`, which transformers 5 drops in favour of a list of all layers' kinds."""
+    kinds = raw.get("layer_types")
+    if not family.is_recurrent or not kinds:
+        return {"full_attention_interval": 4} if family.is_recurrent and "full_attention_interval" not in raw else {}
+    interval = kinds.index("full_attention") + 1 if "full_attention" in kinds else 0
+    regular = ["full_attention" if interval and number % interval == 0 else "linear_attention" for number in range(1, len(kinds) + 1)]
+    if not interval or kinds != regular or len(kinds) != raw.get("num_hidden_layers"):
+        raise ConfigError(
+            f"model.path={folder}: layer_types={kinds} in its config.json is not supported; allowed: one kind for each of the "
+            f"{raw.get('num_hidden_layers')} layers, full_attention at regular intervals and linear_attention elsewhere"
+        )
+    return {"full_attention_interval": interval}

@@ -139,7 +139,7 @@ class TrainConfig(Section):
     share_prefixes: bool = Field(
         True,
         description="tokens with which rows begin alike, such as a group's prompt, go through the model once; on CPUs, for dense causal "
-        "models",
+        "models in which every layer has attention",
     )
     max_skipped_updates: PositiveInt = Field(
         5, description="an update whose loss or gradient is not finite is skipped; this many of them in a row end the run"

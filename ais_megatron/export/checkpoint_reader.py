@@ -22,7 +22,7 @@ from torch.distributed.checkpoint.planner_helpers import create_read_items_for_c
 
 from ais_megatron.config import Architecture
 from ais_megatron.export.parameters import split
-from ais_megatron.models.family import Weight, parameters_of, shape_of
+from ais_megatron.models.family import Weight, parameters_of, sections_of, shape_of, table_of
 
 # Megatron stores its local layers under the names that Transformer Engine's fused layers have.
 _STORED_NAMES = {
@@ -58,7 +58,7 @@ class CheckpointReader:
         a = self._architecture
         yield from self._parts((a.family.embedding,))
         for layer in range(a.num_hidden_layers):
-            for rows in parameters_of(a.family.layer):
+            for rows in parameters_of(table_of(a, layer)):
                 yield from self._parts(rows, layer)
             for expert in range(a.num_experts):
                 for rows in parameters_of(a.family.experts):
@@ -87,13 +87,31 @@ class CheckpointReader:
             row.name.format(expert=expert) if layer is None else f"{family.layers}{layer}.{row.name.format(expert=expert)}" for row in rows
         ]
         heights = [shape[0] for shape in shapes]
+        if (by_section := self._sections(rows, layer, shapes[0][1:])) is not None:
+            yield from zip(names, split(by_section, heights, self._architecture), strict=True)
+            return
         key, index = self._find(rows[0], layer, expert, names[0], (sum(heights), *shapes[0][1:]))
         if len(rows) == 3:  # interleaved, so the parts can only be read together
             whole = self._read(key, index, 0, (sum(heights), *shapes[0][1:]))
-            yield from zip(names, split(whole, 3, self._architecture), strict=True)
+            yield from zip(names, split(whole, heights, self._architecture), strict=True)
             return
         for number, (name, shape) in enumerate(zip(names, shapes, strict=True)):
             yield name, self._read(key, index, sum(heights[:number]), shape)
+
+    def _sections(self, rows: tuple[Weight, ...], layer: int | None, width: tuple[int, ...]) -> Tensor | None:
+        """A parameter of a recurrent layer whose sections are stored one by one (policy/gated_delta_net.py), or None."""
+        key = f"decoder.layers.{layer}.{rows[0].megatron}"
+        if layer is None or f"{key}.0" not in self._stored:
+            return None
+        sizes = [size for row in rows for size in sections_of(row, self._architecture)]
+        for number, size in enumerate(sizes):
+            found = tuple(self._stored[f"{key}.{number}"].size) if f"{key}.{number}" in self._stored else None
+            if found != (size, *width):
+                raise ValueError(
+                    f"{self._folder}: {key}.{number} has shape {found}, but the architecture in the run's config.yaml implies "
+                    f"{(size, *width)} for a part of {rows[0].name}"
+                )
+        return torch.cat([self._read(f"{key}.{number}", (), 0, (size, *width)) for number, size in enumerate(sizes)])
 
     def _find(self, row: Weight, layer: int | None, expert: int | None, name: str, shape: tuple[int, ...]) -> tuple[str, tuple[int, ...]]:
         """The stored tensor that holds the parameter of `row`, and the parameter's place in it: the layer, the expert, both or neither."""

@@ -19,8 +19,8 @@ class Weight(NamedTuple):
     name: str
     """Hugging Face name. In a layer's table it is the part after ``model.layers.N.`` (`Family.layers`). ``{expert}`` stands for the number
     of an expert."""
-    shape: tuple[str, ...]
-    """Names of sizes, such as ``("query_size", "hidden_size")``."""
+    shape: tuple[str | int, ...]
+    """Names of sizes, such as ``("query_size", "hidden_size")``. A number stands for itself."""
     tp_dim: int | None
     """The dimension that tensor parallelism splits; None: every rank holds the whole tensor."""
     megatron: str
@@ -30,6 +30,8 @@ class Weight(NamedTuple):
     """The name in Transformer Engine's layers; None: the same."""
     quantized: bool = False
     """Whether FP8 and FP4 rollouts quantise it."""
+    sections: tuple[str, ...] = ()
+    """Names of the heights of its sections, one above the other, each of which tensor parallelism splits; empty: it is one section."""
 
 
 EMBEDDING, FINAL_NORM, HEAD = (
@@ -48,6 +50,7 @@ class Sizes(Protocol):
     def num_experts(self) -> int: ...
     @property
     def family(self) -> Family: ...
+    def is_recurrent(self, layer: int) -> bool: ...
 
 
 class Tensor(NamedTuple):
@@ -68,16 +71,29 @@ class Family:
     """transformers' causal language model, as in ``architectures`` of config.json. Its configuration class has ``Config`` in place of
     ``ForCausalLM``."""
     layer: tuple[Weight, ...]
-    """All weights of one layer except its experts, in the order of the export."""
+    """All weights of one layer with attention except its experts, in the order of the export."""
     sglang_attention: str | None
     """SGLang's class for the attention of a layer, to which the plugin adds KV scales: the one in sglang/srt/models that creates
     ``RadixAttention``, with its whole path. None: SGLang does not have this family."""
     experts: tuple[Weight, ...] = ()
     """The weights of one expert; empty in a dense family."""
+    recurrent_layer: tuple[Weight, ...] = ()
+    """All weights of one layer with a gated delta rule instead of attention; empty if all layers have attention. The architecture says
+    which layers those are."""
     qk_norm: bool = False
     """Q and K have a norm per head before the rotary embedding."""
     qkv_bias: bool = False
     """The projections to Q, K and V have biases."""
+    gated_attention: bool = False
+    """The projection to Q also gives a gate for each head, ``[q, gate]`` one head after the other, by which attention's output is
+    multiplied."""
+    zero_centered_norms: bool = False
+    """Norms multiply by 1 + weight. (The norm within a recurrent layer does not.)"""
+    partial_rotary_factor: float = 1.0
+    """The value that transformers assumes if config.json has none: the share of a head that is rotated."""
+    text_model_type: str | None = None
+    """The value of ``model_type`` if config.json describes the language model alone. `model_type` then belongs to a model that also sees
+    images, whose config.json has a ``text_config``. Exports are of the language model. None: there is no such difference."""
     rope_theta: float = 10_000.0
     """The value that transformers assumes if config.json has none."""
     rope_types: tuple[str, ...] = ("default",)
@@ -109,10 +125,15 @@ class Family:
     def is_moe(self) -> bool:
         return bool(self.experts)
 
+    @property
+    def is_recurrent(self) -> bool:
+        """Whether some layers have a recurrent state instead of keys and values."""
+        return bool(self.recurrent_layer)
+
     @cached_property
     def quantized(self) -> frozenset[str]:
         """The names of the rows that FP8 and FP4 rollouts quantise."""
-        return frozenset(weight.name for weight in (*self.layer, *self.experts) if weight.quantized)
+        return frozenset(weight.name for weight in (*self.layer, *self.recurrent_layer, *self.experts) if weight.quantized)
 
     @property
     def factor_layers(self) -> str:
@@ -126,7 +147,17 @@ class Family:
 
 
 def shape_of(weight: Weight, sizes: Sizes) -> tuple[int, ...]:
-    return tuple(getattr(sizes, size) for size in weight.shape)
+    return tuple(size if isinstance(size, int) else getattr(sizes, size) for size in weight.shape)
+
+
+def sections_of(weight: Weight, sizes: Sizes) -> tuple[int, ...]:
+    """The heights of the sections that tensor parallelism splits one by one."""
+    return tuple(getattr(sizes, section) for section in weight.sections) or shape_of(weight, sizes)[:1]
+
+
+def table_of(sizes: Sizes, layer: int) -> tuple[Weight, ...]:
+    """The weights of a layer except its experts. Layers are numbered from 0 over the whole model."""
+    return sizes.family.recurrent_layer if sizes.is_recurrent(layer) else sizes.family.layer
 
 
 def tensors_of(sizes: Sizes) -> Iterator[Tensor]:
@@ -144,7 +175,7 @@ def names_of_twin(sizes: Sizes) -> dict[str, str]:
 def _tensors(sizes: Sizes, family: Family) -> Iterator[Tensor]:
     yield Tensor(family.embedding.name, shape_of(family.embedding, sizes), False)
     for number in range(sizes.num_hidden_layers):
-        for weight in family.layer:
+        for weight in table_of(sizes, number) if family is sizes.family else family.layer:
             yield Tensor(f"{family.layers}{number}.{weight.name}", shape_of(weight, sizes), weight.quantized)
         for expert in range(sizes.num_experts):
             for weight in family.experts:

@@ -9,12 +9,19 @@ from ais_megatron.models.llada import LLADA
 from ais_megatron.models.llama import LLAMA
 from ais_megatron.models.qwen2 import QWEN2
 from ais_megatron.models.qwen3 import QWEN3
+from ais_megatron.models.qwen3_5 import QWEN3_5
 from ais_megatron.models.qwen3_moe import QWEN3_MOE
 
-FAMILIES: dict[str, Family] = {family.model_type: family for family in (QWEN3, QWEN3_MOE, QWEN2, LLAMA, LLADA)}
+FAMILIES: dict[str, Family] = {family.model_type: family for family in (QWEN3, QWEN3_5, QWEN3_MOE, QWEN2, LLAMA, LLADA)}
 
 _LAYER = re.compile(r"(.*?\.)\d+\.")
 _EXPERT = re.compile(r"(?<=\.experts\.)\d+")
+
+
+def family_of(model_type: str | None) -> Family | None:
+    """The family with this ``model_type`` in config.json, of a whole model or of the language model in it. None: not supported."""
+    texts = {family.text_model_type: family for family in FAMILIES.values() if family.text_model_type is not None}
+    return None if model_type is None else FAMILIES.get(model_type, texts.get(model_type))
 
 
 def is_quantized_weight(hf_name: str) -> bool:

@@ -249,12 +249,12 @@ def active_parameters(a: Architecture) -> int:
     dense, expert = layer_counts(a)
     if a.is_moe:
         expert = expert // a.num_experts * a.num_experts_per_tok
-    return a.num_hidden_layers * (dense + expert) + a.vocab_size * a.hidden_size
+    return dense + expert + a.vocab_size * a.hidden_size
 
 
 def forward_flops(a: Architecture, rows: int, length: int) -> float:
     """FLOPs of a forward pass over `rows` sequences of `length` tokens. Causal attention computes half of the square."""
-    attention = 2 * a.num_hidden_layers * a.query_size * length
+    attention = 2 * len(a.attention_layers) * a.query_size * length
     return rows * length * (2.0 * active_parameters(a) + attention)
 
 
@@ -287,7 +287,7 @@ def generate_parts(config: Config, assumed: Assumptions, servers: Servers) -> di
     touched = 1.0
     if a.is_moe:
         touched = 1.0 - (1.0 - a.num_experts_per_tok / a.num_experts) ** servers.concurrency
-    experts = layer_counts(a)[1] * a.num_hidden_layers
+    experts = layer_counts(a)[1]
     weights = width * (quantized - experts * (1.0 - touched)) + dtype_bytes(config) * (total_parameters(a) - quantized)
     cache = servers.concurrency * (prompt + response / 2) * servers.kv_per_token
     speed = assumed.bandwidth * assumed.decode_efficiency
@@ -340,7 +340,7 @@ def sync_bytes(config: Config) -> SyncBytes:
         gathered = factors * (parallel.tp - 1) // parallel.tp // parallel.pp
         buckets = ceil(factors / (config.rollout.sync_bucket_mb * 2**20))
         return SyncBytes(gathered, factors * (parallel.pp - 1) // parallel.pp, 4 * factors // 3, buckets)
-    experts = layer_counts(a)[1] * a.num_hidden_layers
+    experts = layer_counts(a)[1]
     dense, shards = total_parameters(a) - experts, parallel.ep * parallel.etp
     gathered = e * (dense * (parallel.tp - 1) // parallel.tp + experts * (shards - 1) // shards) // parallel.pp
     whole = e * total_parameters(a)

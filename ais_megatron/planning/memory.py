@@ -24,7 +24,7 @@ from math import ceil, prod
 
 from ais_megatron.config import Architecture, Config, ParallelConfig
 from ais_megatron.config.policy import adapter_targets, lora_targets, projection
-from ais_megatron.models.family import Weight, shape_of
+from ais_megatron.models.family import Weight, parameters_of, shape_of
 from ais_megatron.planning.aligned import copied_bytes, copy_width, refresh_bytes, rounding_bytes, saved_bytes
 from ais_megatron.shapes import Shapes, logprob_chunk
 
@@ -165,23 +165,32 @@ def smallest_dp(parallel: ParallelConfig) -> int:
     return next(dp for dp in range(1, parallel.ep * parallel.etp + 1) if not parallel.tp * parallel.cp * dp % (parallel.ep * parallel.etp))
 
 
-def layer_counts(a: Architecture, tp: int = 1, ep: int = 1, etp: int = 1) -> tuple[int, int]:
-    """Number of (dense, expert) parameters of one layer on one rank."""
+def layer_counts(a: Architecture, tp: int = 1, ep: int = 1, etp: int = 1, layers: range | None = None) -> tuple[int, int]:
+    """Number of (dense, expert) parameters of these layers on one rank; None: of all layers."""
+    layers = range(a.num_hidden_layers) if layers is None else layers
 
     def count(table: tuple[Weight, ...], shards: int) -> int:
         return sum(prod(shape_of(weight, a)) // (1 if weight.tp_dim is None else shards) for weight in table)
 
-    return count(a.family.layer, tp), a.num_experts // ep * count(a.family.experts, etp)
+    recurrent = sum(a.is_recurrent(layer) for layer in layers)
+    dense = recurrent * count(a.family.recurrent_layer, tp) + (len(layers) - recurrent) * count(a.family.layer, tp)
+    return dense, len(layers) * (a.num_experts // ep) * count(a.family.experts, etp)
+
+
+def stage_layers(a: Architecture, parallel: ParallelConfig, stage: int) -> range:
+    """The numbers of the layers of a pipeline stage."""
+    count = a.num_hidden_layers // parallel.pp
+    return range(stage * count, (stage + 1) * count)
 
 
 def rank_counts(a: Architecture, parallel: ParallelConfig, stage: int) -> Counts:
     """Number of parameters on a rank of a pipeline stage."""
-    dense, expert = (n * (a.num_hidden_layers // parallel.pp) for n in layer_counts(a, parallel.tp, parallel.ep, parallel.etp))
+    dense, expert = layer_counts(a, parallel.tp, parallel.ep, parallel.etp, stage_layers(a, parallel, stage))
     vocabulary = ceil(a.vocab_size / parallel.tp) * a.hidden_size
     is_last = stage == parallel.pp - 1
     copies = (stage == 0) + (is_last and (not a.tie_word_embeddings or parallel.pp > 1))
-    mlp = a.moe_intermediate_size if a.is_moe else a.intermediate_size
-    widest = max(a.query_size + 2 * a.kv_size, 2 * mlp) * a.hidden_size // (parallel.etp if a.is_moe else parallel.tp)
+    tables = ((a.family.layer, parallel.tp), (a.family.recurrent_layer, parallel.tp), (a.family.experts, parallel.etp))
+    widest = max(sum(prod(shape_of(row, a)) for row in rows) // shards for table, shards in tables for rows in parameters_of(table))
     return Counts(dense + copies * vocabulary + is_last * a.hidden_size, expert, max(widest, copies * vocabulary // max(copies, 1)))
 
 
@@ -285,14 +294,10 @@ def logits_shape(config: Config, tokens: int, cuda: bool) -> tuple[int, int]:
 
 def quantized_counts(a: Architecture, block: int) -> tuple[int, int]:
     """Number of (parameters, blocks of `block` rows and columns) in all projections that FP8 rollouts quantise."""
-
-    def count(table: tuple[Weight, ...]) -> tuple[int, int]:
-        shapes = [shape_of(weight, a) for weight in table if weight.quantized]
-        return sum(n * k for n, k in shapes), sum(ceil(n / block) * ceil(k / block) for n, k in shapes)
-
-    (parameters, blocks), (of_expert, blocks_of_expert) = count(a.family.layer), count(a.family.experts)
-    layers, experts = a.num_hidden_layers, a.num_experts
-    return layers * (parameters + experts * of_expert), layers * (blocks + experts * blocks_of_expert)
+    family, layers, attention = a.family, a.num_hidden_layers, len(a.attention_layers)
+    tables = ((family.layer, attention), (family.recurrent_layer, layers - attention), (family.experts, layers * a.num_experts))
+    shapes = [(*shape_of(weight, a), times) for table, times in tables for weight in table if weight.quantized]
+    return sum(n * k * times for n, k, times in shapes), sum(ceil(n / block) * ceil(k / block) * times for n, k, times in shapes)
 
 
 ADAPTER_PLACES = 3  # on a server: --max-loras-per-batch of rollout/sglang/server.py
@@ -317,7 +322,7 @@ def pushed_bytes(config: Config) -> int:
     else:
         size = quantized + FP32 * blocks + e * (total - quantized)
     has_scales = config.rollout.kv_cache_is_fp8 and (config.calibration.mode != "off" or config.rollout.engine_traits.keeps_kv_scales)
-    return size + (2 * FP32 * a.num_hidden_layers if has_scales else 0)
+    return size + (2 * FP32 * len(a.attention_layers) if has_scales else 0)
 
 
 def engine_bytes(config: Config, tp: int = 1) -> int:
@@ -333,9 +338,9 @@ def kv_bytes_per_token(config: Config, cuda: bool = True) -> int:
     """Bytes of KV cache for one token on one GPU of the engine. The local engine stores it in its compute dtype."""
     a, rollout = config.architecture, config.rollout
     if rollout.engine_traits.is_embedded:
-        return a.num_hidden_layers * 2 * a.kv_size * (dtype_bytes(config) if cuda else FP32)
+        return len(a.attention_layers) * 2 * a.kv_size * (dtype_bytes(config) if cuda else FP32)
     heads = max(a.num_key_value_heads // rollout.sglang.tp, 1)  # if there are more GPUs than KV heads, the heads are replicated
-    return a.num_hidden_layers * 2 * heads * a.head_dim * (1 if rollout.kv_cache_is_fp8 else 2)
+    return len(a.attention_layers) * 2 * heads * a.head_dim * (1 if rollout.kv_cache_is_fp8 else 2)
 
 
 def sync_memory(config: Config) -> int:

@@ -84,6 +84,8 @@ def with_gpus(config: Config, gpus: int | None) -> Config:
     Raises:
         ConfigError: the GPUs cannot be divided into copies of the model, or the rest of the configuration does not allow that dp.
     """
+    if config.architecture.family.is_recurrent:
+        raise ConfigError(f"model.architecture.model_type={config.architecture.model_type}: plan does not know its activations yet")
     parallel = config.parallel
     dp = smallest_dp(parallel) if gpus is None else gpus // parallel.model_parallel_size
     if gpus is not None and (dp < 1 or gpus % parallel.model_parallel_size or parallel.dp not in (None, dp)):

@@ -100,7 +100,8 @@ class AlignedLinear:
     def parts(self, architecture: Architecture) -> list[Tensor]:
         """This rank's parts of the Hugging Face matrices, with LoRA merged as a weight sync merges it."""
         weight = self.linear.weight.detach()
-        return split(weight if self.factors is None else self.factors.merged(weight), len(self.pieces), architecture)
+        heights = [part.whole[0] * len(weight) // sum(other.whole[0] for other in self.pieces) for part in self.pieces]
+        return split(weight if self.factors is None else self.factors.merged(weight), heights, architecture)
 
 
 class Aligned:

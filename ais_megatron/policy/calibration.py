@@ -17,6 +17,7 @@ from megatron.core.models.gpt import GPTModel
 from torch import Tensor, nn
 
 from ais_megatron.distributed import device
+from ais_megatron.policy.gated_delta_net import GatedDeltaNet
 from ais_megatron.quantization.kv_scales import KVScales
 
 E4M3_MAX = 448.0
@@ -47,6 +48,8 @@ class Calibrator:
         self._limits = torch.full((2, num_layers), E4M3_MAX)  # K and V magnitudes at which scale 1.0 saturates
         self._reset()
         for layer in model.decoder.layers:
+            if isinstance(layer.self_attention, GatedDeltaNet):  # which has no K and V that an engine would cache
+                continue
             layer.self_attention.core_attention.register_forward_pre_hook(self._hook(layer.layer_number - 1), with_kwargs=True)
 
     def _reset(self) -> None:

@@ -8,6 +8,8 @@ model-parallel group sees all weights, but never holds more than one bucket.
 
 from __future__ import annotations
 
+import logging
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from math import prod
@@ -24,8 +26,10 @@ from ais_megatron.config.policy import lora_targets
 from ais_megatron.export.adapter import factor_names, factor_shapes
 from ais_megatron.export.hf_reader import HFReader
 from ais_megatron.export.parameters import join, split
-from ais_megatron.models.family import Weight, parameters_of, shape_of
+from ais_megatron.models.family import Weight, parameters_of, sections_of, shape_of, table_of
 from ais_megatron.policy.lora import LoRA
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -37,13 +41,25 @@ class Part:
     """The full shape."""
     dim: int | None
     """The dimension that TP shards; None: every rank has a copy."""
+    sections: tuple[int, ...] = ()
+    """Heights of the sections of which a rank has a part each; empty: the tensor is one section."""
 
     def of_expert(self, number: int) -> Part:
         """The same tensor of expert `number`. The names of experts' parts have a placeholder for the number."""
-        return Part(self.name.format(expert=number), self.shape, self.dim)
+        return Part(self.name.format(expert=number), self.shape, self.dim, self.sections)
 
     def local_shape(self, tp: int) -> tuple[int, ...]:
         return tuple(-(-n // tp) if i == self.dim else n for i, n in enumerate(self.shape))
+
+    def pieces(self, tp: int, tp_rank: int) -> list[slice]:
+        """Where the parts of a rank lie along `dim`, one for each section."""
+        assert self.dim is not None, "every rank has the whole tensor"
+        found, first = [], 0
+        for size in self.sections or self.shape[self.dim : self.dim + 1]:
+            local = -(-size // tp)
+            found.append(slice(first + tp_rank * local, first + (tp_rank + 1) * local))
+            first += size
+        return found
 
 
 @dataclass(frozen=True)
@@ -105,7 +121,7 @@ def parameter_map(architecture: Architecture, pp: int, ep: int = 1, transformer_
     for number in range(a.num_hidden_layers):
         stage, local = divmod(number, per_stage)
         place = f"{family.layers}{number}.", f"decoder.layers.{local}.", transformer_engine
-        entries += [_entry(a, stage, rows, *place) for rows in parameters_of(family.layer)]
+        entries += [_entry(a, stage, rows, *place) for rows in parameters_of(table_of(a, number))]
         entries += [_entry(a, stage, rows, *place, slot) for slot in range(a.num_experts // ep) for rows in parameters_of(family.experts)]
     entries.append(_entry(a, last, (family.final_norm,)))
     if not a.tie_word_embeddings:
@@ -126,7 +142,7 @@ def _entry(
 ) -> Entry:
     """The Megatron parameter for `rows` of a family's table."""
     name = rows[0].transformer_engine if transformer_engine and rows[0].transformer_engine else rows[0].megatron
-    parts = tuple(Part(prefix + row.name, shape_of(row, a), row.tp_dim) for row in rows)
+    parts = tuple(Part(prefix + row.name, shape_of(row, a), row.tp_dim, sections_of(row, a) if row.sections else ()) for row in rows)
     return Entry(stage, megatron_prefix + name.format(slot=slot), parts, slot)
 
 
@@ -140,6 +156,7 @@ def load_hf(model: nn.Module, architecture: Architecture, folder: str | Path, tr
     stage = parallel_state.get_pipeline_model_parallel_rank()
     parameters = dict(model.named_parameters())
     reader = _Reader(Path(folder))
+    _say_what_is_left_aside(reader)
     for entry in _present_map(architecture, transformer_engine):
         if entry.stage != stage:
             continue
@@ -149,6 +166,20 @@ def load_hf(model: nn.Module, architecture: Architecture, folder: str | Path, tr
         with torch.no_grad():
             target.copy_(join(shards, architecture))
     assert not parameters, f"parameters without a Hugging Face counterpart: {sorted(parameters)}"
+
+
+_said: set[Path] = set()
+
+
+def _say_what_is_left_aside(reader: HFReader) -> None:
+    """One warning for each folder with more than a language model."""
+    if reader.left_aside and reader.folder not in _said and dist.get_rank() == 0:
+        _said.add(reader.folder)
+        kinds = sorted({re.match(r"(model\.)?[^.]+\.", name).group() for name in reader.left_aside})  # type: ignore[union-attr]
+        logger.warning(
+            f"model.path={reader.folder}: only the language model is used; {len(reader.left_aside)} tensors of {' and '.join(kinds)}* are "
+            "left aside, and exports do not have them"
+        )
 
 
 def _present_map(architecture: Architecture, transformer_engine: bool) -> list[Entry]:
@@ -172,7 +203,7 @@ class _Reader(HFReader):
         if part.name not in self.files:
             raise ValueError(f"model.path={self.folder}: tensor {part.name} is missing; is this a checkpoint of another architecture?")
         with self.open(self.files[part.name]) as file:
-            stored = file.get_slice(part.name)
+            stored = file.get_slice(self.stored_name(part.name))
             shape = tuple(stored.get_shape())
             if shape != part.shape:
                 raise ValueError(
@@ -180,10 +211,9 @@ class _Reader(HFReader):
                 )
             if part.dim is None:
                 return stored[:]
-            size = part.local_shape(tp)[part.dim]
-            start = tp_rank * size
-            piece = stored[start : start + size] if part.dim == 0 else stored[:, start : start + size]
-        missing = size - piece.shape[part.dim]
+            pieces = [stored[rows] if part.dim == 0 else stored[:, rows] for rows in part.pieces(tp, tp_rank)]
+        piece = torch.cat(pieces) if len(pieces) > 1 else pieces[0]
+        missing = part.local_shape(tp)[part.dim] - piece.shape[part.dim]
         return torch.cat([piece, piece.new_zeros(missing, *piece.shape[1:])]) if missing else piece
 
 
@@ -247,7 +277,7 @@ def _export(entries: list[Entry], parameters: dict[str, nn.Parameter], architect
         whole = {e: parameters[e.parameter].detach() for e in entries}
         if lora is not None:
             whole = {e: lora.merged(e.parameter, value) for e, value in whole.items()}
-        shards = [shard for e, value in whole.items() for shard in split(value, len(e.parts), architecture)]
+        shards = [shard for e, value in whole.items() for shard in split(value, _heights(e, layout.tp), architecture)]
         flat = _gather(torch.cat([shard.reshape(-1) for shard in shards]), ranks, layout.group)
     else:
         flat = torch.empty(ranks * sum(sizes), dtype=example.dtype, device=example.device)
@@ -259,6 +289,11 @@ def _export(entries: list[Entry], parameters: dict[str, nn.Parameter], architect
         parts = [part for entry in entries for part in _parts_on(entry, ep_rank, architecture, layout.ep)]
         bucket += [(part.name, _whole(part, shards, layout.tp)) for part, shards in zip(parts, block.split(sizes, dim=1), strict=True)]
     return bucket
+
+
+def _heights(entry: Entry, tp: int) -> list[int]:
+    """Rows of each part on one rank."""
+    return [part.local_shape(tp)[0] for part in entry.parts]
 
 
 def _gather(flat: Tensor, ranks: int, group: dist.ProcessGroup | None) -> Tensor:
@@ -274,6 +309,9 @@ def _whole(part: Part, shards: Tensor, tp: int) -> Tensor:
     local = part.local_shape(tp)
     if part.dim is None:
         return shards[0].view(local)
+    if part.sections:
+        by_rank = shards.reshape(tp, *local).split([size // tp for size in part.sections], dim=1)
+        return torch.cat([section.flatten(0, 1) for section in by_rank])
     if part.dim == 0:
         return shards.reshape(tp * local[0], *local[1:])[: part.shape[0]]
     return torch.cat([shard.view(local) for shard in shards], dim=part.dim)

@@ -36,8 +36,10 @@ class Microbatches:
         parallel, ranks = config.parallel, context.size
         on_cpu, is_moe = device().type == "cpu", config.architecture.is_moe
         self.context = context
-        self._bidirectional = config.architecture.family.is_diffusion
-        self.shares = config.train.share_prefixes and on_cpu and not is_moe and not self._bidirectional and ranks == 1
+        family = config.architecture.family
+        self._bidirectional = family.is_diffusion
+        may_share = not (is_moe or family.is_diffusion or family.is_recurrent)
+        self.shares = config.train.share_prefixes and on_cpu and may_share and ranks == 1
         self.packs = config.train.packing or self.shares or (ranks > 1 and not transformer_engine)
         self._thd = transformer_engine
         by_tp = parallel.tp if parallel.sequence_parallel else 1

@@ -27,10 +27,11 @@ from torch import Tensor, nn
 from ais_megatron.algorithm.gradients import Sketch
 from ais_megatron.cluster.cuda_environment import BLOCK_SCALES
 from ais_megatron.config import Architecture, Config
-from ais_megatron.config.architecture import RopeScaling
+from ais_megatron.config.architecture import LINEAR_KEYS, RopeScaling
 from ais_megatron.config.policy import BLOCK_SCALING
 from ais_megatron.distributed import device
 from ais_megatron.policy.arranged import Arranged
+from ais_megatron.policy.gated_delta_net import GatedDeltaNet, Projections
 from ais_megatron.policy.logprobs import vocab_parallel_logprobs
 from ais_megatron.policy.norm import chunked_rms_norm
 from ais_megatron.policy.packing import Packed
@@ -75,13 +76,14 @@ def build_model(config: Config, temperature: float, transformer_engine: bool) ->
     transformer_config = transformer_config_of(config, transformer_engine)
     model = PolicyModel(
         config=transformer_config,
-        transformer_layer_spec=_layer_spec(transformer_config, transformer_engine, architecture.family.is_diffusion),
+        transformer_layer_spec=_layer_specs(transformer_config, architecture, transformer_engine),
         vocab_size=padded_vocab_size(architecture, config.parallel.tp),
         max_sequence_length=architecture.max_position_embeddings,
         pre_process=parallel_state.is_pipeline_first_stage(),
         post_process=parallel_state.is_pipeline_last_stage(),
         share_embeddings_and_output_weights=architecture.tie_word_embeddings,
         position_embedding_type="rope",
+        rotary_percent=architecture.partial_rotary_factor,
         rotary_base=architecture.rope_theta,
     )
     model.true_vocab_size = architecture.vocab_size
@@ -260,6 +262,8 @@ def transformer_config_of(config: Config, transformer_engine: bool) -> Transform
         layernorm_epsilon=architecture.rms_norm_eps,
         qk_layernorm=architecture.family.qk_norm,
         add_qkv_bias=architecture.family.qkv_bias,
+        attention_output_gate=architecture.family.gated_attention,
+        layernorm_zero_centered_gamma=architecture.family.zero_centered_norms,
         gated_linear_unit=True,
         activation_func=F.silu,
         add_bias_linear=False,
@@ -282,6 +286,7 @@ def transformer_config_of(config: Config, transformer_engine: bool) -> Transform
         **(dict(fp8="e4m3", fp8_recipe="blockwise") if config.policy.forward_precision == "fp8_te" else {}),
         **(recompute if config.model.recompute == "full" else {}),
         **(_moe_options(config, transformer_engine) if architecture.is_moe else {}),
+        **(_recurrent_options(architecture) if architecture.family.is_recurrent else {}),
     )
 
 
@@ -318,7 +323,51 @@ def _moe_options(config: Config, transformer_engine: bool) -> dict[str, object]:
     )
 
 
-def _layer_spec(config: TransformerConfig, transformer_engine: bool, bidirectional: bool) -> ModuleSpec | TransformerBlockSubmodules:
+def _recurrent_options(architecture: Architecture) -> dict[str, object]:
+    """For `GatedDeltaNet`, and for checkpoints, which then have a tensor for each layer and not one for all."""
+    return dict(
+        hetereogenous_dist_checkpoint=True,
+        **{name: getattr(architecture, name) for name in LINEAR_KEYS},
+    )
+
+
+def _layer_specs(
+    config: TransformerConfig, architecture: Architecture, transformer_engine: bool
+) -> ModuleSpec | TransformerBlockSubmodules:
+    """The layers of this rank's pipeline stage."""
+    layer = _layer_spec(config, transformer_engine, architecture.family.is_diffusion)
+    if transformer_engine and not architecture.family.is_recurrent:
+        return layer
+    count = config.num_layers // config.pipeline_model_parallel_size
+    first = parallel_state.get_pipeline_model_parallel_rank() * count
+    recurrent = _recurrent_layer_spec(config, transformer_engine) if architecture.family.is_recurrent else layer
+    layers = [recurrent if architecture.is_recurrent(number) else layer for number in range(first, first + count)]
+    return TransformerBlockSubmodules(layer_specs=layers, layer_norm=_parts(config, transformer_engine)[0])
+
+
+def _recurrent_layer_spec(config: TransformerConfig, transformer_engine: bool) -> ModuleSpec:
+    """A layer with a gated delta rule. Its input norm is a layer of its own, because two projections read what it returns."""
+    layer = _layer_spec(config, transformer_engine, bidirectional=False)
+    norm, projections = _parts(config, transformer_engine)
+    layer.submodules.input_layernorm = norm
+    layer.submodules.self_attention = ModuleSpec(module=GatedDeltaNet, submodules=projections)
+    return layer
+
+
+def _parts(config: TransformerConfig, transformer_engine: bool) -> tuple[Any, Projections]:
+    """The norm and the linear layers that have no norm in them."""
+    if transformer_engine:
+        from megatron.core.extensions.transformer_engine import TEColumnParallelLinear, TENorm, TERowParallelLinear
+
+        return TENorm, Projections(TEColumnParallelLinear, TERowParallelLinear)
+    return _norm(config), Projections(ColumnParallelLinear, RowParallelLinear)
+
+
+def _norm(config: TransformerConfig) -> type[RMSNorm]:
+    return ZeroCenteredRMSNorm if config.layernorm_zero_centered_gamma else RMSNorm
+
+
+def _layer_spec(config: TransformerConfig, transformer_engine: bool, bidirectional: bool) -> ModuleSpec:
     experts = dict(num_experts=config.num_moe_experts, moe_grouped_gemm=config.moe_grouped_gemm)
     if transformer_engine:
         layer = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm, **experts)
@@ -332,13 +381,12 @@ def _layer_spec(config: TransformerConfig, transformer_engine: bool, bidirection
         layer.submodules.self_attention.params["attn_mask_type"] = AttnMaskType.padding
     if transformer_engine:
         return layer
-    layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = RMSNorm
+    layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = _norm(config)
     attention = layer.submodules.self_attention.submodules
     if config.qk_layernorm:
-        attention.q_layernorm = attention.k_layernorm = RMSNorm
+        attention.q_layernorm = attention.k_layernorm = _norm(config)
     attention.core_attention = SDPAttention
-    layers_here = config.num_layers // config.pipeline_model_parallel_size
-    return TransformerBlockSubmodules(layer_specs=[layer] * layers_here, layer_norm=RMSNorm)
+    return layer
 
 
 class RMSNorm(nn.Module):
@@ -360,6 +408,20 @@ class RMSNorm(nn.Module):
         if x.device.type == "cpu":
             return chunked_rms_norm(x, self.weight, self.eps)
         return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+
+
+class ZeroCenteredRMSNorm(RMSNorm):
+    """An `RMSNorm` that multiplies by 1 + weight, in float32, and rounds once."""
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-6, **_: object) -> None:
+        super().__init__(config, hidden_size, eps)
+        nn.init.zeros_(self.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = 1.0 + self.weight.float()
+        if x.device.type == "cpu":
+            return chunked_rms_norm(x, weight, self.eps)
+        return F.rms_norm(x.float(), self.weight.shape, weight, self.eps).to(x.dtype)
 
 
 class SDPAttention(nn.Module):

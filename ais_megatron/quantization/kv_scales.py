@@ -6,7 +6,7 @@ Without such scales engines silently use 1.0. Then a K beyond 448 saturates, and
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -74,10 +74,10 @@ class KVScales:
         scale = amax * (self.margin / E4M3_MAX)
         return torch.where(scale > 0, scale, torch.ones_like(scale))
 
-    def named_tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """(name in the engine, float32 scalar on the CPU) for k_scale and v_scale of every layer."""
+    def named_tensors(self, layers: Iterable[int] | None = None) -> Iterator[tuple[str, Tensor]]:
+        """(name in the engine, float32 scalar on the CPU) for k_scale and v_scale of these layers; None: of every layer."""
         k_scale, v_scale = self.k_scale.cpu(), self.v_scale.cpu()
-        for layer in range(self.num_layers):
+        for layer in range(self.num_layers) if layers is None else layers:
             yield kv_scale_name(layer, "k"), k_scale[layer].clone()
             yield kv_scale_name(layer, "v"), v_scale[layer].clone()
 

@@ -48,7 +48,7 @@ class Manifest:
         if architecture.tie_word_embeddings:
             optional[TIED_HEAD] = required.pop(TIED_HEAD)
         if rollout.kv_cache_is_fp8:
-            layers = range(architecture.num_hidden_layers)
+            layers = architecture.attention_layers
             optional |= {kv_scale_name(layer, kind): ((), torch.float32) for layer in layers for kind in "kv"}
         return cls(required, optional, {name: (shape, dtype) for name, shape in (factors or {}).items()})
 

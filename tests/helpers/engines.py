@@ -27,6 +27,16 @@ DENSE = {
     "max_position_embeddings": 40,
     "rope_theta": 1000.0,
 }
+# Of Qwen3.5: one layer with a gated delta rule, then one with attention.
+RECURRENT = {
+    "full_attention_interval": 2,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 16,
+    "linear_conv_kernel_dim": 4,
+    "partial_rotary_factor": 0.25,
+}
 
 
 class Engines:
@@ -42,9 +52,14 @@ class Engines:
     def weights(self, dtype: torch.dtype = torch.float32, seed: int = 0, **changes: Any) -> list[tuple[str, Tensor]]:
         """Random, peaked enough for the responses to differ in length, and tokens in their experts."""
         generator = torch.Generator().manual_seed(seed)
-        shapes = self.make(dtype=dtype, **changes).state_tensors()
+        engine = self.make(dtype=dtype, **changes)
+        shapes, zero_centered = engine.state_tensors(), engine._architecture.family.zero_centered_norms
+
+        def mean(name: str) -> float:
+            return 0.0 if zero_centered and name.endswith("norm.weight") and "linear_attn" not in name else 1.0
+
         return [
-            (name, ((1.0 + 0.3 * r) if t.dim() == 1 else 0.25 * r).to(dtype))
+            (name, ((mean(name) + 0.3 * r) if t.dim() == 1 else 0.25 * r).to(dtype))
             for name, t in shapes.items()
             for r in [torch.randn(t.shape, generator=generator)]
         ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -24,7 +25,9 @@ def make_engine(config, dtype: torch.dtype):  # noqa: ANN001, ANN201
     return LocalEngine(config.architecture, config.rollout, eos_ids=(1,), pad_id=0, device="cpu", dtype=dtype)
 
 
-def pushed_state(rank: int, path: Path, quantization: str, parallel: dict[str, object] | None = None, **layout):  # noqa: ANN201
+def pushed_state(  # noqa: ANN201
+    rank: int, path: Path, quantization: str, parallel: dict[str, object] | None = None, layers: Iterable[int] = range(4), **layout
+):
     from ais_megatron.weight_sync import WeightSync
 
     rollout = {"quantization": quantization, "sync_bucket_mb": 0.02, "max_response_tokens": 20}
@@ -34,7 +37,7 @@ def pushed_state(rank: int, path: Path, quantization: str, parallel: dict[str, o
     calibration = policy.calibrate(my_rows(make_batch())[0])
     WeightSync(policy, engine, config.rollout).push(calibration.scales, version=5)
     assert engine.version == 5
-    scales = {kv_scale_name(layer, kind): getattr(calibration.scales, f"{kind}_scale")[layer] for layer in range(4) for kind in "kv"}
+    scales = {kv_scale_name(layer, kind): getattr(calibration.scales, f"{kind}_scale")[layer] for layer in layers for kind in "kv"}
     return {name: tensor.clone() for name, tensor in engine.state_tensors().items()}, scales if quantization != "none" else {}
 
 

@@ -25,7 +25,7 @@ from ais_megatron.planning.memory import total_parameters
 from ais_megatron.quantization.fp8 import quantize_bucket
 from ais_megatron.quantization.kv_scales import KVScales
 from ais_megatron.rollout.engine import SamplingParams
-from tests.helpers.engines import BF16, DENSE, FP8, LAYERS, Engines, make_prompts
+from tests.helpers.engines import BF16, DENSE, FP8, LAYERS, RECURRENT, Engines, make_prompts
 from tests.helpers.paths import ROOT
 from tests.helpers.policies import (
     LAYOUTS,
@@ -50,6 +50,8 @@ CHECKPOINTS: dict[str, dict[str, Any]] = {
 }
 OF_TRANSFORMERS = [name for name, family in FAMILIES.items() if family.twin is None]  # the others have tests of their own
 EXPERTS = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=24)
+# What an architecture has beside the sizes that all families have.
+EXTRA: dict[str, dict[str, Any]] = {"qwen3_moe": EXPERTS, "qwen3_5": RECURRENT}
 
 
 @pytest.fixture(scope="session", params=CHECKPOINTS)
@@ -83,7 +85,7 @@ def family_checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.T
 def test_a_table_names_transformers_own_tensors(model_type: str, tmp_path: Path) -> None:
     """Names and shapes of a checkpoint as transformers writes it, each once, and as many numbers as `plan` counts."""
     family = FAMILIES[model_type]
-    architecture = Architecture(**DENSE, model_type=model_type, **(EXPERTS if family.is_moe else {}))
+    architecture = Architecture(**DENSE, model_type=model_type, **EXTRA.get(model_type, {}))
     model_class = getattr(transformers, family.hf_class)
     model = model_class(model_class.config_class(**{k: v for k, v in hf_config(architecture, "fp32").items() if k != "architectures"}))
     model.save_pretrained(tmp_path)
@@ -93,12 +95,12 @@ def test_a_table_names_transformers_own_tensors(model_type: str, tmp_path: Path)
     assert total_parameters(architecture) == sum(parameter.numel() for parameter in model.parameters())
     for name, shape, quantized in tensors_of(architecture):
         assert quantized == is_quantized_weight(name), f"{name}: another family quantises a tensor of this name, or does not"
-        assert not quantized or len(shape) == 2
+        assert not quantized or len(shape) == 2, name
 
 
 @pytest.mark.parametrize("model_type", OF_TRANSFORMERS)
 def test_a_written_config_is_read_back_and_is_transformers_own(model_type: str, tmp_path: Path) -> None:
-    extra = EXPERTS if FAMILIES[model_type].is_moe else {}
+    extra = EXTRA.get(model_type, {})
     if model_type == "llama":
         extra = {"rope_scaling": LLAMA3_ROPE}
     architecture = Architecture(**DENSE, model_type=model_type, **extra)
@@ -253,12 +255,14 @@ def test_the_engine_holds_exactly_the_quantised_export(ranks: RankPool, family_c
             assert state[name].dtype == tensor.dtype and torch.equal(state[name].float(), tensor.float()), name
 
 
-@pytest.mark.parametrize("model_type", CHECKPOINTS)
+@pytest.mark.parametrize("model_type", [*CHECKPOINTS, "qwen3_5"])
 def test_fp8_engine_is_close_to_float32_but_not_equal(model_type: str) -> None:
-    engines = Engines(DENSE | {"model_type": model_type})
+    engines = Engines(DENSE | {"model_type": model_type, **EXTRA.get(model_type, {})})
     fp8, exact = engines.make(FP8, torch.bfloat16), engines.fitted(BF16)
     scales = KVScales(torch.full((LAYERS,), 8.0), torch.full((LAYERS,), 8.0), torch.ones(LAYERS))
-    fp8.update_weights([quantize_bucket(engines.weights(torch.bfloat16)), list(scales.named_tensors())], 0)
+    fp8.update_weights(
+        [quantize_bucket(engines.weights(torch.bfloat16)), list(scales.named_tensors(exact._architecture.attention_layers))], 0
+    )
     prompts, sampling = make_prompts([5, 9, 3]), SamplingParams(4, 12, seed=1)
     settings = {key: value for key, value in hf_config(exact._architecture, "fp32").items() if key not in ("architectures", "dtype")}
     model_class = getattr(transformers, FAMILIES[model_type].hf_class)

@@ -45,14 +45,16 @@ class Model:
     routing: RoutingRecord | None = None
     """The experts of the latest forward pass; None if they are not recorded."""
 
-    def forward(self, tokens: Tensor, positions: Tensor, mask: Tensor, cache: KVCache) -> Tensor:
+    def forward(self, tokens: Tensor, positions: Tensor, mask: Tensor, cache: KVCache, is_real: Tensor | None = None) -> Tensor:
         """Extend `cache` by `tokens`, int64 ``[rows, new]``. Returns the logits after the last token, float32 ``[rows, vocab]``.
 
         mask: additive, ``[rows, 1, new, cache.length + new]``. Some families expect a mapping from kinds of layers to masks, which
         transformers would otherwise build again in every step. The others take the tensor itself.
+        is_real: bool ``[rows, new]``, which tokens are no padding; None: all. Layers with a recurrent state need to know.
         """
         decoder = self.causal_lm.model
-        attention_mask = {"full_attention": mask} if self.architecture.family.takes_mask_by_kind else mask
+        by_kind = {"full_attention": mask, "linear_attention": is_real}
+        attention_mask = by_kind if self.architecture.family.takes_mask_by_kind else mask
         out = decoder(input_ids=tokens, attention_mask=attention_mask, position_ids=positions, past_key_values=cache, use_cache=True)
         cache.advance(tokens.shape[1])
         return self.causal_lm.lm_head(out.last_hidden_state[:, -1]).float()
@@ -157,7 +159,7 @@ def _prefill(
     )
     positions = (prompt_columns - padding[:, None]).clamp_(min=0)
     cache = KVCache.empty(model.architecture, len(distinct), longest, model.dtype, model.device, model.kv_scales)
-    logits = model.forward(tokens, positions, _additive(visible[:, None], model), cache)
+    logits = model.forward(tokens, positions, _additive(visible[:, None], model), cache, ~is_padding[:, :longest])
 
     number = {prompt: row for row, prompt in enumerate(distinct)}
     source = torch.tensor([number[i] for i, _ in rows], device=model.device)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ais_megatron.batch import Bucket, Prompt, Rollout
 from ais_megatron.config import Architecture, RolloutConfig
-from ais_megatron.config.hf_config import rope_parameters
+from ais_megatron.config.hf_config import layer_types, rope_parameters
 from ais_megatron.quantization.formats import format_of
 from ais_megatron.quantization.kv_scales import kv_scale_name
 from ais_megatron.rollout.engine import SamplingParams
@@ -175,7 +175,8 @@ class LocalEngine:
         if self._architecture.tie_word_embeddings:
             optional[TIED_HEAD] = weights.pop(TIED_HEAD)  # the same memory as the embedding; both names have the same values
         if self._kv_is_fp8:
-            for layer, kinds in enumerate(self._kv_scales):
+            for layer in self._architecture.attention_layers:
+                kinds = self._kv_scales[layer]
                 optional |= {kv_scale_name(layer, kind): scale for kind, scale in zip("kv", kinds, strict=True)}
         return weights, optional
 
@@ -186,8 +187,10 @@ def _build(
     """The model with uninitialised weights, the quantiser that its layers share, and the record of the chosen experts."""
     model_class = getattr(transformers, architecture.family.hf_class)
     fmt = format_of(rollout)
+    computed = {"model_type", "rope_theta", "rope_scaling", "partial_rotary_factor", "initializer_range", "full_attention_interval"}
     config = model_class.config_class(
-        **architecture.model_dump(exclude={"model_type", "rope_theta", "rope_scaling", "initializer_range"}),
+        **architecture.model_dump(exclude=computed),
+        **layer_types(architecture),
         rope_parameters=rope_parameters(architecture),
         attn_implementation=ATTENTION,
     )
