@@ -77,7 +77,7 @@ def assert_samples_fit(samples: list[dict[str, object]]) -> None:
 
 def test_figures_of_a_row_fit_together(finished: tuple[Path, str]) -> None:
     for row in rows_of(finished[0]):
-        assert 0.0 < row["alpha"] <= 1.0 and 0.0 < row["weight_reliability"] <= 1.0 and row["divergence_severity"] > 0.0
+        assert 0.0 <= row["alpha"] <= 1.0 and 0.0 < row["weight_reliability"] <= 1.0 and row["divergence_severity"] > 0.0
         assert row["policy_ratio_mean"] == pytest.approx(1.0, abs=1e-6), "one update per batch starts on the policy"
         assert row["num_response_tokens"] == pytest.approx(row["response_length_mean"] * 8)
         assert row["staleness"] == 0
