@@ -62,12 +62,43 @@ def quantize_block(weight: Tensor, fmt: Format = FP8_E4M3) -> tuple[Tensor, Tens
 
 def _quantize_plain(weight: Tensor, fmt: Format) -> tuple[Tensor, Tensor]:
     """`quantize_block` without its checks. A block with NaN or infinity gets a scale that is not finite."""
+    if weight.device.type == "cpu" and fmt.is_fp8 and weight.numel():
+        return _quantize_fp8_on_cpu(weight, fmt)
     rows, columns = weight.shape
     q = torch.empty(rows, columns, dtype=fmt.dtype, device=weight.device)
     # On a CPU a few rows of blocks at a time, so that their float32 values stay in the cache. On a GPU all at once.
     step = max(fmt.weight_block[0], BLOCK) if weight.device.type == "cpu" else max(rows, 1)
     scales = [_quantize_rows(weight[i : i + step], q[i : i + step], fmt) for i in range(0, rows, step)]
     return q, torch.cat(scales) if scales else torch.empty(fmt.scales_shape((0, columns)), device=weight.device)
+
+
+_MAGNITUDES = {torch.bfloat16: (torch.int16, 0x7FFF), torch.float32: (torch.int32, 0x7FFFFFFF)}
+"""For each dtype of weights the integers of the same size, and all bits but the sign."""
+_SMALLEST_NORMAL = 2.0**-126  # of float32
+
+
+def _quantize_fp8_on_cpu(weight: Tensor, fmt: Format) -> tuple[Tensor, Tensor]:
+    """`_quantize_plain` in less time, with the same bits.
+
+    Without the sign bit, floating-point numbers are ordered as integers with the same bits, of which a CPU finds the largest faster; NaN is
+    above infinity. A quotient exceeds `largest` by rounding alone, which the cast rounds back, so there is no clamp, unless a scale is
+    subnormal and therefore inexact. One buffer holds a row of blocks at a time. More than half of the time is the cast itself."""
+    integers, mask = _MAGNITUDES[weight.dtype]
+    (rows, columns), (height, width) = weight.shape, fmt.weight_block
+    bits = weight.view(integers) & mask
+    if rows % height or columns % width:
+        bits = F.pad(bits, (0, -columns % width, 0, -rows % height))
+    by_column = bits.unflatten(0, (-1, height)).amax(1).view(weight.dtype).float()  # (only this order of the two maxima vectorises)
+    scale = by_column.unflatten(1, (-1, width)).amax(2) / torch.full((), fmt.largest)
+    scale = torch.where(scale == 0, 1.0, scale)
+    of_row, must_clamp = scale.repeat_interleave(width, 1)[:, :columns], bool((scale < _SMALLEST_NORMAL).any())
+    q, buffer = torch.empty(rows, columns, dtype=fmt.dtype), torch.empty(min(height, rows), columns)
+    for number, part in enumerate(weight.split(height)):
+        values = buffer[: len(part)].copy_(part).div_(of_row[number])
+        if must_clamp:
+            values.clamp_(-fmt.largest, fmt.largest)
+        q[number * height :][: len(part)].copy_(values)
+    return q, scale
 
 
 def _quantize_rows(weight: Tensor, into: Tensor, fmt: Format) -> Tensor:
@@ -82,7 +113,7 @@ def _quantize_rows(weight: Tensor, into: Tensor, fmt: Format) -> Tensor:
     scale = torch.where(scale == 0, 1.0, scale)
     blocks = values.unflatten(1, (-1, width)).unflatten(0, (-1, height))  # [row blocks, height, column blocks, width]
     blocks.div_(scale[:, None, :, None])
-    # The cast itself rounds to FP8. FP4 and INT4 are stored in wider types, so their values must be rounded first.
+    # The cast itself rounds to FP8 (on a GPU). FP4 and INT4 are stored in wider types, so their values must be rounded first.
     values = values.clamp_(-fmt.largest, fmt.largest) if fmt.is_fp8 else fmt.round(values)
     into.copy_(values[:rows, :columns])
     return scale

@@ -3,8 +3,11 @@
 import pytest
 import torch
 
+from ais_megatron.quantization.formats import FP8_E4M3, FP8_E5M2
 from ais_megatron.quantization.fp8 import (
     E4M3,
+    _quantize_fp8_on_cpu,
+    _quantize_rows,
     dequantize_block,
     is_quantized_weight,
     quantize_block,
@@ -50,6 +53,38 @@ def test_ragged_blocks_equal_a_loop_over_blocks(shape, dtype):
             assert scale_inv[i, j] == scale
             assert torch.equal(q[part].float(), cast(block / scale))
             assert torch.equal(restored[part], cast(block / scale) * scale)
+
+
+@pytest.mark.parametrize("fmt", [FP8_E4M3, FP8_E5M2, FP8_E4M3.with_block(32)], ids=lambda fmt: f"{fmt.name}-{fmt.group}")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_the_fast_way_on_a_cpu_gives_the_same_bits(fmt, dtype):
+    """As the plain way, for whole and ragged blocks, ties, zeros, transposed weights, and scales that are subnormal and so inexact."""
+    torch.manual_seed(0)
+    whole, ragged = torch.randn(256, 384), torch.randn(131, 257)
+    ties = torch.randint(-448, 449, (256, 256)) * 2.0**-9
+    ties[:128, :128] = 448.0 * 2.0**-9  # the scale is a power of two, so quotients lie half-way between values of E4M3
+    holed = whole.clone()
+    holed[:128, 128:256] = 0.0
+    spread = ragged * torch.exp2(torch.randint(-149, 100, ragged.shape).float())
+    for weight in (whole, ragged, ties, holed, spread, whole * 1e-38, ragged * 1e-41, whole * 3e-44, ragged.t(), torch.randn(1, 1)):
+        weight = weight.to(dtype)
+        fast, plain = _quantize_fp8_on_cpu(weight, fmt), _quantize_rows_of(weight, fmt)
+        assert torch.equal(fast[0].view(torch.uint8), plain[0].view(torch.uint8)) and torch.equal(fast[1], plain[1])
+        assert torch.isfinite(fast[0].float()).all()
+
+
+def _quantize_rows_of(weight, fmt):
+    q = torch.empty(weight.shape, dtype=fmt.dtype)
+    return q, _quantize_rows(weight, q, fmt)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), -float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_one_bad_value_anywhere_is_refused(bad, dtype):
+    weight = torch.randn(130, 257).to(dtype)
+    weight[129, 256] = bad
+    with pytest.raises(ValueError, match="NaN or infinity"):
+        quantize_block(weight)
 
 
 def test_tiny_and_zero_weights_stay_finite():
