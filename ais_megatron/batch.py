@@ -135,8 +135,20 @@ class Batch:
             return self
         return self._map(lambda t: torch.cat([t, t.new_full((count, *t.shape[1:]), _filler(t))]))
 
+    def joined(self, other: Batch) -> Batch:
+        """The rows of both. If only one has routes, the rows of the other have no choice."""
+        width = max(self.tokens.shape[1], other.tokens.shape[1])
+        first, second = self.pad_columns(width)._with_routes_like(other), other.pad_columns(width)._with_routes_like(self)
+        names = [f.name for f in fields(self) if getattr(first, f.name) is not None]
+        return replace(first, **{name: torch.cat([getattr(first, name), getattr(second, name)]) for name in names})
+
     def to(self, device: torch.device) -> Batch:
         return self._map(lambda t: t.to(device))
+
+    def _with_routes_like(self, other: Batch) -> Batch:
+        if self.routed_experts is not None or other.routed_experts is None:
+            return self
+        return replace(self, routed_experts=other.routed_experts.new_full((*self.tokens.shape, *other.routed_experts.shape[2:]), -1))
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> Batch:
         return replace(self, **{f.name: function(t) for f in fields(self) if (t := getattr(self, f.name)) is not None})

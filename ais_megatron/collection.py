@@ -4,6 +4,8 @@ With dynamic sampling (DAPO, arXiv 2503.14476) groups whose rewards are all equa
 stream's next prompts, in at most `objective.max_refills` further rounds. If there are still too few groups with a signal, groups
 without one fill the batch. The choice depends only on the stream and not on the layout. Candidates are numbered by their position in
 the stream, and one all-reduce per round tells every rank which of them have a signal and where they are.
+
+Then groups may change places between data-parallel ranks, so that all have about the same work (`policy.balance`).
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ from ais_megatron.algorithm.advantages import advantages_of, has_signal
 from ais_megatron.batch import Batch, Prompt, Rollout, assemble
 from ais_megatron.config import TaskConfig
 from ais_megatron.distributed import all_reduce_sum, gather_batch, rank, rank_consistent
+from ais_megatron.policy.balance import balance
 from ais_megatron.policy.parallel import model_parallel_group
 from ais_megatron.prompts import training_prompts
 from ais_megatron.rollout.engine import SamplingParams
@@ -82,10 +85,12 @@ def collect(session: Session, first: int, timer: PhaseTimer) -> Collected:
                 break
             _sample(session, candidates, first + len(candidates.owner), missing, timer)
         _find_signals(candidates, first, session.config.rollout.group_size)
+    mine = _mine(session, candidates)
     with timer.phase("reward"):
-        batch = _chosen_rows(session, candidates, first) if objective.resolved.dynamic_sampling else _own_rows(session, candidates)
+        batch = _chosen_rows(session, candidates, mine, first) if objective.resolved.dynamic_sampling else _own_rows(session, candidates)
+        batch, mine = balance(batch, mine, session.config)
     sampled = len(candidates.owner)
-    rows = _rows_of(session, candidates, first)
+    rows = _rows_of(session, candidates, mine, first)
     return Collected(batch, candidates.rollouts, candidates.rewards, candidates.values, rows, first + sampled, sampled)
 
 
@@ -146,10 +151,10 @@ def _own_rows(session: Session, candidates: _Candidates) -> Batch:
     return gather_batch(local, model_parallel_group())
 
 
-def _chosen_rows(session: Session, candidates: _Candidates, first: int) -> Batch:
+def _chosen_rows(session: Session, candidates: _Candidates, mine: list[int], first: int) -> Batch:
     """This data-parallel rank's part of the chosen groups, wherever they were generated. Every rank receives all groups once."""
     size = session.config.rollout.group_size
-    chosen, mine = candidates.choose(session.config.rollout.prompts_per_step), _mine(session, candidates)
+    chosen = candidates.choose(session.config.rollout.prompts_per_step)
     with rank_consistent():
         keep = set(chosen)
         rows = [i for i, r in enumerate(candidates.rollouts) if r.prompt.index - first in keep]
@@ -163,7 +168,7 @@ def _chosen_rows(session: Session, candidates: _Candidates, first: int) -> Batch
 
 
 def _mine(session: Session, candidates: _Candidates) -> list[int]:
-    """The candidates in this data-parallel rank's part of the batch, in the order of their rows."""
+    """The candidates in this data-parallel rank's part of the batch, in the order of their rows, before it is balanced."""
     config, share = session.config, session.share
     wanted = config.rollout.prompts_per_step
     # Without dynamic sampling there is one candidate for each prompt of the batch, in the order of the stream.
@@ -172,10 +177,10 @@ def _mine(session: Session, candidates: _Candidates) -> list[int]:
     return chosen[low:high]
 
 
-def _rows_of(session: Session, candidates: _Candidates, first: int) -> list[int | None]:
-    """See `Collected.rows`. Nothing is communicated, because the place of a group follows from its position in the stream."""
+def _rows_of(session: Session, candidates: _Candidates, mine: list[int], first: int) -> list[int | None]:
+    """See `Collected.rows`."""
     size = session.config.rollout.group_size
-    start = {group: size * place for place, group in enumerate(_mine(session, candidates))}
+    start = {group: size * place for place, group in enumerate(mine)}
     starts = [start.get(r.prompt.index - first) for r in candidates.rollouts]
     return [None if row is None else row + i % size for i, row in enumerate(starts)]
 

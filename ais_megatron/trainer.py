@@ -142,6 +142,7 @@ def train_step(
         **(_chosen_limit(outcome.correction) if config.measures_gradients else {}),
         **asdict(outcome.diagnostics),
         **outcome.metrics,
+        **policy.work_metrics,
         **_rollout_metrics(session, collected, state.step, seconds),
         **_calibration_metrics(calibration),
         **_idle_shares(session, timer, began, ended),

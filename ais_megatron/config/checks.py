@@ -215,6 +215,12 @@ def batch_problems(rollout: RolloutConfig, train: TrainConfig, sft: SFTConfig, d
             f"train.updates_per_batch={train.updates_per_batch}: does not divide the {responses} responses of one data-parallel rank "
             f"(rollout.prompts_per_step * rollout.group_size / parallel.dp)"
         )
+    elif train.balance and rollout.prompts_per_step // dp % train.updates_per_batch:
+        problems.append(
+            f"train.balance=true: train.updates_per_batch={train.updates_per_batch} does not divide the {rollout.prompts_per_step // dp} "
+            "groups of one data-parallel rank (rollout.prompts_per_step / parallel.dp), so an update would have parts of groups; lower "
+            "train.updates_per_batch, or set train.balance=false"
+        )
     for key, optimizer, steps in (
         ("train", train.optimizer, train.steps * train.updates_per_batch),
         ("sft", sft.optimizer, sft.steps),

@@ -136,6 +136,11 @@ class TrainConfig(Section):
     packing: bool = Field(
         False, description="rows of a microbatch are joined to one sequence without padding; on CUDA through Transformer Engine's kernels"
     )
+    balance: bool = Field(
+        False,
+        description="data-parallel ranks exchange groups of the same update until all have about the same work; samples.jsonl then has "
+        "only responses that the main rank kept",
+    )
     share_prefixes: bool = Field(
         True,
         description="tokens with which rows begin alike, such as a group's prompt, go through the model once; on CPUs, for dense causal "

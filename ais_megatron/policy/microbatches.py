@@ -1,7 +1,7 @@
 """Splits rows into microbatches with a token budget, and arranges them for the model.
 
     padded    sort by length, fill, pad to the longest row
-    packed    (`train.packing`) bins of about the same number of tokens; rows are joined without padding
+    packed    (`train.packing`) bins with about the same work; rows are joined without padding
     shared    (`train.share_prefixes`, on CPUs) rows that begin alike are together; they are joined, and equal beginnings are there once
 
 The split and the arrangement change only memory and speed. Losses are sums with one global divisor, so gradients do not depend on the
@@ -20,6 +20,7 @@ from ais_megatron.batch import Batch
 from ais_megatron.config import Config
 from ais_megatron.distributed import device
 from ais_megatron.policy.arranged import Arranged, padded
+from ais_megatron.policy.balance import Work, work_of
 from ais_megatron.policy.packing import pack
 from ais_megatron.policy.parallel import Context, data_parallel_group
 from ais_megatron.policy.shared_prefixes import split_sharing
@@ -47,6 +48,9 @@ class Microbatches:
         self._place_multiple = by_tp if on_cpu else math.lcm(CUDA_COLUMNS, by_tp)
         self.shapes = Shapes.on(device().type, self._column_multiple, ranks)
         self._budget = config.train.tokens_per_microbatch * ranks
+        self._architecture = config.architecture
+        self._work: list[float] = []
+        self._real = self._computed = 0
         # Each layer waits for the tokens of all ranks that have experts.
         self._equal_counts = is_moe and dist.get_world_size(data_parallel_group()) > 1
 
@@ -57,8 +61,17 @@ class Microbatches:
     def split(self, batch: Batch) -> list[Tensor]:
         """Row numbers of each microbatch. If experts are spread over data-parallel ranks, all ranks have the same number of microbatches.
         The last ones may be empty."""
-        if self.shares:
-            return split_sharing(batch, self._budget)
+        groups = split_sharing(batch, self._budget) if self.shares else self._split_equally(batch)
+        work = work_of(batch.lengths, self._architecture)
+        self._work = [float(work[rows].sum()) for rows in groups]
+        self._real, self._computed = int(batch.lengths.sum()), 0
+        return groups
+
+    def work(self) -> Tensor:
+        """`Work.of_this_rank` of the latest pass."""
+        return Work.of_this_rank(self._work, self._computed, self._real)
+
+    def _split_equally(self, batch: Batch) -> list[Tensor]:
         groups = self._split(batch, 1)
         if not self._equal_counts:
             return groups
@@ -69,7 +82,7 @@ class Microbatches:
 
     def _split(self, batch: Batch, at_least: int) -> list[Tensor]:
         if self.packs:
-            return split_evenly(batch.lengths, self._budget, at_least)
+            return split_evenly(batch.lengths, work_of(batch.lengths, self._architecture), self._budget, at_least)
         return split_by_tokens(batch.lengths, self._budget, at_least, self.shapes)
 
     def rows(self, batch: Batch, index: Tensor) -> Batch:
@@ -78,33 +91,39 @@ class Microbatches:
 
     def arrange(self, rows: Batch) -> Arranged:
         """What the model gets on this rank."""
-        if not self.packs:
-            return padded(rows, self.shapes, self.context, bidirectional=self._bidirectional)
-        return pack(rows, self._place_multiple, self.context, share=self.shares, thd=self._thd)
+        if self.packs:
+            arranged = pack(rows, self._place_multiple, self.context, share=self.shares, thd=self._thd)
+        else:
+            arranged = padded(rows, self.shapes, self.context, bidirectional=self._bidirectional)
+        self._computed += arranged.tokens.numel() * self.context.size
+        return arranged
 
 
-def split_evenly(lengths: Tensor, budget: int, at_least: int = 1) -> list[Tensor]:
-    """Row numbers of each microbatch of rows that are packed: as few as the budget allows, with about the same number of tokens.
+def split_evenly(lengths: Tensor, work: Tensor, budget: int, at_least: int = 1) -> list[Tensor]:
+    """Row numbers of each microbatch of rows that are packed: as few as the budget allows, with about the same work.
 
     Args:
         lengths: int64 ``[batch]``.
+        work: float64 ``[batch]``, of each row, in any unit. It grows with the length.
         budget: most tokens of a microbatch. A single row that is longer gets its own microbatch.
         at_least: smallest number of microbatches; at most one per row.
     """
-    values = lengths.tolist()
+    values, costs = lengths.tolist(), work.tolist()
     order = sorted(range(len(values)), key=lambda row: -values[row])
     count = min(max(at_least, math.ceil(sum(min(value, budget) for value in values) / budget)), len(values))
     while count:
         bins: list[list[int]] = [[] for _ in range(count)]
-        tokens = [0] * count
-        for row in order:  # the longest first, each to the emptiest
-            least = min(range(count), key=tokens.__getitem__)
-            if bins[least] and tokens[least] + values[row] > budget:
+        tokens, loads = [0] * count, [0.0] * count
+        for row in order:  # the longest first, each where there is least work yet
+            fitting = [i for i in range(count) if not bins[i] or tokens[i] + values[row] <= budget]
+            if not fitting:
                 break
+            least = min(fitting, key=loads.__getitem__)
             bins[least].append(row)
             tokens[least] += values[row]
+            loads[least] += costs[row]
         else:
-            return [torch.tensor(sorted(rows)) for rows in sorted(bins, key=lambda rows: -sum(values[row] for row in rows))]
+            return [torch.tensor(sorted(rows)) for rows in sorted(bins, key=lambda rows: -sum(costs[row] for row in rows))]
         count += 1
     return []
 

@@ -12,10 +12,9 @@ model-parallel group (`model_parallel_group`).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -24,7 +23,6 @@ import torch.nn.functional as F
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.optimizer import get_megatron_optimizer
-from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from ais_megatron.algorithm.correction import Correction
@@ -39,6 +37,7 @@ from ais_megatron.distributed import all_reduce_sum, device, rank_consistent
 from ais_megatron.export.adapter import AdapterReader
 from ais_megatron.policy import cpu_backend
 from ais_megatron.policy.aligned import Aligned
+from ais_megatron.policy.balance import Work
 from ais_megatron.policy.calibration import Calibration, Calibrator
 from ais_megatron.policy.hf_weights import export_buckets, export_factor_buckets, load_hf
 from ais_megatron.policy.lora import LoRA
@@ -46,11 +45,9 @@ from ais_megatron.policy.microbatches import Microbatches
 from ais_megatron.policy.model import build_model, uses_transformer_engine
 from ais_megatron.policy.optimizer import Guard, optimizer_config, schedule
 from ais_megatron.policy.parallel import Context, data_parallel_group
+from ais_megatron.policy.passes import LossFunction, Passes
 from ais_megatron.policy.routing import Routing, attach
 from ais_megatron.quantization.kv_scales import KVScales
-
-# (microbatch, its row numbers, logprobs, entropy, sketches) -> (loss sum with grad, number of tokens, float64 metric sums)
-LossFunction = Callable[[Batch, Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
 
 
 class Policy:
@@ -66,11 +63,11 @@ class Policy:
     def __init__(self, config: Config, optimizer: OptimizerConfig, total_steps: int, temperature: float, path: str | None) -> None:
         self.config = config
         self.routing_metrics: dict[str, float] = {}
+        self.work_metrics: dict[str, float] = {}
         torch.manual_seed(config.run.seed)
         with rank_consistent():
             self.transformer_engine = uses_transformer_engine(config)
-        self.context = Context.of_this_rank()
-        self.microbatches = Microbatches(config, self.context, self.transformer_engine)
+        self.microbatches = Microbatches(config, Context.of_this_rank(), self.transformer_engine)
         with cpu_backend.active():
             self.model = build_model(config, temperature, self.transformer_engine)
             with rank_consistent():
@@ -93,6 +90,7 @@ class Policy:
             attach(self.model, self.routing)
         recomputes = config.model.recompute == "full"
         self.calibrator = Calibrator(self.model, config.architecture.num_hidden_layers, config.calibration.margin, recomputes)
+        self.passes = Passes(self.ddp, self.microbatches, self.calibrator, self.routing)
         self.aligned = Aligned(self.model, config, self.lora) if config.policy.is_aligned else None
         keeps_reference = config.objective.kl_coefficient > 0.0
         self._reference = [p.detach().to("cpu", copy=True) for p in self._trained()] if keeps_reference else None
@@ -290,8 +288,11 @@ class Policy:
             self.optimizer.zero_grad()
         sums = self._run(batch, loss_function, forward_only=False, sketched=running is not None and running.gradients is not None)
         local = sums.sum(0) if self.is_last_stage else torch.zeros(len(names) + 1, dtype=torch.float64)
-        local = torch.cat([local.cpu(), *([running.joined(data_parallel_group())] if running else [])])
-        totals, reduced = self._from_last_stage(all_reduce_sum(local, data_parallel_group())).tensor_split([len(names) + 1])
+        work = self.microbatches.work()
+        local = torch.cat([local.cpu(), work, *([running.joined(data_parallel_group())] if running else [])])
+        sizes = [len(names) + 1, len(work), len(local) - len(names) - 1 - len(work)]
+        totals, work_sums, reduced = self._from_last_stage(all_reduce_sum(local, data_parallel_group())).split(sizes)
+        self.work_metrics = Work.of(work_sums).metrics
         num_tokens = max(totals[-1].item(), 1.0)
         metrics = {name: value / num_tokens for name, value in zip(names, totals.tolist(), strict=False)}
         with cpu_backend.active():
@@ -303,42 +304,10 @@ class Policy:
         return {**metrics, "grad_norm": self.guard.grad_norm, "lr": lr, "skipped_updates": skipped}, reduced
 
     def _run(self, batch: Batch, loss_function: LossFunction, forward_only: bool, sketched: bool = False) -> Tensor:
-        """Run all microbatches through Megatron's schedule. On the last stage returns the metric sums, float64
-        ``[microbatches, metrics + 1]``, whose last column is the number of tokens."""
+        """See `Passes.run`."""
         if self.aligned is not None:
             self.aligned.refresh()
-        groups = self.microbatches.split(batch)
-        # One microbatch at a time is moved to the device, because the routes of all together would take gigabytes.
-        microbatches = ((self.microbatches.rows(batch, index), index) for index in groups)
-        with cpu_backend.active():
-            results = get_forward_backward_func()(
-                forward_step_func=partial(self._forward_step, loss_function, sketched),
-                data_iterator=microbatches,
-                model=[self.ddp],
-                num_microbatches=len(groups),
-                seq_length=batch.tokens.shape[1],
-                micro_batch_size=1,  # both are only hints with variable_seq_lengths
-                forward_only=forward_only,
-            )
-        return torch.stack(results) if results else torch.zeros(0)
-
-    def _forward_step(
-        self, loss_function: LossFunction, sketched: bool, microbatches: Iterator[tuple[Batch, Tensor]], model: torch.nn.Module
-    ) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]]:
-        rows, index = next(microbatches)
-        arranged = self.microbatches.arrange(rows)
-        self.calibrator.see(arranged.is_real)
-        if self.routing is not None:
-            self.routing.see(rows, arranged)
-        output = model(arranged.tokens, labels=rows.tokens, loss_mask=rows.loss_mask, arranged=arranged, sketched=sketched)
-
-        def loss(values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-            total, num_tokens, sums = loss_function(rows, index, values[0], values[1], values[2:].detach())
-            # Context-parallel ranks have the same loss. Megatron adds up the numbers of tokens of all ranks, so only one of them counts.
-            counted = num_tokens.int() * (self.context.rank == 0)
-            return total, counted, torch.cat([sums.double(), num_tokens.double()[None]])
-
-        return output, loss
+        return self.passes.run(batch, loss_function, forward_only, sketched)
 
     def _from_last_stage(self, tensor: Tensor) -> Tensor:
         """The tensor of the last pipeline stage, on every stage."""

@@ -89,6 +89,10 @@ def test_off_is_a_word_although_yaml_reads_it_as_false(tmp_path: Path) -> None:
         ({"rollout": {"group_size": 1}}, r"rollout.group_size=1: .*always zero"),
         ({"rollout": {"max_response_tokens": 40_000}}, r"max_response_tokens=40000: .*max_position_embeddings=32768"),
         (
+            {"train": {"balance": True, "updates_per_batch": 4}, "rollout": {"prompts_per_step": 2, "group_size": 8}},
+            "train.balance=true: train.updates_per_batch=4 does not divide the 2 groups",
+        ),
+        (
             {"policy": {"forward_precision": "fp8_te"}, "run": {"backend": "cpu"}},
             r"fp8_te: run.backend=cpu has no FP8 tensor cores; use GPUs",
         ),

@@ -76,6 +76,7 @@ def one_update(
         "saturated": calibration.saturated_fraction,
         "gradients": gradients,
         "metrics": metrics | metrics_of_routing,
+        "work": policy.work_metrics,
         "met": met,
         "weights": weights_of(policy),
         "place": (parallel_state.get_tensor_model_parallel_rank(), parallel_state.get_pipeline_model_parallel_rank()),

@@ -117,11 +117,17 @@ def test_transformer_engine_gets_the_limits_of_rows() -> None:
 
 def test_microbatches_are_full_and_even() -> None:
     lengths = torch.tensor([7, 1, 5, 3, 6, 2])
-    assert [group.tolist() for group in split_evenly(lengths, 12)] == [[0, 3, 5], [1, 2, 4]]
-    assert [int(lengths[group].sum()) for group in split_evenly(lengths, 8)] == [8, 8, 8]
-    assert [group.tolist() for group in split_evenly(torch.tensor([9, 2, 2]), 5)] == [[0], [1, 2]], "a row that is too long is alone"
-    assert [len(group) for group in split_evenly(lengths, 100, at_least=4)] and len(split_evenly(lengths, 100, at_least=9)) == 6
-    assert split_evenly(lengths[:0], 5) == []
+
+    def split(lengths: Tensor, budget: int, at_least: int = 1, power: int = 1) -> list[list[int]]:
+        return [group.tolist() for group in split_evenly(lengths, lengths.double() ** power, budget, at_least)]
+
+    assert split(lengths, 12) == [[0, 3, 5], [1, 2, 4]]
+    assert [int(lengths[group].sum()) for group in split(lengths, 8)] == [8, 8, 8]
+    assert split(torch.tensor([9, 2, 2]), 5) == [[0], [1, 2]], "a row that is too long is alone"
+    assert len(split(lengths, 100, at_least=4)) == 4 and len(split(lengths, 100, at_least=9)) == 6
+    assert split(lengths[:0], 5) == []
+    # Squares: 36 and 9 + 9 + 4 + 4, then there is room only beside the 6.
+    assert split(torch.tensor([6, 3, 3, 2, 2, 2]), 10, power=2) == [[0, 5], [1, 2, 3, 4]]
 
 
 DENSE = {
@@ -149,5 +155,9 @@ def test_packing_changes_no_figure(ranks: RankPool, untied_checkpoint: Path, moe
     padded, packed = (ranks.run(world, one_update, packing=packing, **arguments) for packing in (False, True))
     for one, other in zip(padded, packed, strict=True):
         assert all(rows == 1 for rows, _ in other["met"]) and max(rows for rows, _ in one["met"]) > 1
+    for one, other in zip(padded, packed, strict=True):
+        assert one["work"]["computed_over_real_tokens"] > 1.03 * other["work"]["computed_over_real_tokens"] >= 1.03
+        assert 1.0 <= other["work"]["microbatch_work_max_over_mean"] < 1.4
+        assert 1.0 <= one["work"]["rank_work_max_over_mean"] == other["work"]["rank_work_max_over_mean"] < 1.4
     # A difference in the last bit moves some inputs of an aligned layer to another value of FP8.
     assert_same(padded, packed, tolerance=1e-4 if layout == "aligned" else 1e-6)
