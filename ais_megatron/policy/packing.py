@@ -116,7 +116,7 @@ def pack(rows: Batch, multiple: int = 1, context: Context = ALONE, *, share: boo
         places = places.cummax(0).values  # a shared token has the place of the last row up to its own that has it for itself
     known = sources.clamp(min=0)
     if thd:
-        packed = _limits_of(sizes)
+        packed = _limits_of(sizes, context.size)
     else:
         blocks = _blocks(places, first, lengths, sizes, starts, context)
         packed = Packed(blocks=blocks, outputs=_outputs(blocks, local), context=context, max_seqlen_q=seq, max_seqlen_kv=seq)
@@ -139,14 +139,14 @@ def sizes_of(counts: Tensor, multiple: int, ranks: int) -> Tensor:
     return sizes + end * (total + -total % unit - int(sizes.sum()))
 
 
-def _limits_of(sizes: Tensor) -> PackedSeqParams:
+def _limits_of(sizes: Tensor, ranks: int) -> PackedSeqParams:
     """For Transformer Engine. Padding counts as tokens at the end of its row, to which no real token attends. So every kernel will do, also
     those that know no padding between rows."""
     limits = F.pad(sizes.cumsum(0), (1, 0)).int()
     longest = int(sizes.max())
-    longest += -longest % CUDA_COLUMNS  # few shapes, as in `Shapes`
+    longest += -longest % (CUDA_COLUMNS * ranks)  # few shapes, as in `Shapes`
     if longest == int(limits[-1]) and len(sizes) > 1:
-        longest += CUDA_COLUMNS  # as many rotary angles as tokens would mean to Megatron that rows do not begin at position 0
+        longest += CUDA_COLUMNS * ranks  # as many rotary angles as tokens would mean to Megatron that rows do not begin at position 0
     return PackedSeqParams(qkv_format="thd", cu_seqlens_q=limits, cu_seqlens_kv=limits, max_seqlen_q=longest, max_seqlen_kv=longest)
 
 

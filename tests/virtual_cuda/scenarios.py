@@ -42,7 +42,13 @@ FAMILY_LAYOUTS: dict[str, tuple[int, dict[str, Any], str]] = {
     "llama, PP2": (2, {"pp": 2}, "none"),
     "qwen2, TP2": (2, {"tp": 2, "sequence_parallel": True}, "none"),
 }
-ALL_LAYOUTS = LAYOUTS | FAMILY_LAYOUTS
+# Rows that are joined, or whose tokens several ranks share.
+PACKED_LAYOUTS: dict[str, tuple[int, dict[str, Any], str]] = {
+    "dense, packed TP2 x CP2": (4, {"tp": 2, "cp": 2, "sequence_parallel": True}, "none"),
+    "dense, CP2": (2, {"cp": 2}, "none"),
+    "moe, packed EP2": (2, {"ep": 2}, "full"),
+}
+ALL_LAYOUTS = LAYOUTS | FAMILY_LAYOUTS | PACKED_LAYOUTS
 
 
 # Each row is a group of its own, so that ranks may share six rows as they like.
@@ -56,7 +62,7 @@ def config_of(layout: str, **sections: Any) -> Config:
         "model": model,
         "parallel": parallel,
         "rollout": {"max_response_tokens": 20, "temperature": TEMPERATURE, "quantization": "fp8_e4m3", "prompts_per_step": 4},
-        "train": {"tokens_per_microbatch": 40, "logprob_chunk_tokens": 7},
+        "train": {"tokens_per_microbatch": 40, "logprob_chunk_tokens": 7, "packing": "packed" in layout},
         "objective": {"kl_coefficient": 0.01},
     }
     for name, changes in sections.items():

@@ -170,12 +170,34 @@ def _rotated(x: Tensor, freqs: Tensor, sign: float) -> Tensor:
     return (x.float() * freqs.cos() + turned * freqs.sin()).to(x.dtype)
 
 
-def _rope_forward(x: Tensor, freqs: Tensor, *_: Any) -> Tensor:
-    return _rotated(x, freqs, 1.0)
+def _rope_forward(x: Tensor, freqs: Tensor, *others: Any) -> Tensor:
+    return _rotated_rows(x, freqs, 1.0, *others)
 
 
-def _rope_backward(grad: Tensor, freqs: Tensor, *_: Any) -> Tensor:
-    return _rotated(grad, freqs, -1.0)
+def _rope_backward(grad: Tensor, freqs: Tensor, *others: Any) -> Tensor:
+    return _rotated_rows(grad, freqs, -1.0, *others)
+
+
+def _rotated_rows(  # noqa: PLR0913 - the kernel's own arguments
+    x: Tensor, freqs: Tensor, sign: float, starts: None, kind: Any, interleaved: bool, limits: Tensor | None, ranks: int, rank: int
+) -> Tensor:
+    """With limits x is ``[tokens, heads, dim]`` of packed rows, which all begin with the first angle."""
+    if limits is None:
+        return _rotated(x, freqs, sign)
+    positions = torch.cat([positions_on_rank(end - start, ranks, rank, x.device) for start, end in _rows_of(limits)])
+    assert len(positions) == len(x), "the rows of all ranks are not the tokens of this rank"
+    return _rotated(x[:, None], freqs[positions], sign)[:, 0]
+
+
+def _rows_of(limits: Tensor) -> list[tuple[int, int]]:
+    return list(zip(limits.tolist()[:-1], limits.tolist()[1:], strict=True))
+
+
+def positions_on_rank(length: int, ranks: int, rank: int, device: torch.device) -> Tensor:
+    """Of the tokens of a row that a context-parallel rank has, as the kernels count on it."""
+    assert ranks == 1 or length % (2 * ranks) == 0, f"a row of {length} tokens cannot be cut into {2 * ranks} chunks"
+    chunks = torch.arange(length, device=device).chunk(2 * ranks) if ranks > 1 else [torch.arange(length, device=device)]
+    return torch.cat([chunks[rank], chunks[2 * ranks - 1 - rank]]) if ranks > 1 else chunks[0]
 
 
 # ---- modules -------------------------------------------------------------------------------------------------------------
@@ -243,9 +265,33 @@ def _rms_norm(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
 
 def _attention(self: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None, **kwargs: Any) -> Tensor:
     assert "causal" in (kwargs.get("attn_mask_type") or self.attn_mask_type), "padding on the right needs no other mask than the causal one"
-    q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
-    context = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-    return context.permute(2, 0, 1, 3).flatten(2)
+    from megatron.core.tensor_parallel import mappings
+
+    ranks, rank = (self.cp_group.size(), self.cp_group.rank()) if self.cp_group is not None else (1, 0)
+    packed = kwargs.get("qkv_format") == "thd"
+    if packed:
+        limits = kwargs["cu_seqlens_q"]
+        assert limits.dtype == torch.int32 and torch.equal(limits, kwargs["cu_seqlens_kv"])
+        rows = _rows_of(limits)
+        assert kwargs["max_seqlen_q"] >= max(end - start for start, end in rows) and kwargs["max_seqlen_q"] % (2 * ranks) == 0
+        query, key, value = (x[:, None] for x in (query, key, value))
+    else:
+        rows = [(0, ranks * len(query))]
+    assert rows[-1][1] == ranks * len(query)
+    if ranks > 1:  # the ring, all at once
+        both = mappings.gather_from_sequence_parallel_region(torch.stack([key, value], 1), group=self.cp_group)
+        key, value = both.unbind(1)
+    keys, values = (x.unflatten(0, (ranks, -1)) for x in (key, value))
+    contexts = []
+    for start, end in rows:
+        part = slice(start // ranks, end // ranks)
+        own = positions_on_rank(end - start, ranks, rank, query.device)
+        places = torch.cat([positions_on_rank(end - start, ranks, other, query.device) for other in range(ranks)])
+        q, k, v = (x.permute(1, 2, 0, 3) for x in (query[part], keys[:, part].flatten(0, 1), values[:, part].flatten(0, 1)))
+        mask = places <= own[:, None]
+        contexts.append(F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True).permute(2, 0, 1, 3).flatten(2))
+    context = torch.cat(contexts)
+    return context[:, 0] if packed else context
 
 
 def _grouped_linear(self: Any, x: Tensor, m_splits: Any, *args: Any, **kwargs: Any) -> Any:
