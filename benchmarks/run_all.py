@@ -32,6 +32,7 @@ BENCHMARKS = {
     "lagged": [],
     "lora": [],
     "aligned": [],
+    "packing": [],
     "local_engine": ["--sglang-python", SGLANG],
     "weights": [],
     "sglang_client": [],
@@ -42,7 +43,8 @@ BENCHMARKS = {
     "client_load": [],
 }
 LIMIT_S = 900.0
-SLOW = ("grpo_step", "lagged", "lora", "aligned", "local_engine", "sglang_sync")  # the others take seconds, and need their rounds
+# The others take seconds, and need their rounds.
+SLOW = ("grpo_step", "lagged", "lora", "aligned", "packing", "local_engine", "sglang_sync")
 PEERS = {"trl": "1.16.0", "verl": "0.9.1", "sglang": "0.5.23"}
 PACKAGES = ("torch", "megatron-core", "transformers", "aiohttp", "orjson")
 

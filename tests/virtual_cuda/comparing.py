@@ -11,7 +11,7 @@ import torch
 
 from tests.helpers.ranks import RankPool
 from tests.virtual_cuda import scenarios
-from tests.virtual_cuda.scenarios import ALL_LAYOUTS
+from tests.virtual_cuda.scenarios import TRAINED_LAYOUTS
 
 _OF_CPUS: dict[tuple[str, ...], list[Any]] = {}  # what CPU ranks gave; every kind of virtual machine is compared with the same
 
@@ -33,10 +33,10 @@ def on_both(
 ) -> list[Any]:
     """What each rank of the virtual GPUs returns, found equal to what the CPU ranks do."""
     arguments |= {"layout": layout, "weights": weights[layout.split(",")[0]]}
-    ours = gpus.run(ALL_LAYOUTS[layout][0], scenario, **arguments)
+    ours = gpus.run(TRAINED_LAYOUTS[layout][0], scenario, **arguments)
     key = (scenario.__name__, *(str(value) for name, value in arguments.items() if name != "folder"))
     if key not in _OF_CPUS:
-        _OF_CPUS[key] = cpus.run(ALL_LAYOUTS[layout][0], scenario, **arguments)
+        _OF_CPUS[key] = cpus.run(TRAINED_LAYOUTS[layout][0], scenario, **arguments)
     theirs = _OF_CPUS[key]
     for rank, (mine, reference) in enumerate(zip(ours, theirs, strict=True)):
         assert_equal(mine, reference, f"rank {rank}")
@@ -50,7 +50,7 @@ def assert_same_training(gpus: RankPool, cpus: RankPool, weights: dict[str, Path
 
 def assert_checkpoints_come_back(gpus: RankPool, weights: dict[str, Path], layout: str, folder: Path, fp8: bool = False) -> None:
     arguments = {"layout": layout, "weights": weights[layout.split(",")[0]], "folder": folder, "fp8": fp8}
-    for differences in gpus.run(ALL_LAYOUTS[layout][0], scenarios.checkpoints, **arguments):
+    for differences in gpus.run(TRAINED_LAYOUTS[layout][0], scenarios.checkpoints, **arguments):
         assert differences == [0.0, 0.0]
 
 

@@ -48,7 +48,8 @@ PACKED_LAYOUTS: dict[str, tuple[int, dict[str, Any], str]] = {
     "dense, CP2": (2, {"cp": 2}, "none"),
     "moe, packed EP2": (2, {"ep": 2}, "full"),
 }
-ALL_LAYOUTS = LAYOUTS | FAMILY_LAYOUTS | PACKED_LAYOUTS
+ALL_LAYOUTS = LAYOUTS | FAMILY_LAYOUTS
+TRAINED_LAYOUTS = ALL_LAYOUTS | PACKED_LAYOUTS
 
 
 # Each row is a group of its own, so that ranks may share six rows as they like.
@@ -56,7 +57,7 @@ SINGLE = {"rollout": {"group_size": 1, "return_routed_experts": False}, "objecti
 
 
 def config_of(layout: str, **sections: Any) -> Config:
-    kind, (_, parallel, recompute) = layout.split(",")[0], ALL_LAYOUTS[layout]
+    kind, (_, parallel, recompute) = layout.split(",")[0], TRAINED_LAYOUTS[layout]
     model = {"architecture": ARCHITECTURES[kind], "dtype": "fp32", "recompute": recompute}
     data = {
         "model": model,

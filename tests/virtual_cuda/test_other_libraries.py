@@ -17,7 +17,7 @@ from tests.helpers.ranks import RankPool
 from tests.virtual_cuda import machine, scenarios
 from tests.virtual_cuda.comparing import assert_checkpoints_come_back, assert_same_training, assert_same_weights_everywhere
 from tests.virtual_cuda.packages import MEGATRON, NotToBeHad, unpacked
-from tests.virtual_cuda.scenarios import ALL_LAYOUTS, FAMILY_LAYOUTS
+from tests.virtual_cuda.scenarios import FAMILY_LAYOUTS, TRAINED_LAYOUTS
 
 MACHINES = {
     f"Megatron {MEGATRON}": ("megatron",),
@@ -51,7 +51,7 @@ def test_the_libraries_are_those_that_were_asked_for(others: RankPool, weights: 
     assert linear == ("TELayerNormColumnParallelLinear" if "transformer_engine" in others.names else "ColumnParallelLinear")
 
 
-@pytest.mark.parametrize("layout", ALL_LAYOUTS)
+@pytest.mark.parametrize("layout", TRAINED_LAYOUTS)
 def test_training_computes_what_it_computes_on_cpus(others: RankPool, ranks: RankPool, weights: dict[str, Path], layout: str) -> None:
     assert_same_training(others, ranks, weights, layout)
 
