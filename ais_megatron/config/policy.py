@@ -10,9 +10,23 @@ from ais_megatron.config.architecture import Architecture
 from ais_megatron.config.rollout import RolloutConfig
 from ais_megatron.config.section import Section
 from ais_megatron.config.settings import ModelConfig, ParallelConfig
-from ais_megatron.models.family import Weight
+from ais_megatron.models.family import Weight, table_of
 
-Target = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "attn_out", "ff_proj", "ff_out"]
+Target = Literal[
+    "q_proj",
+    "k_proj",
+    "v_proj",
+    "o_proj",
+    "gate_proj",
+    "up_proj",
+    "down_proj",
+    "in_proj_qkv",
+    "in_proj_z",
+    "out_proj",
+    "attn_out",
+    "ff_proj",
+    "ff_out",
+]
 
 SGLANG_LAYERS = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",))
 
@@ -28,8 +42,8 @@ class LoraConfig(Section):
     alpha: float = Field(32.0, gt=0.0, description="the product of the factors is scaled by alpha / rank")
     targets: list[Target] = Field(
         [],
-        description="projections that have factors; empty: all of a dense model, those of the attention in a MoE model. The last three "
-        "are llada's names of o_proj, gate_proj and down_proj",
+        description="projections that have factors; empty: all of a dense model, those of the attention in a MoE model. in_proj_qkv, "
+        "in_proj_z and out_proj are qwen3_5's. The last three are llada's names of o_proj, gate_proj and down_proj",
     )
     dropout: float = Field(0.0, description="only 0 is possible: with dropout the policy would differ at every call")
 
@@ -113,9 +127,14 @@ def _transformer_engine_problems(model: ModelConfig, parallel: ParallelConfig, b
     return problems
 
 
-def lora_targets(lora: LoraConfig, architecture: Architecture) -> dict[str, Weight]:
-    """The rows of a layer's table that have factors, by their short names such as ``q_proj``; empty without LoRA."""
-    projections = {name: row for row in architecture.family.layer if (name := projection(row)) in get_args(Target)}
+def lora_targets(lora: LoraConfig, architecture: Architecture, layer: int | None = None) -> dict[str, Weight]:
+    """The rows of a layer's table that have factors, by their short names such as ``q_proj``; empty without LoRA.
+
+    layer: its number; None: the rows of layers of any kind.
+    """
+    family = architecture.family
+    table = (*family.layer, *family.recurrent_layer) if layer is None else table_of(architecture, layer)
+    projections = {name: row for row in table if (name := projection(row)) in get_args(Target)}
     return {name: row for name, row in projections.items() if lora.rank and (not lora.targets or name in lora.targets)}
 
 

@@ -32,8 +32,6 @@ def recurrent_problems(
         )
     if policy.forward_precision != "bf16":
         problems.append(f"policy.forward_precision={policy.forward_precision}: not supported for {family}; set it to bf16")
-    if policy.lora.rank:
-        problems.append(f"policy.lora.rank={policy.lora.rank}: not supported for {family} yet; set it to 0")
     if rollout.engine_traits.has_servers:
         problems.append(f"rollout.engine={rollout.engine}: not supported for {family} yet; set it to local")
     return problems

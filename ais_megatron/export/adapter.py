@@ -26,10 +26,9 @@ _PREFIX = "base_model.model.model."
 def factor_shapes(config: Config) -> dict[str, tuple[int, int]]:
     """The shape of every factor, named from ``layers.`` on (or what stands in its place after ``model.``)."""
     a, lora = config.architecture, config.policy.lora
-    targets = lora_targets(lora, a).values()
     shapes: dict[str, tuple[int, int]] = {}
     for layer in range(a.num_hidden_layers):
-        for row in targets:
+        for row in lora_targets(lora, a, layer).values():
             out, width = shape_of(row, a)
             name_a, name_b = factor_names(f"{a.family.factor_layers}{layer}.{row.name}")
             shapes |= {name_a: (lora.rank, width), name_b: (out, lora.rank)}

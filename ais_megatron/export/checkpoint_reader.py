@@ -75,10 +75,12 @@ class CheckpointReader:
             OSError: a file cannot be read.
         """
         key = f"lora.{name}"
-        found = tuple(self._stored[key].size) if key in self._stored else None
+        parts = [key] if key in self._stored else [part for part in (f"{key}.{number}" for number in range(3)) if part in self._stored]
+        sizes = [tuple(self._stored[part].size) for part in parts]
+        found = (sum(size[0] for size in sizes), *sizes[0][1:]) if sizes else None
         if found != shape:
             raise ValueError(f"{self._folder}: {key} has shape {found}, but policy.lora in the run's config.yaml implies {shape}")
-        return self._read(key, (), 0, shape)
+        return torch.cat([self._read(part, (), 0, size) for part, size in zip(parts, sizes, strict=True)])
 
     def _parts(self, rows: tuple[Weight, ...], layer: int | None = None, expert: int | None = None) -> Iterator[tuple[str, Tensor]]:
         """The Hugging Face tensors of one Megatron parameter."""

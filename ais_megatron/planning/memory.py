@@ -197,12 +197,13 @@ def rank_counts(a: Architecture, parallel: ParallelConfig, stage: int) -> Counts
 def factor_count(config: Config) -> int:
     """Number of parameters in the LoRA factors of a rank (policy/lora.py); 0 without LoRA."""
     a, parallel, lora = config.architecture, config.parallel, config.policy.lora
-    per_layer = 0
-    for row in lora_targets(lora, a).values():
-        out, width = shape_of(row, a)
-        # Column-parallel layers split B, and row-parallel layers split A.
-        per_layer += width + out // parallel.tp if row.tp_dim == 0 else width // parallel.tp + out
-    return a.num_hidden_layers // parallel.pp * lora.rank * per_layer
+    total = 0
+    for layer in stage_layers(a, parallel, 0):
+        for row in lora_targets(lora, a, layer).values():
+            out, width = shape_of(row, a)
+            # Column-parallel layers split B, and row-parallel layers split A.
+            total += width + out // parallel.tp if row.tp_dim == 0 else width // parallel.tp + out
+    return lora.rank * total
 
 
 def total_parameters(a: Architecture) -> int:

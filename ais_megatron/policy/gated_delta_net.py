@@ -122,11 +122,11 @@ class GatedDeltaNet(MegatronModule):
         )
         for name, heights in (("in_proj", self.qkvz), ("in_proj_ba", [self.value_heads] * 2), ("conv1d", self.qkv)):
             key = f"{prefix}{name}.weight"
-            state[key] = _by_section(state[key], heights)
+            state[key] = by_section(state[key], heights)
         return state
 
 
-def _by_section(tensor: ShardedTensor, heights: list[int]) -> ShardedTensorFactory:
+def by_section(tensor: ShardedTensor, heights: list[int]) -> ShardedTensorFactory:
     """A sharded parameter as one sharded tensor for each of its sections. heights: rows of each section on this rank."""
     tp, rank = parallel_state.get_tensor_model_parallel_world_size(), parallel_state.get_tensor_model_parallel_rank()
 

@@ -242,11 +242,12 @@ def export_factor_buckets(lora: LoRA, config: Config, bucket_bytes: int) -> Iter
     per_stage = architecture.num_hidden_layers // parallel_state.get_pipeline_model_parallel_world_size()
     entries = []
     for layer in range(architecture.num_hidden_layers):
-        for row in lora_targets(config.policy.lora, architecture).values():
+        for row in lora_targets(config.policy.lora, architecture, layer).values():
+            sections = sections_of(row, architecture) if row.sections else ()
             # Column-parallel layers split B by rows, and row-parallel layers split A by columns.
             dims = (None, 0) if row.tp_dim == 0 else (1, None)
             for name, dim in zip(factor_names(f"{architecture.family.factor_layers}{layer}.{row.name}"), dims, strict=True):
-                entries.append(Entry(layer // per_stage, name, (Part(name, shapes[name], dim),)))
+                entries.append(Entry(layer // per_stage, name, (Part(name, shapes[name], dim, sections if dim == 0 else ()),)))
     factors = {name: factor for name, factor, _ in lora.named_factors()}
     itemsize = next(iter(factors.values())).element_size()
     for bucket in _cut(entries, bucket_bytes, itemsize):

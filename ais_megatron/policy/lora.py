@@ -26,6 +26,7 @@ import torch
 import torch.nn.functional as F
 from megatron.core import parallel_state
 from megatron.core.dist_checkpointing import ShardedTensor
+from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
 from megatron.core.tensor_parallel import (
     copy_to_tensor_model_parallel_region,
     gather_from_sequence_parallel_region,
@@ -38,7 +39,8 @@ from ais_megatron.config import Config
 from ais_megatron.config.policy import lora_targets, projection
 from ais_megatron.export.adapter import AdapterReader, add_product, factor_names
 from ais_megatron.export.parameters import join
-from ais_megatron.models.family import Weight, parameters_of, shape_of
+from ais_megatron.models.family import Weight, parameters_of, sections_of, shape_of, table_of
+from ais_megatron.policy.gated_delta_net import by_section
 
 
 class Factors(nn.Module):
@@ -55,6 +57,7 @@ class Factors(nn.Module):
         super().__init__()
         a, lora, tp = config.architecture, config.policy.lora, parallel_state.get_tensor_model_parallel_world_size()
         self.architecture, self.layer, self.lora = a, layer, lora
+        self.rows = {projection(row): row for row in rows}
         self.is_column = rows[0].tp_dim == 0
         self.sequence_parallel = config.parallel.sequence_parallel
         self.hook: Any = None
@@ -122,11 +125,22 @@ class Factors(nn.Module):
 
     def named_factors(self) -> Iterator[tuple[str, nn.Parameter, int | None]]:
         """(name, factor, dimension that TP splits) of each factor. Names are those of PEFT, from ``layers.`` on."""
-        rows = {projection(row): row for row in self.architecture.family.layer}
         for name in self.a:
-            name_a, name_b = factor_names(f"{self.architecture.family.factor_layers}{self.layer}.{rows[name].name}")
+            name_a, name_b = self._factor_names(name)
             yield name_a, self.a[name], None if self.is_column else 1
             yield name_b, self.b[name], 0 if self.is_column else None
+
+    def sections(self) -> dict[str, list[int]]:
+        """Rows that this rank has of each section of a factor, for those whose rows tensor parallelism splits section by section."""
+        tp, a = parallel_state.get_tensor_model_parallel_world_size(), self.architecture
+        return {
+            self._factor_names(name)[1]: [size // tp for size in sections_of(self.rows[name], a)]
+            for name in self.b
+            if self.rows[name].sections
+        }
+
+    def _factor_names(self, name: str) -> tuple[str, str]:
+        return factor_names(f"{self.architecture.family.factor_layers}{self.layer}.{self.rows[name].name}")
 
 
 def initial_a(seed: int, layer: int, name: str, rank: int, width: int) -> Tensor:
@@ -150,7 +164,7 @@ class LoRA(nn.Module):
         self.of_parameter: dict[str, Factors] = {}
         model.requires_grad_(False)
         for number, layer in enumerate(model.decoder.layers):
-            for rows in parameters_of(config.architecture.family.layer):
+            for rows in parameters_of(table_of(config.architecture, layer.layer_number - 1)):
                 if any(projection(row) in targets for row in rows):
                     place = rows[0].megatron.removesuffix(".weight")
                     linear = layer.get_submodule(place)
@@ -175,21 +189,35 @@ class LoRA(nn.Module):
         for part in self.parts:
             yield from part.named_factors()  # type: ignore[operator]
 
-    def sharded_state_dict(self) -> dict[str, ShardedTensor]:
+    def sharded_state_dict(self) -> dict[str, ShardedTensor | ShardedTensorFactory]:
         """For Megatron's distributed checkpoint, independent of the layout."""
         tp, rank = parallel_state.get_tensor_model_parallel_world_size(), parallel_state.get_tensor_model_parallel_rank()
         replica = parallel_state.get_data_parallel_rank(with_context_parallel=True)
-        state = {}
+        state: dict[str, ShardedTensor | ShardedTensorFactory] = {}
+        sections = self._sections()
         for name, factor, dim in self.named_factors():
             offsets = () if dim is None else ((dim, rank, tp),)
-            state[name] = ShardedTensor.from_rank_offsets(f"lora.{name}", factor, *offsets, replica_id=(0, 0 if offsets else rank, replica))
+            whole = ShardedTensor.from_rank_offsets(f"lora.{name}", factor, *offsets, replica_id=(0, 0 if offsets else rank, replica))
+            state[name] = by_section(whole, sections[name]) if name in sections else whole
         return state
+
+    def _sections(self) -> dict[str, list[int]]:
+        """See `Factors.sections`, over all layers of this stage."""
+        return {name: heights for part in self.parts for name, heights in part.sections().items()}  # type: ignore[operator]
 
     @torch.no_grad()
     def load_adapter(self, reader: AdapterReader) -> None:
         """Start from this rank's shards of a PEFT folder."""
-        rank = parallel_state.get_tensor_model_parallel_rank()
+        tp, rank = parallel_state.get_tensor_model_parallel_world_size(), parallel_state.get_tensor_model_parallel_rank()
+        sections = self._sections()
         for name, factor, dim in self.named_factors():
+            first, parts = 0, []
+            for size in sections.get(name, ()):
+                parts.append(reader.read(name, slice(first + rank * size, first + (rank + 1) * size)))
+                first += size * tp
+            if parts:
+                factor.copy_(torch.cat(parts))
+                continue
             size = 0 if dim is None else factor.shape[dim]
             mine = [slice(rank * size, (rank + 1) * size) if dim == i else slice(None) for i in range(2)]
             factor.copy_(reader.read(name, *mine))

@@ -306,6 +306,75 @@ def test_a_checkpoint_of_unlike_layers_goes_to_another_layout(
         assert tensor.shape == start[name].shape and 0 < (tensor - expected[name]).abs().max() < 3e-3, name
 
 
+def with_factors(rank: int, path: Path, adapter: Path, **layout: Any) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
+    """Factors as loaded, the merged export, and the factors after two steps."""
+    config = make_config(path, policy={"lora": {"rank": 3, "alpha": 6.0}}, model={"adapter": str(adapter)}, **layout)
+    policy = make_policy(config, path)
+
+    def factors() -> dict[str, Tensor]:
+        return {name: tensor.clone() for bucket in policy.export_factor_buckets(5_000) for name, tensor in bucket}
+
+    loaded, merged = factors(), {name: tensor.clone() for bucket in policy.export_buckets(20_000) for name, tensor in bucket}
+    for _ in range(2):
+        policy.sft_step(make_batch())
+    return loaded, merged, factors()
+
+
+@pytest.mark.parametrize("layout", ["TP2", "TP2+SP", "PP2"])
+def test_lora_on_projections_of_both_kinds_of_layers(ranks: RankPool, qwen35: Path, tmp_path: Path, layout: str) -> None:
+    from ais_megatron.export.adapter import factor_shapes, write_adapter
+
+    config = make_config(qwen35, policy={"lora": {"rank": 3, "alpha": 6.0}})
+    generator = torch.Generator().manual_seed(5)
+    factors = {name: torch.randn(shape, generator=generator) * 0.2 for name, shape in factor_shapes(config).items()}
+    assert "layers.0.linear_attn.in_proj_qkv.lora_B.weight" in factors and "layers.1.self_attn.q_proj.lora_B.weight" in factors
+    assert not any("in_proj_a" in name or "in_proj_b" in name or "conv1d" in name for name in factors)
+    write_adapter(tmp_path, config, str(qwen35), factors.items())
+    original = load_file(qwen35 / "model.safetensors")
+    world, tp, pp, sp = LAYOUTS[layout]
+    ((_, _, alone),) = ranks.run(1, with_factors, path=qwen35, adapter=tmp_path)
+    for loaded, merged, trained in ranks.run(world, with_factors, path=qwen35, adapter=tmp_path, tp=tp, pp=pp, sp=sp, budget=40):
+        assert loaded.keys() == factors.keys() and all(torch.equal(loaded[name], factor) for name, factor in factors.items())
+        for name, weight in original.items():
+            a, b = (factors.get(name.removeprefix("model.").removesuffix("weight") + f"lora_{kind}.weight") for kind in "AB")
+            expected = weight if a is None or b is None else weight + 2.0 * b @ a
+            torch.testing.assert_close(merged[name], expected, rtol=0, atol=1e-5, msg=name)
+        for name, factor in trained.items():
+            assert (factor - alone[name]).abs().mean() < 5e-6 and not torch.equal(factor, factors[name]), name
+
+
+def saved_factors(rank: int, path: Path, folder: Path, is_first: bool, **layout: Any) -> dict[str, Tensor]:
+    """The factors after two steps and a save, or as a new policy has them after loading."""
+    from ais_megatron.policy.checkpoint import PendingSave, load
+    from ais_megatron.policy.training_state import STATE_FILE, TrainingState
+
+    policy = make_policy(make_config(path, policy={"lora": {"rank": 3}}, **layout), path)
+    if is_first:
+        for _ in range(2):
+            policy.sft_step(make_batch())
+        folder.mkdir(exist_ok=True)
+        pending = PendingSave(policy, folder, copies=False)
+        pending.write()
+        pending.finish()
+        if rank == 0:
+            (folder / STATE_FILE).write_text(TrainingState(step=2).of(policy).to_json())
+    else:
+        load(policy, folder, with_optimizer=True)
+    return {name: tensor.clone() for bucket in policy.export_factor_buckets(5_000) for name, tensor in bucket}
+
+
+def test_a_checkpoint_of_factors_goes_to_another_layout(ranks: RankPool, qwen35: Path, tmp_path: Path) -> None:
+    from ais_megatron.export.checkpoint_reader import CheckpointReader
+
+    expected, _ = ranks.run(2, saved_factors, path=qwen35, folder=tmp_path / "step", is_first=True, tp=2)
+    for found in ranks.run(2, saved_factors, path=qwen35, folder=tmp_path / "step", is_first=False, pp=2):
+        assert found.keys() == expected.keys() and all(torch.equal(found[name], factor) for name, factor in expected.items())
+    reader = CheckpointReader(tmp_path / "step", read_architecture(qwen35))
+    for name, factor in expected.items():
+        assert torch.equal(reader.factor(name, (factor.shape[0], factor.shape[1])), factor), name
+        assert factor.abs().max() > 0, f"{name} was not trained"
+
+
 # --- configuration ----------------------------------------------------------------------------------------------------
 
 
@@ -351,7 +420,6 @@ def test_layers_in_an_irregular_order_are_refused(tmp_path: Path) -> None:
         ({"parallel": {"cp": 2}}, "parallel.cp=2: model_type=qwen3_5 has layers with a recurrent state"),
         ({"train": {"packing": True}}, "train.packing=true: model_type=qwen3_5 has layers with a recurrent state"),
         ({"policy": {"forward_precision": "fp8_aligned"}}, "policy.forward_precision=fp8_aligned: not supported for .*qwen3_5"),
-        ({"policy": {"lora": {"rank": 4}}}, "policy.lora.rank=4: not supported for .*qwen3_5 yet"),
         ({"rollout": {"engine": "sglang"}}, "rollout.engine=sglang: not supported for .*qwen3_5 yet; set it to local"),
     ],
 )
