@@ -37,6 +37,34 @@ class Prompt:
 
 
 @dataclass(frozen=True)
+class View:
+    """What a diffusion model reads to score some tokens of a response, and how the engine scored them."""
+
+    hidden: Tensor
+    """bool ``[prompt + canvas]``, the tokens in whose place it reads the mask token."""
+    scored: Tensor
+    """bool ``[canvas]``."""
+    logprobs: Tensor
+    """float32 ``[canvas]``, log mu of the scored tokens, 0 elsewhere."""
+
+
+@dataclass(frozen=True)
+class Canvas:
+    """All that a diffusion model wrote after a prompt. The tokens behind the first end of a sequence are context, and not response."""
+
+    token_ids: tuple[int, ...]
+    """All tokens, also those behind the end."""
+    reveal_steps: tuple[int, ...]
+    """The step of the sampler in which each token was revealed, from 0. Empty for a solution of the task."""
+    views: tuple[View, ...]
+    """The masks of `diffusion.likelihood`; empty if no likelihood was asked for."""
+    mask_id: int
+    """The mask token."""
+    repeats: int = 1
+    """How often each view counts, see `algorithm.masking`."""
+
+
+@dataclass(frozen=True)
 class Rollout:
     """One sampled response."""
 
@@ -55,6 +83,9 @@ class Rollout:
     it read (all but the last sampled one). None for a dense model, or if the engine does not report them."""
     version_spans: tuple[tuple[int, int], ...] = ()
     """(weight version, number of tokens sampled with it), in order; empty if all tokens have `weight_version`."""
+    canvas: Canvas | None = None
+    """What a diffusion model wrote. `rollout_logprobs` are then those with which its sampler chose the tokens. Importance weights need
+    `View.logprobs` instead."""
 
     @property
     def is_dropped(self) -> bool:
@@ -93,6 +124,8 @@ class Batch:
     none: in padding, and for the last token of a response. None if routing is not replayed."""
     inputs: Tensor | None = None
     """int64 ``[batch, seq]``, what a diffusion model reads: `tokens`, of which some are masked. None: `tokens`."""
+    repeats: Tensor | None = None
+    """int64 ``[batch]``, how often the loss counts each token of a row, for a diffusion model. None: once."""
 
     @property
     def read(self) -> Tensor:
@@ -173,12 +206,16 @@ def assemble(rollouts: Sequence[Rollout], rewards: Tensor, advantages: Tensor) -
     Args:
         rollouts: N responses. N may be 0, on a rank without prompts.
         rewards, advantages: float32 ``[N]``.
+    A diffusion model's response has one row for each of its views, one after the other.
+
     Raises:
         ValueError: a response is empty, or does not have one log-probability per token, or has one that is not finite. Such a
             response would make every statistic of the batch wrong.
     """
     for rollout in rollouts:
         _check(rollout)
+    if any(rollout.canvas is not None for rollout in rollouts):
+        return _assemble_views(rollouts, rewards, advantages)
     lengths = torch.tensor([len(r.prompt.token_ids) + len(r.token_ids) for r in rollouts], dtype=torch.int64)
     batch, seq = len(rollouts), int(lengths.max()) if rollouts else 0
     tokens = torch.zeros(batch, seq, dtype=torch.int64)
@@ -191,6 +228,32 @@ def assemble(rollouts: Sequence[Rollout], rewards: Tensor, advantages: Tensor) -
         rollout_logprobs[row, start:end] = torch.tensor(rollout.rollout_logprobs)
     routed_experts = _align_experts(rollouts, seq)
     return Batch(tokens, loss_mask, lengths, rollout_logprobs, advantages.float(), rewards.float(), routed_experts)
+
+
+def _assemble_views(rollouts: Sequence[Rollout], rewards: Tensor, advantages: Tensor) -> Batch:
+    """`assemble` for a diffusion model, all of whose responses have the same number of views."""
+    rows = [(rollout, rollout.canvas, view) for rollout in rollouts if rollout.canvas is not None for view in rollout.canvas.views]
+    views = len(rows) // len(rollouts)
+    lengths = torch.tensor([len(view.hidden) for _, _, view in rows], dtype=torch.int64)
+    batch, seq = len(rows), int(lengths.max()) if rows else 0
+    tokens, inputs = torch.zeros(2, batch, seq, dtype=torch.int64)
+    loss_mask, rollout_logprobs = torch.zeros(batch, seq, dtype=torch.bool), torch.zeros(batch, seq, dtype=torch.float32)
+    for row, (rollout, canvas, view) in enumerate(rows):
+        start, end = len(rollout.prompt.token_ids), len(view.hidden)
+        tokens[row, :end] = torch.tensor(rollout.prompt.token_ids + canvas.token_ids)
+        inputs[row, :end] = tokens[row, :end].masked_fill(view.hidden, canvas.mask_id)
+        loss_mask[row, start:end] = view.scored
+        rollout_logprobs[row, start:end] = view.logprobs
+    return Batch(
+        tokens=tokens,
+        loss_mask=loss_mask,
+        lengths=lengths,
+        rollout_logprobs=rollout_logprobs,
+        advantages=advantages.float().repeat_interleave(views),
+        rewards=rewards.float().repeat_interleave(views),
+        inputs=inputs,
+        repeats=torch.tensor([canvas.repeats for _, canvas, _ in rows], dtype=torch.int64),
+    )
 
 
 def _align_experts(rollouts: Sequence[Rollout], seq: int) -> Tensor | None:
@@ -214,9 +277,10 @@ def _check(rollout: Rollout) -> None:
             f"{where}: {len(rollout.rollout_logprobs)} logprobs for {len(rollout.token_ids)} tokens; there must be one log-probability "
             "per token"
         )
-    bad = [t for t, value in enumerate(rollout.rollout_logprobs) if not -float("inf") < value <= 1e-3]
+    scored = [value for view in (rollout.canvas.views if rollout.canvas else ()) for value in view.logprobs.tolist()]
+    bad = [t for t, value in enumerate((*rollout.rollout_logprobs, *scored)) if not -float("inf") < value <= 1e-3]
     if bad:
         raise ValueError(
-            f"{where}: logprob {rollout.rollout_logprobs[bad[0]]} at response token {bad[0]}; the engine must return finite values <= 0 "
-            "(NaN usually means that weights or KV scales are corrupt after a sync)"
+            f"{where}: logprob {(*rollout.rollout_logprobs, *scored)[bad[0]]} at response token {bad[0]}; the engine must return finite "
+            "values <= 0 (NaN usually means that weights or KV scales are corrupt after a sync)"
         )

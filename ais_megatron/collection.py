@@ -89,6 +89,7 @@ def collect(session: Session, first: int, timer: PhaseTimer) -> Collected:
     with timer.phase("reward"):
         batch = _chosen_rows(session, candidates, mine, first) if objective.resolved.dynamic_sampling else _own_rows(session, candidates)
         batch, mine = balance(batch, mine, session.config)
+        batch = _by_view(batch, session.config.rows_per_response)
     sampled = len(candidates.owner)
     rows = _rows_of(session, candidates, mine, first)
     return Collected(batch, candidates.rollouts, candidates.rewards, candidates.values, rows, first + sampled, sampled)
@@ -153,7 +154,7 @@ def _own_rows(session: Session, candidates: _Candidates) -> Batch:
 
 def _chosen_rows(session: Session, candidates: _Candidates, mine: list[int], first: int) -> Batch:
     """This data-parallel rank's part of the chosen groups, wherever they were generated. Every rank receives all groups once."""
-    size = session.config.rollout.group_size
+    size, views = session.config.rollout.group_size, session.config.rows_per_response
     chosen = candidates.choose(session.config.rollout.prompts_per_step)
     with rank_consistent():
         keep = set(chosen)
@@ -163,8 +164,13 @@ def _chosen_rows(session: Session, candidates: _Candidates, mine: list[int], fir
     # The gathered groups are ordered by rank and then by position. This finds the place of each chosen group.
     stands = {group: place for place, group in enumerate(sorted(chosen, key=lambda group: candidates.owner[group]))}
     places = torch.tensor([stands[group] for group in mine], dtype=torch.int64)
-    index = (places[:, None] * size + torch.arange(size)).view(-1)
+    index = (places[:, None] * size * views + torch.arange(size * views)).view(-1)
     return everything.rows(index, int(everything.lengths[index].max()))
+
+
+def _by_view(batch: Batch, views: int) -> Batch:
+    """First one row of every response, in their order, then the second rows, and so on. So an update can have all responses in one view."""
+    return batch if views == 1 else batch.rows(torch.arange(len(batch)).view(-1, views).t().flatten())
 
 
 def _mine(session: Session, candidates: _Candidates) -> list[int]:
@@ -194,4 +200,4 @@ def _assemble(session: Session, rollouts: list[Rollout], values: Tensor) -> Batc
     left_out = values.isnan()
     if objective.resolved.overlong_filter:
         left_out |= torch.tensor([r.finish_reason == "length" for r in rollouts], dtype=torch.bool)
-    return batch.without(left_out)
+    return batch.without(left_out.repeat_interleave(session.config.rows_per_response))

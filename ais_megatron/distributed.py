@@ -187,26 +187,30 @@ def gather_batch(local: Batch, group: dist.ProcessGroup | None) -> Batch:
     if world == 1:
         return local
     routes = local.routed_experts
-    mine = torch.tensor([*local.tokens.shape, *((0, 0, 0) if routes is None else (*routes.shape[2:], routes.itemsize))], device=device())
+    kind = (0, 0, 0) if routes is None else (*routes.shape[2:], routes.itemsize)
+    mine = torch.tensor([*local.tokens.shape, *kind, local.inputs is not None], device=device())
     sizes = [torch.empty_like(mine) for _ in range(world)]
     dist.all_gather(sizes, mine, group=group)
-    max_rows, seq, layers, top_k, itemsize = (int(v) for v in torch.stack(sizes).amax(0))
-    raw = _pack(local.pad_columns(seq), (layers, top_k), _ROUTES[itemsize])
+    max_rows, seq, layers, top_k, itemsize, masked = (int(v) for v in torch.stack(sizes).amax(0))
+    raw = _pack(local.pad_columns(seq), (layers, top_k), _ROUTES[itemsize], bool(masked))
     packed = torch.nn.functional.pad(raw, (0, 0, 0, max_rows - len(local))).to(device())
     parts = [torch.empty_like(packed) for _ in range(world)]
     dist.all_gather(parts, packed, group=group)
     rows = torch.cat([part[: int(size[0])].cpu() for part, size in zip(parts, sizes, strict=True)])
-    return _unpack(rows, seq, (layers, top_k), _ROUTES[itemsize])
+    return _unpack(rows, seq, (layers, top_k), _ROUTES[itemsize], bool(masked))
 
 
 _ROUTES = {0: torch.int8, 1: torch.int8, 2: torch.int16, 4: torch.int32}  # by number of bytes; 0: no rank has routes
 
 
-def _pack(batch: Batch, experts: tuple[int, int], routes_dtype: torch.dtype) -> Tensor:
-    """uint8 ``[rows, bytes]``: tokens, rollout log-probabilities and (length, advantage, reward) with 4 bytes each, then routes and
-    mask."""
+def _pack(batch: Batch, experts: tuple[int, int], routes_dtype: torch.dtype, masked: bool) -> Tensor:
+    """uint8 ``[rows, bytes]``: tokens, rollout log-probabilities and (length, advantage, reward) with 4 bytes each, then what a diffusion
+    model reads and how often it counts, routes and mask."""
     per_row = [batch.lengths.int(), batch.advantages.view(torch.int32), batch.rewards.view(torch.int32)]
     fields = [batch.tokens.int(), batch.rollout_logprobs, torch.stack(per_row, 1)]
+    if masked:
+        repeats = torch.ones_like(batch.lengths) if batch.repeats is None else batch.repeats
+        fields += [batch.read.int(), repeats.int()[:, None]]
     if experts[0]:
         shape = (*batch.tokens.shape, *experts)
         routes = torch.full(shape, -1, dtype=routes_dtype) if batch.routed_experts is None else batch.routed_experts.to(routes_dtype)
@@ -214,11 +218,13 @@ def _pack(batch: Batch, experts: tuple[int, int], routes_dtype: torch.dtype) -> 
     return torch.cat([field.contiguous().view(torch.uint8) for field in (*fields, batch.loss_mask)], 1)
 
 
-def _unpack(raw: Tensor, seq: int, experts: tuple[int, int], routes_dtype: torch.dtype) -> Batch:
+def _unpack(raw: Tensor, seq: int, experts: tuple[int, int], routes_dtype: torch.dtype, masked: bool) -> Batch:
     layers, top_k = experts
-    parts = raw.split([4 * seq, 4 * seq, 4 * 3, seq * layers * top_k * routes_dtype.itemsize, seq], dim=1)
-    dtypes = (torch.int32, torch.float32, torch.int32, routes_dtype, torch.bool)
-    tokens, logprobs, per_row, routed, mask = (_from_bytes(part, dtype) for part, dtype in zip(parts, dtypes, strict=True))
+    read = [4 * seq, 4] if masked else [0, 0]
+    parts = raw.split([4 * seq, 4 * seq, 4 * 3, *read, seq * layers * top_k * routes_dtype.itemsize, seq], dim=1)
+    dtypes = (torch.int32, torch.float32, torch.int32, torch.int32, torch.int32, routes_dtype, torch.bool)
+    fields = (_from_bytes(part, dtype) for part, dtype in zip(parts, dtypes, strict=True))
+    tokens, logprobs, per_row, inputs, repeats, routed, mask = fields
     lengths, advantages, rewards = (column.contiguous() for column in per_row.unbind(1))
     return Batch(
         tokens=tokens.long(),
@@ -228,6 +234,8 @@ def _unpack(raw: Tensor, seq: int, experts: tuple[int, int], routes_dtype: torch
         advantages=advantages.view(torch.float32),
         rewards=rewards.view(torch.float32),
         routed_experts=routed.reshape(-1, seq, layers, top_k) if layers else None,
+        inputs=inputs.long() if masked else None,
+        repeats=repeats[:, 0].long() if masked else None,
     )
 
 

@@ -22,7 +22,7 @@ from ais_megatron.policy.training_state import TrainingState
 from ais_megatron.prompts import held_out_prompts, within_limit
 from ais_megatron.rollout.engine import SamplingParams
 from ais_megatron.runs.metrics import MetricsRow, PhaseTimer, Sinks, evaluation_metrics
-from ais_megatron.session import Session
+from ais_megatron.session import Session, denoising
 from ais_megatron.tasks import Reward, make_task
 from ais_megatron.tokenizer import make_tokenizer
 
@@ -248,6 +248,7 @@ def _prepare(session: Session, chosen: EvaluationSet) -> _Part:
         temperature=chosen.temperature,
         top_p=chosen.top_p,
         seed=config.run.seed,
+        denoising=denoising(config, 0),
     )
     return _Part(chosen, replace(session, task=task, tokenizer=tokenizer), prompts, sampling)
 

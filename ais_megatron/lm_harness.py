@@ -42,6 +42,11 @@ def check_harness(config: Config, options: HarnessOptions) -> None:
     """
     if find_spec("lm_eval") is None:
         raise ConfigError(f"--lm-eval={options.tasks}: the package lm_eval is not installed; install it with {INSTALL}")
+    if config.architecture.family.is_diffusion:
+        raise ConfigError(
+            f"--lm-eval={options.tasks}: the harness' own model code cannot sample from model_type={config.architecture.model_type}; use "
+            "`ais-megatron eval` without --lm-eval"
+        )
     if config.tokenizer.kind != "hf":
         raise ConfigError(
             f"--lm-eval={options.tasks}: the harness reads Hugging Face tokenizers only, but this run has "

@@ -16,7 +16,7 @@ from ais_megatron.policy.parallel import data_parallel_group, initialize_paralle
 from ais_megatron.policy.policy import Policy
 from ais_megatron.prompts import Share, to_prompt, within_limit
 from ais_megatron.rollout.build import build_engine
-from ais_megatron.rollout.engine import RolloutEngine, SamplingParams
+from ais_megatron.rollout.engine import Denoising, RolloutEngine, SamplingParams
 from ais_megatron.runs.samples import TokenTexts
 from ais_megatron.sft import starting_policy
 from ais_megatron.tasks import Attempt, Reward, Task, judge_all, make_task
@@ -62,7 +62,24 @@ class Session:
             top_p=rollout.top_p,
             top_k=rollout.top_k,
             seed=self.config.run.seed,
+            denoising=denoising(self.config, self.config.rows_per_response),
         )
+
+
+def denoising(config: Config, num_views: int) -> Denoising | None:
+    """How a diffusion model samples, with `num_views` scored masks of each response; None for other models."""
+    if not config.architecture.family.is_diffusion:
+        return None
+    chosen = config.diffusion
+    return Denoising(
+        block_length=chosen.block_length,
+        steps_per_block=chosen.steps_per_block(config.rollout.max_response_tokens),
+        remasking=chosen.remasking,
+        likelihood=chosen.likelihood,
+        likelihood_temperature=config.likelihood_temperature,
+        num_views=num_views,
+        prompt_mask=chosen.prompt_mask,
+    )
 
 
 def build_task(config: Config) -> tuple[Task, Tokenizer]:
@@ -87,7 +104,7 @@ def build_policy(config: Config, from_checkpoint: bool = False) -> tuple[Policy,
     needs_start = not from_checkpoint or config.policy.lora.rank  # a checkpoint of LoRA has only the factors
     path = starting_policy(config, task, tokenizer) if needs_start else None
     updates = config.train.steps * config.train.updates_per_batch
-    return Policy(config, config.train.optimizer, updates, config.rollout.temperature, path), task, tokenizer
+    return Policy(config, config.train.optimizer, updates, config.likelihood_temperature, path), task, tokenizer
 
 
 def build_session(config: Config, from_checkpoint: bool = False) -> Session:

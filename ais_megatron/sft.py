@@ -7,12 +7,14 @@ configuration starts immediately.
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
-from ais_megatron.batch import Batch, Prompt, Rollout, assemble
+from ais_megatron.algorithm.masking import mask_generator, supervised
+from ais_megatron.batch import Batch, Canvas, Prompt, Rollout, View, assemble
 from ais_megatron.config import Config
 from ais_megatron.config.policy import PolicyConfig
 from ais_megatron.distributed import rank_consistent
@@ -45,8 +47,6 @@ def warm_start(config: Config, task: Task, tokenizer: Tokenizer, folder: Path) -
     Raises:
         ValueError: the task has no worked solutions.
     """
-    if config.architecture.family.is_diffusion:
-        raise ValueError(f"sft.steps={config.sft.steps}: a warm start of model_type={config.architecture.model_type} is not supported yet")
     all_weights = config.model_copy(update={"policy": PolicyConfig()})  # LoRA freezes what the warm start has made
     policy = Policy(all_weights, config.sft.optimizer, config.sft.steps, temperature=1.0, path=config.model.path)
     every = max(1, config.sft.steps // 10)
@@ -84,7 +84,32 @@ def solutions(config: Config, task: Task, tokenizer: Tokenizer, step: int) -> Ba
         prompt = Prompt(index, problem.text, encode(problem, tokenizer), problem.truth)
         response = tuple(tokenizer.encode_response(problem.solution))
         examples.append(Rollout(prompt, response, (0.0,) * len(response), "stop", -1))
+    if config.architecture.family.is_diffusion:
+        return _masked(config, examples, tokenizer.eos_id)
     return assemble(examples, torch.zeros(rows), torch.zeros(rows))
+
+
+def _masked(config: Config, examples: list[Rollout], eos_id: int) -> Batch:
+    """Solutions for a diffusion model: padded with ends of sequence to the length of its responses, and partly masked.
+
+    A row of L tokens, n of them masked, has the weight L / n (`algorithm.masking`). The loss divides by the number of masked tokens, so the
+    weights are scaled by its share of all tokens.
+    """
+    mask_id, size = config.architecture.mask_token_id, config.rollout.max_response_tokens
+    assert mask_id is not None  # an architecture without one was refused
+    masked = []
+    for example in examples:
+        if len(example.token_ids) > size:
+            raise ValueError(
+                f"sft.steps={config.sft.steps}: the solution of problem {example.prompt.index} has {len(example.token_ids)} tokens, but "
+                f"rollout.max_response_tokens={size} is the length of a diffusion model's canvas; raise it"
+            )
+        tokens = example.token_ids + (eos_id,) * (size - len(example.token_ids))
+        mask = supervised(len(example.prompt.token_ids), size, mask_generator(config.run.seed, example.prompt.index, 0))
+        canvas = Canvas(tokens, (), (View(mask.hidden, mask.scored, torch.zeros(size)),), mask_id)
+        masked.append(replace(example, canvas=canvas))
+    counts = torch.tensor([int(example.canvas.views[0].scored.sum()) for example in masked if example.canvas], dtype=torch.float32)
+    return assemble(masked, torch.zeros(len(masked)), counts.mean() / counts)
 
 
 def _say(text: str) -> None:

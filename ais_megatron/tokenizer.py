@@ -226,6 +226,8 @@ def make_tokenizer(config: Config, task: Task) -> Tokenizer:
         ValueError: the file or folder cannot be used, or there are more tokens than model.architecture.vocab_size.
     """
     limit = config.architecture.vocab_size
+    if config.tokenizer.kind == "sentencepiece" and config.architecture.mask_token_id is not None:
+        limit = config.architecture.mask_token_id  # such a tokenizer has no mask token, so the model's must come after its tokens
     path = config.tokenizer.path
     if config.tokenizer.kind == "hf":
         folder = path or config.model.path
@@ -236,8 +238,9 @@ def make_tokenizer(config: Config, task: Task) -> Tokenizer:
     else:
         tokenizer = _train_or_load(task, limit, Path(config.sft.cache_dir))
     if tokenizer.vocab_size > limit:
+        name = "vocab_size" if limit == config.architecture.vocab_size else "mask_token_id"
         raise ValueError(
-            f"model.architecture.vocab_size={limit}: smaller than the tokenizer's {tokenizer.vocab_size} tokens "
+            f"model.architecture.{name}={limit}: smaller than the tokenizer's {tokenizer.vocab_size} tokens "
             f"(tokenizer.kind={config.tokenizer.kind}, tokenizer.path={path}); raise it to at least {tokenizer.vocab_size}"
         )
     return tokenizer

@@ -28,7 +28,7 @@ class PolicyLoss(NamedTuple):
     total: Tensor
     """float32 scalar with grad."""
     metric_sums: Tensor
-    """float64 ``[len(POLICY_METRICS)]``, sums over the kept tokens."""
+    """float64 ``[len(POLICY_METRICS)]``, sums over the kept tokens, each as often as it counts."""
 
 
 def policy_loss(
@@ -57,10 +57,10 @@ def policy_loss(
         total = total + objective.kl_coefficient * (factors.shares * kl).sum()
     if objective.entropy_bonus:
         total = total - objective.entropy_bonus * (factors.shares * entropy.masked_fill(~kept, 0.0)).sum()
-    sums = [masked_sum(x, kept) for x in (entropy, j.policy_ratio, j.clipped.float(), kl, logprobs < math.log(UNLIKELY))]
+    sums = [masked_sum(x, kept, factors.counts) for x in (entropy, j.policy_ratio, j.clipped.float(), kl, logprobs < math.log(UNLIKELY))]
     return PolicyLoss(total, torch.stack([total.detach().double(), *sums]))
 
 
-def masked_sum(values: Tensor, loss_mask: Tensor) -> Tensor:
-    """float64 scalar, detached."""
-    return values.detach().masked_fill(~loss_mask, 0.0).sum(dtype=torch.float64)
+def masked_sum(values: Tensor, loss_mask: Tensor, counts: Tensor) -> Tensor:
+    """float64 scalar, detached. counts: int64 ``[batch, seq]``."""
+    return (values.detach().masked_fill(~loss_mask, 0.0) * counts).sum(dtype=torch.float64)

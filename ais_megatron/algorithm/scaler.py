@@ -29,7 +29,9 @@ class TokenFactors(NamedTuple):
     shares: Tensor
     """float32, the factor from the aggregation only (s = 1), for terms that are no estimates over mu: KL penalty and entropy."""
     kept: Tensor
-    """bool, the loss mask without rejected responses. Its sum is the number of tokens that the loss reports."""
+    """bool, the loss mask without rejected responses."""
+    counts: Tensor
+    """int64, how often the loss counts a token. The sum is the number of tokens that the loss reports."""
 
 
 @dataclass(frozen=True)
@@ -57,8 +59,11 @@ class LossScaler:
         """The scaler for one optimizer step over `num_tokens` kept tokens of `num_sequences` responses, counted globally."""
         return replace(self, tokens_per_sequence=num_tokens / max(num_sequences, 1.0))
 
-    def factors(self, old_logprobs: Tensor, rollout_logprobs: Tensor, loss_mask: Tensor) -> TokenFactors:
-        """The factors of every token of one microbatch, see `TokenFactors`. Inputs are float32, the mask bool, all ``[batch, seq]``."""
+    def factors(self, old_logprobs: Tensor, rollout_logprobs: Tensor, loss_mask: Tensor, repeats: Tensor | None = None) -> TokenFactors:
+        """The factors of every token of one microbatch, see `TokenFactors`. Inputs are float32, the mask bool, all ``[batch, seq]``.
+
+        repeats: int64 ``[batch]``, how often the tokens of a row count; None: once.
+        """
         log_ratio = log_importance_ratio(old_logprobs, rollout_logprobs).detach()
         kept = self.correction.kept(log_ratio, loss_mask)
         weights = mixed_weights(self.correction.weights(log_ratio, loss_mask), self.alpha)
@@ -67,8 +72,12 @@ class LossScaler:
         shares = self._shares(kept)
         if self.needs_totals:  # otherwise shares are 1 wherever the mask is
             weights *= shares
+        counts = kept.long()
+        if repeats is not None:
+            counts *= repeats[:, None]
+            weights, shares = weights * counts, shares * counts
         # A masked product instead of a multiplication by 0, because padding may have any value, even infinity.
-        return TokenFactors(weights.masked_fill_(~kept, 0.0), shares, kept)
+        return TokenFactors(weights.masked_fill(~kept, 0.0), shares, kept, counts)
 
     def kept(self, old_logprobs: Tensor, rollout_logprobs: Tensor, loss_mask: Tensor) -> Tensor:
         """Only `TokenFactors.kept`, for counting T and N."""

@@ -2,6 +2,7 @@
 
 from ais_megatron.config.algorithm import AISConfig, CorrectionOptions, ObjectiveConfig
 from ais_megatron.config.architecture import Architecture
+from ais_megatron.config.diffusion import DiffusionConfig
 from ais_megatron.config.errors import ConfigError, explain
 from ais_megatron.config.evaluation import EvalConfig, EvalSet, EvaluationSet
 from ais_megatron.config.experiment import Config
@@ -33,6 +34,7 @@ __all__ = [
     "Config",
     "ConfigError",
     "CorrectionOptions",
+    "DiffusionConfig",
     "EvalConfig",
     "EvalSet",
     "EvaluationSet",

@@ -114,7 +114,7 @@ def engine_problems(rollout: RolloutConfig, run: RunConfig, calibration: Calibra
     if not rollout.engine_traits.has_servers:
         return []
     if arch is not None and arch.family.sglang_attention is None:
-        return [f"rollout.engine={rollout.engine}: SGLang does not have model_type={arch.model_type}; set rollout.engine=local"]
+        return []  # another check says that the engine cannot have this family
     if rollout.quantization not in SGLANG_QUANTIZATIONS:
         return [
             f"rollout.quantization={rollout.quantization}: only the embedded engine emulates it; with rollout.engine=sglang use one of "

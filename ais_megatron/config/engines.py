@@ -23,6 +23,8 @@ class EngineTraits(NamedTuple):
     """It keeps the KV scales of an earlier sync, so scales of 1 must be sent to it too."""
     holds_adapters: bool = False
     """It can keep frozen weights, and get only LoRA's factors at a sync."""
+    diffuses: bool = False
+    """It samples from masked diffusion models, and scores their responses under the masks of `diffusion.likelihood`."""
 
     @property
     def can_evaluate(self) -> bool:
@@ -31,7 +33,7 @@ class EngineTraits(NamedTuple):
 
 
 ENGINES = {
-    "local": EngineTraits(is_embedded=True),
+    "local": EngineTraits(is_embedded=True, diffuses=True),
     "sglang": EngineTraits(has_servers=True, keeps_kv_scales=True, holds_adapters=True),
     "replay": EngineTraits(replays=True),
 }

@@ -16,7 +16,7 @@ from ais_megatron.config.algorithm import (
     weight_level,
 )
 from ais_megatron.config.architecture import Architecture
-from ais_megatron.config.diffusion import diffusion_problems
+from ais_megatron.config.diffusion import DiffusionConfig, diffusion_problems
 from ais_megatron.config.evaluation import EvalConfig, EvaluationSet, evaluation_sets
 from ais_megatron.config.policy import PolicyConfig, adapter_problems, lora_problems, precision_problems
 from ais_megatron.config.recurrent import recurrent_problems
@@ -44,6 +44,7 @@ class Config(Section):
     tokenizer: TokenizerConfig = TokenizerConfig()
     task: TaskConfig = TaskConfig()
     rollout: RolloutConfig = RolloutConfig()
+    diffusion: DiffusionConfig = DiffusionConfig()
     correction: CorrectionName = Field(
         "ais",
         description="how the mismatch between rollout engine and trainer is corrected. none: not at all. tis: truncated importance "
@@ -82,8 +83,8 @@ class Config(Section):
             *checks.replay_problems(self.moe, self.rollout, arch),
             *checks.engine_problems(self.rollout, self.run, self.calibration, arch),
             *checks.recording_problems(self.rollout),
-            *diffusion_problems(arch, self.parallel, self.train),
             *checks.ahead_problems(self.rollout, self.objective.resolved.dynamic_sampling),
+            *diffusion_problems(self),
         ]
         if problems:
             raise ValueError("\n".join(problems))
@@ -95,9 +96,23 @@ class Config(Section):
         return weight_level(self.correction, self.ais, self.correction_options, self.objective)
 
     @property
+    def rows_per_response(self) -> int:
+        """Rows of a batch for each response: 1, or for a diffusion model the number of masks under which it is scored."""
+        if not self.architecture.family.is_diffusion:
+            return 1
+        return self.diffusion.masks if self.diffusion.likelihood == "one_step" else self.diffusion.states
+
+    @property
+    def likelihood_temperature(self) -> float:
+        """The temperature of all log-probabilities: the sampler's. One-step estimates are no probabilities of the sampler, and have 1."""
+        is_one_step = self.architecture.family.is_diffusion and self.diffusion.likelihood == "one_step"
+        return 1.0 if is_one_step else self.rollout.temperature
+
+    @property
     def measures_gradients(self) -> bool:
         """Whether alpha needs sketches of the responses' gradients."""
-        return measures_gradients(self.correction, self.ais, self.correction_options, self.objective)
+        whole = self.rows_per_response == 1 and (self.diffusion.likelihood == "one_step" or not self.architecture.family.is_diffusion)
+        return whole and measures_gradients(self.correction, self.ais, self.correction_options, self.objective)
 
     @property
     def evaluation_sets(self) -> list[EvaluationSet]:

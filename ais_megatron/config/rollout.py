@@ -38,8 +38,10 @@ class RolloutConfig(Section):
         "columns. SGLang needs layers whose sizes are multiples of it, so small models need 64. On GPUs, SGLang's fastest kernels exist "
         "only for 128",
     )
-    kv_cache: Literal["auto", "bf16", "fp8_e4m3"] = Field(
-        "auto", description="precision of the KV cache; auto: fp8_e4m3 if the activations are quantised, else bf16"
+    kv_cache: Literal["auto", "none", "bf16", "fp8_e4m3"] = Field(
+        "auto",
+        description="precision of the KV cache; auto: fp8_e4m3 if the activations are quantised, else bf16; none: a diffusion model has no "
+        "cache, and this becomes its default",
     )
     prompts_per_step: PositiveInt = Field(32, description="number of prompts per step, over all ranks")
     group_size: PositiveInt = Field(8, description="number of responses sampled for each prompt")

@@ -256,16 +256,18 @@ class Policy:
             reference = None if reference_logprobs is None else _cut(reference_logprobs, index, logprobs)
             if running is not None:
                 running.add(old, rows.rollout_logprobs, rows.advantages, rows.loss_mask, index, sketches)
-            factors = scaler.factors(old, rows.rollout_logprobs, rows.loss_mask)
+            factors = scaler.factors(old, rows.rollout_logprobs, rows.loss_mask, rows.repeats)
             loss = policy_loss(self.config.objective, logprobs, entropy, old, reference, rows.advantages, factors)
-            return loss.total, factors.kept.sum(), loss.metric_sums
+            return loss.total, factors.counts.sum(), loss.metric_sums
 
         return self._optimize(batch, loss_function, POLICY_METRICS, running)
 
     def sft_step(self, batch: Batch) -> dict[str, float]:
-        """One optimizer step on the cross-entropy of the tokens in the mask. Returns loss (nats per token), grad_norm and lr."""
+        """One optimizer step on the cross-entropy of the tokens in the mask. Returns loss (nats per token), grad_norm and lr. Of rows with
+        masked tokens, the advantages are weights of the cross-entropy."""
 
         def loss_function(rows: Batch, index: Tensor, logprobs: Tensor, entropy: Tensor, sketches: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            logprobs = logprobs if rows.inputs is None else logprobs * rows.advantages[:, None]
             loss = -logprobs.masked_fill(~rows.loss_mask, 0.0).sum()
             return loss, rows.loss_mask.sum(), loss.detach().double()[None]
 

@@ -10,6 +10,26 @@ from ais_megatron.batch import Bucket, Prompt, Rollout
 
 
 @dataclass(frozen=True)
+class Denoising:
+    """How to sample from a masked diffusion model, and under which masks to score its responses."""
+
+    block_length: int
+    """Number of tokens of a block. It divides `SamplingParams.max_tokens`."""
+    steps_per_block: int
+    """Forward passes for each block, at most `block_length`."""
+    remasking: str
+    """low_confidence or random."""
+    likelihood: str
+    """one_step or trajectory."""
+    likelihood_temperature: float
+    """Of the log-probabilities in `View`."""
+    num_views: int
+    """Number of masks under which a response is scored; 0: it is not scored."""
+    prompt_mask: float
+    """one_step: probability of each prompt token to be masked."""
+
+
+@dataclass(frozen=True)
 class SamplingParams:
     """How to sample.
 
@@ -28,6 +48,8 @@ class SamplingParams:
     """0: no limit."""
     seed: int = 0
     """Together with the prompt's index, the sample's number and the position it determines every random draw."""
+    denoising: Denoising | None = None
+    """For a masked diffusion model, whose responses all have `max_tokens` tokens on their canvas; None for other models."""
 
 
 class WeightsLost(RuntimeError):

@@ -28,6 +28,8 @@ def cached_folder(config: Config) -> Path:
         **{name: getattr(config, name).model_dump(mode="json", exclude={"cache_dir", "adapter"}) for name in ("model", "tokenizer", "sft")},
         "task": _problems_made_of(config.task),
     }
+    if config.architecture.family.is_diffusion:
+        made_of["canvas"] = config.rollout.max_response_tokens
     digest = hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()[:16]
     return Path(config.sft.cache_dir) / f"policy-{digest}"
 

@@ -29,7 +29,7 @@ def make_config(
         {
             "model": {"path": str(path), "dtype": dtype, **sections.pop("model", {})},
             "parallel": {"tp": tp, "pp": pp, "cp": cp, "sequence_parallel": sp},
-            "rollout": {"max_response_tokens": 20, "temperature": TEMPERATURE},
+            "rollout": {"max_response_tokens": 20, "temperature": TEMPERATURE, **sections.pop("rollout", {})},
             "train": {"tokens_per_microbatch": budget, "logprob_chunk_tokens": 7, **sections.pop("train", {})},
             **sections,
         }
@@ -53,12 +53,12 @@ def make_batch() -> Batch:
     )
 
 
-def make_policy(config: Config, path: Path, lr: float = 1e-3):  # noqa: ANN201
+def make_policy(config: Config, path: Path, lr: float = 1e-3, temperature: float = TEMPERATURE):  # noqa: ANN201
     from ais_megatron.policy.parallel import initialize_parallel
     from ais_megatron.policy.policy import Policy
 
     initialize_parallel(config)
-    return Policy(config, OptimizerConfig(lr=lr, warmup_steps=1), 10, TEMPERATURE, str(path))
+    return Policy(config, OptimizerConfig(lr=lr, warmup_steps=1), 10, temperature, str(path))
 
 
 def my_rows(batch: Batch) -> tuple[Batch, Tensor]:

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from ais_megatron.batch import Batch
-from ais_megatron.config import Architecture, ConfigError, build_config, read_architecture
+from ais_megatron.config import Architecture, Config, ConfigError, DiffusionConfig, build_config, read_architecture
 from ais_megatron.models.family import names_of_twin, tensors_of
 from ais_megatron.models.registry import is_quantized_weight
 from ais_megatron.planning.memory import total_parameters
@@ -29,6 +29,9 @@ PUBLISHED = """{"activation_type": "silu", "alibi": false, "alibi_bias_max": 8.0
 "n_heads": 32, "n_kv_heads": 32, "n_layers": 32, "pad_token_id": 126081, "precision": "amp_bf16", "residual_dropout": 0.0,
 "rms_norm_eps": 1e-05, "rope": true, "rope_full_precision": true, "rope_theta": 500000.0, "scale_logits": false, "use_cache": false,
 "vocab_size": 126464, "weight_tying": false}"""
+
+
+DIFFUSION = {"block_length": 20, "steps": 10}  # `make_config` has responses of 20 tokens
 
 
 def masked_batch() -> Batch:
@@ -50,7 +53,7 @@ def llada(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def logprobs(rank: int, path: Path, **layout: object) -> tuple[Tensor, Tensor]:
-    policy = make_policy(make_config(path, **layout), path)
+    policy = make_policy(make_config(path, diffusion=DIFFUSION, **layout), path)
     rows, index = my_rows(masked_batch())
     return policy.logprobs(rows), index
 
@@ -58,7 +61,7 @@ def logprobs(rank: int, path: Path, **layout: object) -> tuple[Tensor, Tensor]:
 def trained(rank: int, path: Path, **layout: object) -> dict[str, Tensor]:
     from ais_megatron.algorithm.scaler import LossScaler
 
-    policy = make_policy(make_config(path, **layout), path)
+    policy = make_policy(make_config(path, diffusion=DIFFUSION, **layout), path)
     rows, _ = my_rows(masked_batch())
     rows = replace(rows, rollout_logprobs=(policy.logprobs(rows) - 0.2) * rows.loss_mask)
     for _ in range(3):
@@ -89,7 +92,7 @@ def test_training_is_independent_of_the_layout(ranks: RankPool, llada: Path, lay
 
 def test_import_then_export_is_the_identity(ranks: RankPool, llada: Path, tmp_path: Path) -> None:
     original = load_file(llada / "model.safetensors")
-    for weights in ranks.run(4, exported, path=llada, out=tmp_path, tp=2, pp=2):
+    for weights in ranks.run(4, exported, path=llada, out=tmp_path, tp=2, pp=2, diffusion=DIFFUSION):
         assert weights.keys() == original.keys()
         assert all(torch.equal(weights[name], original[name]) for name in original)
     assert read_architecture(tmp_path) == read_architecture(llada)
@@ -135,11 +138,55 @@ def test_a_causal_model_has_no_mask_token() -> None:
         Architecture(**SIZES | {"model_type": "llama", "mask_token_id": 5})
 
 
-def test_what_it_cannot_do_is_refused(llada: Path) -> None:
-    with pytest.raises(ConfigError, match="rollout.engine=sglang: SGLang does not have model_type=llada; set rollout.engine=local"):
-        build_config({"model": {"path": str(llada)}, "rollout": {"engine": "sglang"}})
-    with pytest.raises(ConfigError, match="train.packing=true: not supported for model_type=llada"):
-        make_config(llada, train={"packing": True})
-    targets = ["q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj", "gate_proj"]  # as in d1's configuration
-    with pytest.raises(ConfigError, match="down_proj, gate_proj, o_proj are no projections of model_type=llada.*; use q_proj, .*, ff_out"):
-        make_config(llada, policy={"lora": {"rank": 4, "targets": targets}})
+def config_of(llada: Path, **sections: object) -> Config:
+    return make_config(llada, **{"diffusion": DIFFUSION, **sections})
+
+
+@pytest.mark.parametrize(
+    ("sections", "message"),
+    [
+        ({"rollout": {"engine": "sglang"}}, "rollout.engine=sglang: cannot sample from model_type=llada.*; set rollout.engine=local"),
+        ({"rollout": {"kv_cache": "fp8_e4m3"}}, "rollout.kv_cache=fp8_e4m3: not supported for model_type=llada: .* there is no KV cache"),
+        ({"rollout": {"top_p": 0.9}}, "rollout.top_p=0.9: not supported"),
+        ({"rollout": {"save_dir": "recordings"}}, "rollout.save_dir=recordings: not supported"),
+        ({"rollout": {"max_response_tokens": 30}}, "max_response_tokens=30: not a multiple of diffusion.block_length=20; use 20"),
+        ({"diffusion": {"block_length": 10, "steps": 5}}, "diffusion.steps=5: must be a multiple of the 2 blocks of a response"),
+        ({"diffusion": {"block_length": 20, "steps": 21}}, "diffusion.steps=21: .* at most 20"),
+        ({"diffusion": DIFFUSION | {"guidance": 1.5}}, "diffusion.guidance=1.5: not supported"),
+        ({"diffusion": DIFFUSION | {"rollout_likelihood": "trajectory"}}, "rollout_likelihood=trajectory: differs from .*=one_step"),
+        ({"diffusion": DIFFUSION | {"likelihood": "trajectory"}, "objective": {"name": "gspo"}}, "scores only some tokens of a response"),
+        ({"diffusion": DIFFUSION | {"likelihood": "trajectory", "masks": 2}}, "diffusion.masks=2: only diffusion.likelihood=one_step"),
+        ({"diffusion": DIFFUSION | {"likelihood": "trajectory"}, "correction": "k3_rs"}, "correction=k3_rs: rejects whole responses"),
+        (
+            {"ais": {"coefficient": "measured"}, "diffusion": DIFFUSION | {"masks": 2}},
+            "measured: needs one row for each response, but .* 2",
+        ),
+        ({"policy": {"forward_precision": "fp8_aligned"}}, "policy.forward_precision=fp8_aligned: not supported"),
+        ({"train": {"packing": True}}, "train.packing=True: not supported for model_type=llada"),
+        ({"eval": {"sets": {"long": {"max_response_tokens": 50}}}}, "eval.sets.long.max_response_tokens=50: not a multiple"),
+        (
+            {"policy": {"lora": {"rank": 4, "targets": ["q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj", "gate_proj"]}}},
+            "down_proj, gate_proj, o_proj are no projections of model_type=llada.*; use q_proj, .*, ff_out",  # d1's list
+        ),
+    ],
+)
+def test_what_it_cannot_do_is_refused(llada: Path, sections: dict[str, object], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        config_of(llada, **sections)
+
+
+def test_a_causal_model_has_no_settings_of_diffusion_models(untied_checkpoint: Path) -> None:
+    with pytest.raises(ConfigError, match="diffusion.steps=8: only masked diffusion models read it, and model_type=qwen3 is none"):
+        make_config(untied_checkpoint, diffusion={"steps": 8})
+    with pytest.raises(ConfigError, match="rollout.kv_cache=none: model_type=qwen3 needs a KV cache"):
+        make_config(untied_checkpoint, rollout={"kv_cache": "none"})
+
+
+def test_what_follows_from_the_configuration(llada: Path) -> None:
+    config = config_of(llada, rollout={"quantization": "fp8_e4m3", "max_response_tokens": 40})
+    assert config.rollout.kv_cache == "none" and not config.rollout.kv_cache_is_fp8
+    assert config.diffusion.steps_per_block(40) == 5 and DiffusionConfig().steps_per_block(256) == 16
+    assert (config.rows_per_response, config.likelihood_temperature, config.measures_gradients) == (1, 1.0, True)
+    stepwise = config_of(llada, diffusion=DIFFUSION | {"likelihood": "trajectory", "states": 3})
+    assert (stepwise.rows_per_response, stepwise.likelihood_temperature, stepwise.measures_gradients) == (3, TEMPERATURE, False)
+    assert build_config(config.model_dump()) == config

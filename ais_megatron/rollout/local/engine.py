@@ -18,10 +18,12 @@ from torch import Tensor, nn
 from ais_megatron.batch import Bucket, Prompt, Rollout
 from ais_megatron.config import Architecture, RolloutConfig
 from ais_megatron.config.hf_config import layer_types, rope_parameters
+from ais_megatron.models.family import names_of_twin
 from ais_megatron.quantization.formats import format_of
 from ais_megatron.quantization.kv_scales import kv_scale_name
 from ais_megatron.rollout.engine import SamplingParams
 from ais_megatron.rollout.local.decoding import Model, Responses, SampleId, decode_wave, plan_waves
+from ais_megatron.rollout.local.diffusion import BIDIRECTIONAL, diffuse_wave
 from ais_megatron.rollout.local.experts import QuantizedExperts, RoutingRecord, named_expert_tensors, replace_experts
 from ais_megatron.rollout.local.kv_cache import ATTENTION, set_kv_scales
 from ais_megatron.rollout.local.quantized_linear import InputQuantizer, QuantizedLinear, replace_linears
@@ -60,8 +62,6 @@ class LocalEngine:
             raise ValueError(
                 f"rollout.return_routed_experts=true: model_type={architecture.model_type} has no experts to return; set it to false"
             )
-        if architecture.family.is_diffusion:
-            raise ValueError(f"rollout.engine=local: generation with model_type={architecture.model_type} is not supported yet")
         device = torch.device(device)
         self._architecture = architecture
         self._max_batch = rollout.max_batch
@@ -99,7 +99,11 @@ class LocalEngine:
         for prompt in prompts:
             check_prompt(prompt, sampling, self._architecture)
         rollouts: dict[SampleId, Rollout] = {}
+        mask_id = self._architecture.mask_token_id
         for wave in plan_waves(prompts, sampling.num_samples, self._max_batch):
+            if mask_id is not None:
+                rollouts.update(zip(wave, diffuse_wave(self._model, prompts, wave, sampling, mask_id, self._version), strict=True))
+                continue
             rollouts.update(self._collect(prompts, wave, decode_wave(self._model, prompts, wave, sampling)))
         if self._quantizer is not None:
             self._quantizer.forget()
@@ -170,7 +174,9 @@ class LocalEngine:
 
     def _tensors(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """The destination of every tensor by name: first those that must arrive, then those that may."""
-        weights = dict(self._model.causal_lm.state_dict()) | dict(named_expert_tensors(self._model.causal_lm))
+        names, suffix = names_of_twin(self._architecture), "_scale_inv"
+        state = dict(self._model.causal_lm.state_dict()) | dict(named_expert_tensors(self._model.causal_lm))
+        weights = {names[name.removesuffix(suffix)] + suffix * name.endswith(suffix): tensor for name, tensor in state.items()}
         optional = {}
         if self._architecture.tie_word_embeddings:
             optional[TIED_HEAD] = weights.pop(TIED_HEAD)  # the same memory as the embedding; both names have the same values
@@ -185,14 +191,22 @@ def _build(
     architecture: Architecture, rollout: RolloutConfig, device: torch.device, dtype: torch.dtype
 ) -> tuple[nn.Module, InputQuantizer | None, RoutingRecord | None]:
     """The model with uninitialised weights, the quantiser that its layers share, and the record of the chosen experts."""
-    model_class = getattr(transformers, architecture.family.hf_class)
+    model_class = getattr(transformers, architecture.family.transformers_class)
     fmt = format_of(rollout)
-    computed = {"model_type", "rope_theta", "rope_scaling", "partial_rotary_factor", "initializer_range", "full_attention_interval"}
+    computed = {
+        "model_type",
+        "rope_theta",
+        "rope_scaling",
+        "partial_rotary_factor",
+        "initializer_range",
+        "full_attention_interval",
+        "mask_token_id",
+    }
     config = model_class.config_class(
         **architecture.model_dump(exclude=computed),
         **layer_types(architecture),
         rope_parameters=rope_parameters(architecture),
-        attn_implementation=ATTENTION,
+        attn_implementation=BIDIRECTIONAL if architecture.family.is_diffusion else ATTENTION,
     )
     with torch.device("meta"):
         causal_lm = model_class(config).to(dtype)
