@@ -21,6 +21,7 @@ from ais_megatron.runs.samples import TokenTexts
 from ais_megatron.sft import starting_policy
 from ais_megatron.tasks import Attempt, Reward, Task, judge_all, make_task
 from ais_megatron.tokenizer import Tokenizer, make_tokenizer, response_text
+from ais_megatron.turns import Turns
 from ais_megatron.weight_sync import WeightSync
 
 NUM_PROBE_PROMPTS = 2  # number of prompts that each server answers after each sync
@@ -36,6 +37,7 @@ class Session:
     sync: WeightSync
     generator: Generator
     share: Share
+    turns: Turns
 
     def score(self, rollouts: list[Rollout]) -> list[Reward]:
         """The task's reward for each response. A response that was dropped or could not be judged has the value NaN."""
@@ -114,11 +116,14 @@ def build_session(config: Config, from_checkpoint: bool = False) -> Session:
 
 def with_engine(config: Config, policy: Policy, task: Task, tokenizer: Tokenizer) -> Session:
     """A session of this policy with a new engine for `config.rollout`, which has no weights yet."""
+    if config.rollout.colocated:
+        policy.rest()  # servers that are started now need the memory
     engine = build_engine(config, eos_ids=tokenizer.eos_ids, pad_id=tokenizer.pad_id)
     with rank_consistent():
+        turns = Turns(policy, engine, config.rollout.colocated)
         probe = [to_prompt(task.train_problem(i), i, tokenizer) for i in range(NUM_PROBE_PROMPTS)]
     sync = WeightSync(policy, engine, config.rollout, probe)
-    return Session(config, task, tokenizer, policy, engine, sync, Generator(engine, sync, config.rollout), share_of_this_rank())
+    return Session(config, task, tokenizer, policy, engine, sync, Generator(engine, sync, config.rollout), share_of_this_rank(), turns)
 
 
 def share_of_this_rank() -> Share:

@@ -78,6 +78,7 @@ def train(config: Config) -> Path:
         *(session.policy, checkpoints, config.checkpoint, state.step if resumed else None),
         add_files=session.tokenizer.save,
         add_own=session.generator.save,
+        prepare=session.turns.trainer,
     )
     with closing(session.engine), sinks, Watchdog(config.run.watchdog_minutes, run_dir, rank()) as watchdog:
         while state.step < config.train.steps:
@@ -102,6 +103,9 @@ def train(config: Config) -> Path:
             if is_last or (config.checkpoint.every and done % config.checkpoint.every == 0):
                 with timer.phase("checkpoint"):
                     saver.save(state)
+                    if session.turns.is_colocated and not is_last:  # the save was a turn of the trainer, in which servers lost the weights
+                        session.turns.servers()
+                        session.sync.repeat()
             watchdog.beat()
         saver.finish()
     _finish(run_dir, start_accuracy, time.perf_counter() - started)
@@ -126,6 +130,8 @@ def train_step(
     collected = collect(session, state.next_prompt, timer)  # prompts -> rollouts -> rewards -> advantages
     for batch_ahead in batches_ahead(session, collected.next_prompt, config.train.steps - state.step - 1):
         session.generator.start(*batch_ahead)
+    with timer.phase("sync"):
+        session.turns.trainer()
     learn = lagged_update if config.ais.lag else update
     wants_samples = _wants_samples(config, state.step + 1)
     outcome = learn(policy, collected.batch, state.ais, timer, wants_samples)  # logprobs -> diagnostics -> alpha -> loss -> weights
@@ -183,6 +189,7 @@ def _samples(session: Session, collected: Collected, outcome: Update, step: int)
 def _push(session: Session, scales: KVScales | None, version: int) -> Unavailable | None:
     try:
         session.generator.settle()
+        session.turns.servers()
         session.sync.push(scales, version)
     except Unavailable as outage:
         return outage
@@ -196,7 +203,10 @@ def _resumable(outage: Unavailable, checkpoints: Path) -> Unavailable:
 def begin(session: Session, folder: Path | None, with_optimizer: bool = True) -> TrainingState:
     """Give the engine its first weights, from the checkpoint in `folder` or from the policy. Returns the state of the run."""
     config, policy = session.config, session.policy
+    if folder is not None and with_optimizer:
+        session.turns.trainer()
     state = checkpoint.load(policy, folder, with_optimizer) if folder is not None else TrainingState()
+    session.turns.servers()
     calibration = policy.calibrate(_prompt_batch(session)) if state.calibration is None else state.calibration
     session.sync.push(_scales(config, calibration), version=state.step)
     return state

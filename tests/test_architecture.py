@@ -21,7 +21,7 @@ FLOORS = [
     {"prompts", "export"},
     {"policy", "rollout"},
     {"weight_sync", "sft", "update", "interruption"},
-    {"generation"},
+    {"generation", "turns"},
     {"session"},
     {"collection", "evaluation", "lm_harness"},
     {"trainer"},
@@ -36,7 +36,7 @@ COLLECTIVES = {
     *("broadcast_object_list", "reduce_scatter", "all_reduce_sum", "broadcast_text", "gather_batch", "raise_together", "rank_consistent"),
     *("reduce_metrics", "export_buckets", "export_frozen_buckets", "export_factor_buckets", "weight_stream", "update_weights", "save_hf"),
 }
-MODULES_AT_THE_TOP = 18
+MODULES_AT_THE_TOP = 19
 
 
 def name_of(path: Path) -> str:

@@ -109,6 +109,61 @@ def ahead_problems(rollout: RolloutConfig, dynamic_sampling: bool) -> list[str]:
     return problems
 
 
+def colocation_problems(rollout: RolloutConfig, evaluation: EvalConfig, model: ModelConfig) -> list[str]:
+    """Settings with which servers and trainer cannot take turns on the same GPUs."""
+    if not rollout.colocated:
+        return []
+    if not rollout.engine_traits.has_servers:
+        return [
+            f"rollout.colocated=true: rollout.engine={rollout.engine} has no servers that could share the trainer's GPUs; set "
+            "rollout.engine=sglang, or rollout.colocated=false"
+        ]
+    sglang, problems = rollout.sglang, []
+    for key, wrong, why, remedy in (
+        ("rollout.ahead", rollout.ahead if rollout.ahead else None, "servers and trainer never work at the same time", "set it to 0"),
+        ("eval.blocking", None if evaluation.blocking else "false", "nothing can be generated while a step trains", "set it to true"),
+        (
+            "rollout.lora_sync",
+            "adapter" if rollout.lora_sync == "adapter" else None,
+            "servers lose the frozen weights when they release their memory",
+            "set it to merged",
+        ),
+        (
+            "rollout.sglang.transport",
+            "distributed" if sglang.resolved_transport == "distributed" else None,
+            "NCCL does not join two processes on one GPU",
+            "set it to tensor, with all servers on the trainer's host, or to disk",
+        ),
+        (
+            "rollout.sglang.max_restarts",
+            sglang.max_restarts or None,
+            "a server that starts again would take memory in the trainer's turn",
+            "set it to 0; a run without servers is saved and can be resumed",
+        ),
+        (
+            "rollout.sglang.mem_fraction",
+            "empty" if sglang.mem_fraction is None and sglang.device == "cuda" else None,
+            "SGLang would take the memory that the trainer leaves free at that moment",
+            "set it to the servers' share of the GPU; `ais-megatron plan` says whether it fits",
+        ),
+        (
+            "rollout.sglang.servers",
+            sglang.servers if sglang.servers and sglang.device == "cuda" else None,
+            "a run that ends in the trainer's turn would leave them without memory for the next run",
+            "leave it empty, so that the trainer starts its own",
+        ),
+        (
+            "model.dtype",
+            "fp32" if model.dtype == "fp32" and sglang.device == "cuda" else None,
+            "the optimizer's parameters are then the model's own, and cannot be put away",
+            "set it to bf16",
+        ),
+    ):
+        if wrong is not None:
+            problems.append(f"{key}={wrong}: not possible with rollout.colocated=true, because {why}; {remedy}, or rollout.colocated=false")
+    return problems
+
+
 def engine_problems(rollout: RolloutConfig, run: RunConfig, calibration: CalibrationConfig, arch: Architecture | None) -> list[str]:
     """Settings with which an SGLang server could not start or load the model."""
     if not rollout.engine_traits.has_servers:

@@ -83,6 +83,7 @@ class Config(Section):
             *checks.replay_problems(self.moe, self.rollout, arch),
             *checks.engine_problems(self.rollout, self.run, self.calibration, arch),
             *checks.recording_problems(self.rollout),
+            *checks.colocation_problems(self.rollout, self.eval, self.model),
             *checks.ahead_problems(self.rollout, self.objective.resolved.dynamic_sampling),
             *diffusion_problems(self),
         ]

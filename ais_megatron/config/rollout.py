@@ -74,6 +74,11 @@ class RolloutConfig(Section):
         description="responses with tokens that are more versions older than this are dropped, and counted in stale_fraction; empty: none "
         "are, and no token is more than `ahead` versions old",
     )
+    colocated: bool = Field(
+        False,
+        description="SGLang servers and trainer share GPUs and take turns: servers release weights and KV cache while the trainer works, "
+        "and it puts gradients and optimizer state away while they generate",
+    )
     sglang: SGLangConfig = SGLangConfig()
 
     @field_validator("engine")

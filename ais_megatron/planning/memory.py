@@ -31,6 +31,7 @@ from ais_megatron.shapes import Shapes, logprob_chunk
 LOGPROB_CHUNKS_BACKWARD = 4  # FP32 tensors [chunk, vocab/tp] at the same time: log p and p, of this chunk and the previous one
 LOGPROB_CHUNKS_FORWARD = 3
 FP32 = 4
+SERVERS_TURN = ("generate", "sync")  # phases in which servers on the trainer's GPUs have their memory
 
 
 @dataclass(frozen=True)
@@ -79,6 +80,10 @@ class RankMemory:
     workspaces: int = 0
     fragmentation: float = 0.0
     """What the allocator loses between blocks, as a share of its bytes."""
+    server: int = 0
+    """What a server on the same GPU holds while it generates or gets weights (`rollout.colocated`)."""
+    released: int = 0
+    """What it still holds while the trainer works."""
     overlaps: bool = False
     """Generation runs on the same GPU at the same time as the other phases, except the sync."""
 
@@ -97,12 +102,16 @@ class RankMemory:
             "train": max(self.batch + max(self.activations + self.logits, self.optimizer_step), self.refresh) + beside,
             "sync": self.sync,
         }
-        return {phase: self.lasting + size for phase, size in parts.items()}
+        away = self.gradients + self.optimizer if self.server else 0  # in the servers' turn
+        return {phase: self.lasting + size - (away if phase in SERVERS_TURN else 0) for phase, size in parts.items()}
 
     @property
     def phases(self) -> dict[str, int]:
         """The peak of each phase of a step, with workspaces and fragmentation."""
-        return {phase: size + self.workspaces + int(self.fragmentation * size) for phase, size in self.allocated.items()}
+        return {
+            phase: size + self.workspaces + int(self.fragmentation * size) + (self.server if phase in SERVERS_TURN else self.released)
+            for phase, size in self.allocated.items()
+        }
 
     @property
     def lost(self) -> int:
@@ -392,6 +401,8 @@ def rank_memory(
     expert_load: float,
     workspaces: int = 0,
     fragmentation: float = 0.0,
+    server: int = 0,
+    released: int = 0,
 ) -> RankMemory:
     """The memory of a rank of a pipeline stage. `parallel.dp` must be set. Responses have `response_tokens` tokens, and the longest one has
     `rollout.max_response_tokens`.
@@ -434,5 +445,7 @@ def rank_memory(
         refresh=refresh_bytes(config, cuda),
         workspaces=workspaces,
         fragmentation=fragmentation,
+        server=server,
+        released=released,
         overlaps=local and rollout.ahead > 0,
     )

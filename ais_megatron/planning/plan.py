@@ -28,7 +28,7 @@ from ais_megatron.planning.cost import (
     step_time,
     sync_bytes,
 )
-from ais_megatron.planning.memory import RankMemory, rank_memory, smallest_dp, total_parameters
+from ais_megatron.planning.memory import SERVERS_TURN, RankMemory, rank_memory, smallest_dp, total_parameters
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -124,6 +124,9 @@ def make_plan(config: Config, assumed: Assumptions) -> Plan:
             expert_load=assumed.expert_load,
             workspaces=int(assumed.workspace_gib * GIB) if cuda else 0,
             fragmentation=assumed.fragmentation if cuda else 0.0,
+            # A released server keeps a CUDA context and what torch's allocator does not manage, as the trainer does.
+            server=int((config.rollout.sglang.mem_fraction or 0.0) * assumed.memory * GIB) if config.rollout.colocated else 0,
+            released=int(assumed.reserve_gib * GIB) if config.rollout.colocated else 0,
         )
         for stage in range(config.parallel.pp)
     ]
@@ -138,16 +141,23 @@ def _rank_problems(config: Config, assumed: Assumptions, ranks: list[RankMemory]
     if worst.peak * (1.0 + assumed.margin) <= limit * GIB:
         return []
     phase = max(worst.phases, key=lambda name: worst.phases[name])
+    missing = worst.peak / GIB * (1.0 + assumed.margin) - limit
     parallel = config.parallel
     return [
         f"parallel.tp={parallel.tp} pp={parallel.pp} cp={parallel.cp} dp={parallel.dp} ep={parallel.ep} etp={parallel.etp}: a rank of "
         f"stage {worst.stage} needs {worst.peak / GIB:.1f} GiB in phase {phase} ({worst.lasting / GIB:.1f} GiB of them all the time), with "
         f"--margin {assumed.margin:g} {worst.peak / GIB * (1.0 + assumed.margin):.1f}; --gpu-memory-gib {assumed.memory:g} less "
-        f"--reserve-gib {assumed.reserve_gib:g} is {limit:g}. {_remedy(config, assumed, phase)}"
+        f"--reserve-gib {assumed.reserve_gib:g} is {limit:g}. {_remedy(config, assumed, phase, missing)}"
     ]
 
 
-def _remedy(config: Config, assumed: Assumptions, phase: str) -> str:
+def _remedy(config: Config, assumed: Assumptions, phase: str, missing: float) -> str:
+    """missing: GiB that the card lacks."""
+    if config.rollout.colocated and phase in SERVERS_TURN:
+        return (
+            f"{missing:.1f} GiB are missing. Lower rollout.sglang.mem_fraction={config.rollout.sglang.mem_fraction:g} by at least "
+            f"{missing / assumed.memory:.2f}, or set rollout.colocated=false"
+        )
     if phase == "sync":
         return "Lower rollout.sync_bucket_mb, or raise parallel.tp, pp or dp"
     if phase == "generate":

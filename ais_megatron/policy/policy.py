@@ -46,6 +46,7 @@ from ais_megatron.policy.model import build_model, uses_transformer_engine
 from ais_megatron.policy.optimizer import Guard, optimizer_config, schedule
 from ais_megatron.policy.parallel import Context, data_parallel_group
 from ais_megatron.policy.passes import LossFunction, Passes
+from ais_megatron.policy.resting import put_away, take_back
 from ais_megatron.policy.routing import Routing, attach
 from ais_megatron.quantization.kv_scales import KVScales
 
@@ -64,6 +65,7 @@ class Policy:
         self.config = config
         self.routing_metrics: dict[str, float] = {}
         self.work_metrics: dict[str, float] = {}
+        self._is_resting = False
         torch.manual_seed(config.run.seed)
         with rank_consistent():
             self.transformer_engine = uses_transformer_engine(config)
@@ -94,6 +96,18 @@ class Policy:
         self.aligned = Aligned(self.model, config, self.lora) if config.policy.is_aligned else None
         keeps_reference = config.objective.kl_coefficient > 0.0
         self._reference = [p.detach().to("cpu", copy=True) for p in self._trained()] if keeps_reference else None
+
+    def rest(self) -> None:
+        """Free the memory of gradients and optimizer state until `wake`. Weights can be used and exported, but not updated."""
+        if not self._is_resting:
+            put_away(self.ddp, self.optimizer)
+            self._is_resting = True
+
+    def wake(self) -> None:
+        """The reverse of `rest`."""
+        if self._is_resting:
+            take_back(self.ddp, self.optimizer)
+            self._is_resting = False
 
     @property
     def is_last_stage(self) -> bool:

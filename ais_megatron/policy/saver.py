@@ -31,6 +31,7 @@ class Saver:
         newest_step: the step of the checkpoint that was loaded, or None.
         add_files: called on the first rank with the folder, to add further files to a checkpoint (the tokenizer).
         add_own: called on every rank with the folder when a save begins, to add files of that rank (responses generated ahead).
+        prepare: called on every rank before a save begins, so that the optimizer's state is where it is saved from.
     """
 
     def __init__(
@@ -41,9 +42,10 @@ class Saver:
         newest_step: int | None,
         add_files: Callable[[Path], None],
         add_own: Callable[[Path], None] = lambda folder: None,
+        prepare: Callable[[], None] = lambda: None,
     ) -> None:
         self._policy, self._checkpoints, self._config = policy, checkpoints, config
-        self._add_files, self._add_own = add_files, add_own
+        self._add_files, self._add_own, self._prepare = add_files, add_own, prepare
         self._in_flight: _InFlight | None = None
         self.newest_step = newest_step  # step of the checkpoint that was loaded or begun last
 
@@ -59,6 +61,7 @@ class Saver:
             RuntimeError: the checkpoint cannot be written. Earlier ones are not affected. All ranks raise it together.
         """
         self.finish()
+        self._prepare()
         folder = files.folder_of(self._checkpoints, state.step)
         partial = folder.with_name(folder.name + files.PARTIAL)
         with rank_consistent():

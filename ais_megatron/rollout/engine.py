@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from ais_megatron.batch import Bucket, Prompt, Rollout
 
@@ -103,4 +103,18 @@ class RolloutEngine(Protocol):
 
     def close(self) -> None:
         """Release everything. Idempotent."""
+        ...
+
+
+@runtime_checkable
+class ReleasesMemory(Protocol):
+    """An engine whose servers can share the trainer's GPUs (`rollout.colocated`)."""
+
+    def release_memory(self) -> None:
+        """Free the memory of weights and KV cache. Called on every rank, when no response is in progress. `generate` is not called again
+        before `update_weights`, which takes the memory back first.
+
+        Raises:
+            RuntimeError: a server did not free its memory.
+        """
         ...

@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ais_megatron.batch import Bucket, Prompt, Rollout
-from ais_megatron.rollout.engine import RolloutEngine, SamplingParams
+from ais_megatron.rollout.engine import ReleasesMemory, RolloutEngine, SamplingParams
 from ais_megatron.rollout.occupancy import HasOccupancy
 
 FORMAT, FORMAT_VERSION = "ais_megatron.rollouts", 1
@@ -40,6 +40,8 @@ class RecordingEngine:
         self._engine, self._folder, self._rank = engine, folder, rank
         if isinstance(engine, HasOccupancy):
             self.occupancy = engine.occupancy
+        if isinstance(engine, ReleasesMemory):
+            self.release_memory = engine.release_memory
         if rank == 0:
             if not continues and any(folder.glob(f"*{SUFFIX}")):
                 raise ValueError(

@@ -374,6 +374,36 @@ def test_refusals_name_the_limit_and_suggestions_fit() -> None:
     assert len(tight) == 1 and "rollout.sglang.tp=1 mem_fraction=0.1" in tight[0] and "KV cache of 0 tokens" in tight[0]
 
 
+def test_colocated_servers_take_turns_with_the_trainer() -> None:
+    """On a card of 80 GiB a server has 0.4 of them in its turn, and in the trainer's what 3 GiB of reserve stand for."""
+    turns = ["rollout.ahead=0", "rollout.colocated=true", "rollout.sglang.max_restarts=0", "rollout.sglang.transport=tensor"]
+    fraction = "rollout.sglang.mem_fraction="
+    assumed = Assumptions(rollout_gpus=8)
+    apart, colocated = (
+        make_plan(with_gpus(load_config(DENSE, ["rollout.ahead=0", *keys]), 8), assumed).ranks[0]
+        for keys in ([], [*turns, f"{fraction}0.4"])
+    )
+    away = apart.gradients + apart.optimizer
+    assert away > 10 * GIB and colocated.allocated["train"] == apart.allocated["train"]
+    assert [apart.allocated[phase] - colocated.allocated[phase] for phase in ("generate", "sync", "train")] == [away, away, 0]
+    beside = {phase: size - colocated.allocated[phase] * (1 + colocated.fragmentation) for phase, size in colocated.phases.items()}
+    workspaces = colocated.workspaces
+    assert beside["generate"] == pytest.approx(32 * GIB + workspaces, abs=2) and beside["train"] == pytest.approx(
+        3 * GIB + workspaces, abs=2
+    )
+
+    (problem,) = make_plan(with_gpus(load_config(DENSE, [*turns, f"{fraction}0.85"]), 8), assumed).problems
+    words = re.search(
+        r"in phase (\w+) .* 77\. ([\d.]+) GiB are missing\. Lower rollout.sglang.mem_fraction=0.85 by at least ([\d.]+)", problem
+    )
+    assert words is not None, problem
+    worst = make_plan(with_gpus(load_config(DENSE, [*turns, f"{fraction}0.85"]), 8), assumed).ranks[0]
+    missing = 1.15 * max(worst.phases["generate"], worst.phases["sync"]) / GIB - 77
+    assert words[1] == "sync" and float(words[2]) == pytest.approx(missing, abs=0.05) and float(words[3]) >= missing / 80 - 0.005
+    smaller = 0.85 - float(words[3]) - 0.01
+    assert make_plan(with_gpus(load_config(DENSE, [*turns, f"{fraction}{smaller:.2f}"]), 8), assumed).problems == []
+
+
 # GPUs that train and that generate, as the sbatch files ask for nodes of 8
 SHIPPED = {"qwen3_8b_ais": (8, 8), "qwen3_30b_a3b_ais": (16, 16)}
 

@@ -144,6 +144,29 @@ def test_one_batch_ahead_of_a_pipeline(sglang_server: Servers, ranks: RankPool, 
     assert all(row["num_responses"] == RESPONSES for row in rows_of(folder))
 
 
+def test_servers_and_trainer_take_turns(sglang_server: Servers, ranks: RankPool, tmp_path: Path) -> None:
+    """A real server releases its memory and takes it back in every step and for every checkpoint, also after a resume. (On a CPU it frees
+    nothing, but asserts that it is idle.) Every response is new, and the mismatch is that of FP8."""
+    server, folder = sglang_server("dense", "fp8"), tmp_path / "turns"
+    colocated = ["rollout.colocated=true", "rollout.sglang.max_restarts=0", "parallel.dp=2", "checkpoint.every=2"]
+
+    def asked() -> list[int]:
+        text = server.server.log_path.read_text()
+        return [text.count(f'POST /{name}_memory_occupation HTTP/1.1" 200') for name in ("release", "resume")]
+
+    before = asked()
+    ranks.run(2, trained, config=on_running(server, folder, *colocated, "train.steps=5"))
+    # Five steps, the checkpoints after steps 2 and 4, and the one after step 5, with which the run ends in the trainer's turn.
+    assert [now - then for now, then in zip(asked(), before, strict=True)] == [8, 7]
+    rows = rows_of(folder)
+    assert [(row["step"], row["num_responses"], row["staleness"], row["dropped_fraction"]) for row in rows] == [
+        (step, RESPONSES, 0, 0) for step in range(1, 6)
+    ]
+    assert all(0 < row["divergence_severity"] < 5e-3 for row in rows)
+    ranks.run(2, trained, config=on_running(server, folder, *colocated, "train.steps=6", "run.resume=true"))
+    assert [row["step"] for row in rows_of(folder)] == list(range(1, 7))
+
+
 def test_experts_with_routing_replay(sglang_server: Servers, ranks: RankPool, tmp_path: Path) -> None:
     """Qwen3-MoE over two expert-parallel ranks, the trainer using the experts that SGLang chose."""
     replay = ["rollout.return_routed_experts=true", "moe.routing_replay=true", "parallel.ep=2", "parallel.dp=2"]

@@ -234,6 +234,34 @@ def checkpoints(rank: int, layout: str, weights: Path, folder: Path, fp8: bool =
     return differences
 
 
+def turns(rank: int, layout: str, weights: Path) -> float:
+    """A policy that puts gradients and optimizer state away between updates, beside one that does not; returns the largest difference of
+    their weights."""
+    config = config_of(layout, model={"dtype": "bf16"})
+    steady = policy_of(config, weights)
+    resting = another_policy(config, weights)
+    rows, _ = my_rows(batch_of(config))
+    parts = resting.optimizer.chained_optimizers
+    for number in range(3):
+        if number:  # (a policy also rests before its first update, when there are no moments yet)
+            steady.sft_step(rows)
+            resting.sft_step(rows)
+        logprobs = resting.logprobs(rows)
+        resting.rest()
+        held = [t for p in parts for group in p.optimizer.param_groups for t in group["params"]]
+        held += [t for p in parts for own in p.optimizer.state.values() for t in own.values() if isinstance(t, torch.Tensor)]
+        assert {t.device.type for t in held} == {"cpu"}
+        buffers = resting.ddp.buffers + resting.ddp.expert_parallel_buffers
+        assert {b.grad_data.untyped_storage().size() for b in buffers} == {0}
+        assert torch.equal(resting.logprobs(rows), logprobs), "weights can be used meanwhile"
+        resting.wake()
+        assert all(t.device.type == "cuda" for p in parts for group in p.optimizer.param_groups for t in group["params"])
+    steady.sft_step(rows)
+    resting.sft_step(rows)
+    pairs = zip(steady.model.parameters(), resting.model.parameters(), strict=True)
+    return max(float((a - b).abs().max()) for a, b in pairs)
+
+
 def engine_and_files(rank: int, layout: str, weights: Path, folder: Path) -> dict[str, Any]:
     """Weights to a server's bucket, to the embedded engine, and through a Hugging Face folder into a new policy."""
     from ais_megatron.distributed import device

@@ -62,6 +62,11 @@ def test_weights_reach_engines_and_files(gpus: RankPool, ranks: RankPool, weight
     assert_same_weights_everywhere(gpus, ranks, weights, layout, tmp_path)
 
 
+@pytest.mark.parametrize("layout", ["dense, one rank", "moe, TP2 x EP2"])
+def test_a_policy_that_rests_computes_the_same(gpus: RankPool, weights: dict[str, Path], layout: str) -> None:
+    assert set(gpus.run(LAYOUTS[layout][0], scenarios.turns, layout=layout, weights=weights[layout.split(",")[0]])) == {0.0}
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_whole_run(gpus: RankPool, layout: str, tmp_path: Path) -> None:
     rows = gpus.run(LAYOUTS[layout][0], scenarios.whole_run, layout=layout, folder=tmp_path, ahead="one" in layout)[0]

@@ -71,6 +71,19 @@ class ServerAPI:
     async def resume(self) -> None:
         await self._call("POST", "/continue_generation", PROBE_SECONDS, {})
 
+    async def wait_until_idle(self) -> None:
+        """Wait until the scheduler has no work, and flush the KV cache. SGLang ends with an assertion if memory is released before that."""
+        path = f"/flush_cache?timeout={self._timeout_s:g}"
+        await self._call("POST", path, self._timeout_s + PROBE_SECONDS, {}, is_json=False)
+
+    async def release_memory(self) -> None:
+        """Free the memory of weights, KV cache and CUDA graphs. Nothing keeps the weights."""
+        await self._call("POST", "/release_memory_occupation", self._timeout_s, {})
+
+    async def take_memory_back(self) -> None:
+        """The reverse of `release_memory`. The weights are undefined until the next update."""
+        await self._call("POST", "/resume_memory_occupation", self._timeout_s, {})
+
     async def begin_update(self) -> None:
         """Open a weight-update session. If an interrupted update left one open, it is closed first."""
         try:
@@ -123,14 +136,14 @@ class ServerAPI:
         body = {"new_version": name, "abort_all_requests": False}
         await self._call("POST", "/update_weight_version", self._timeout_s, body)
 
-    async def _call(self, method: str, path: str, timeout_s: float | None, body: dict[str, Any] | None = None) -> Any:
+    async def _call(self, method: str, path: str, timeout_s: float | None, body: dict[str, Any] | None = None, is_json: bool = True) -> Any:
         timeout = aiohttp.ClientTimeout(total=timeout_s, sock_connect=PROBE_SECONDS)
         data, headers = (None, None) if body is None else (orjson.dumps(body), JSON_HEADERS)
         try:
             async with self._session.request(method, self.url + path, data=data, headers=headers, timeout=timeout) as response:
                 if response.status != 200:
                     raise Refused(response.status, f"{self.url}{path} answered HTTP {response.status}: {_message(await response.text())}")
-                return _parse(await response.read())
+                return _parse(await response.read()) if is_json else await response.text()
         except TimeoutError as error:
             raise Unreachable(f"{self.url}{path} did not answer within {timeout_s or PROBE_SECONDS:g} s") from error
         except (aiohttp.ClientError, OSError) as error:

@@ -12,8 +12,9 @@ update.
 from __future__ import annotations
 
 import asyncio
+import logging
 import threading
-from collections.abc import Callable, Coroutine, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Coroutine, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from itertools import count
 from typing import Any
@@ -31,13 +32,15 @@ from ais_megatron.rollout.occupancy import Occupancy
 from ais_megatron.rollout.sampling import check_prompt, check_sampling
 from ais_megatron.rollout.sglang.access_key import authorization
 from ais_megatron.rollout.sglang.adapter import Adapters
-from ais_megatron.rollout.sglang.api import Refused, ServerAPI
+from ais_megatron.rollout.sglang.api import Refused, ServerAPI, Unreachable
 from ais_megatron.rollout.sglang.checks import check_coverage, check_scales, randomize
 from ais_megatron.rollout.sglang.dispatch import Dispatcher, Generation, Server, versions_of
 from ais_megatron.rollout.sglang.patience import Patience
 from ais_megatron.rollout.sglang.responses import ResponseFormat
 from ais_megatron.rollout.sglang.routing import OwnLoads, SharedLoads
 from ais_megatron.rollout.sglang.transport import Transport, WeightUpdate
+
+logger = logging.getLogger(__name__)
 
 KEEP_ALIVE_S = 2.0  # for an idle connection. SGLang closes it after 5 s, possibly while we are sending a request
 SCALES = (".attn.k_scale", ".attn.v_scale")
@@ -86,6 +89,8 @@ class SGLangEngine:
         self._acceptable: set[int] = set()  # versions that a server may have: old and new between an update and the next `generate`
         self._is_updating = False
         self._closed = False
+        self._is_asleep = False  # between `release_memory` and the next update
+        self._asleep: set[Server] = set()  # servers that have released their memory
         self._known: set[str] = set()  # servers that have passed the checks of their first update
         self._unfinished: dict[Any, Generation] = {}  # calls that ended in WeightsLost
         self._request_prefix, self._request_numbers = f"{run_id}-{number}-", count()
@@ -156,6 +161,8 @@ class SGLangEngine:
         if self._closed or self._version < 0:
             state = "is closed" if self._closed else "has no complete weights: none were pushed, or the last update failed"
             raise RuntimeError(f"the SGLang rollout engine {state}; call update_weights before generate")
+        if self._is_asleep:
+            raise RuntimeError("the SGLang servers have released their memory; call update_weights before generate")
         check_sampling(sampling)
         for prompt in prompts:
             check_prompt(prompt, sampling, self._architecture)
@@ -213,9 +220,10 @@ class SGLangEngine:
         if transport is None:
             for _ in buckets:
                 pass
-            self._version = version
+            self._version, self._is_asleep = version, False
             return
-        self._updated, fresh = self._run(self._servers_to_update(is_first, after_failure))
+        woken = self._run(self._wake())
+        self._updated, fresh = self._run(self._servers_to_update(is_first, after_failure, woken))
         servers = [server.api for server in self._updated]
         self._known -= {server.url for server in fresh}
         self._run(transport.lost([*fresh, *(server.api for server in self._servers if server not in self._updated)]))
@@ -230,7 +238,47 @@ class SGLangEngine:
             for server in self._updated:
                 server.weights = name
         self._known |= {server.url for server in servers}
-        self._version = version
+        self._version, self._is_asleep = version, False
+
+    def release_memory(self) -> None:
+        """See `ReleasesMemory`. Rank 0 asks the servers. One that does not answer is gone, and with it its memory."""
+        self._is_asleep = True
+        if self._transport is not None:
+            self._run(self._put_to_sleep())
+
+    async def _put_to_sleep(self) -> None:
+        async def release(server: Server) -> None:
+            if server in self._asleep:
+                return
+            try:
+                await server.api.wait_until_idle()
+                await server.api.release_memory()
+            except Unreachable as error:
+                logger.warning("rollout server %s did not answer when it had to release its memory: %s", server.api.url, error)
+                return
+            except Refused as error:
+                raise RuntimeError(f"rollout.colocated=true: the server did not release its memory, {error}") from error
+            self._asleep.add(server)
+
+        results = await asyncio.gather(*(release(server) for server in self._servers), return_exceptions=True)
+        for result in results:
+            if isinstance(result, BaseException):
+                raise result
+
+    async def _wake(self) -> set[Server]:
+        """Let servers that have released their memory take it back. Returns them. Their weights are undefined."""
+        woken = set[Server]()
+        for server in [server for server in self._servers if server in self._asleep]:
+            try:
+                await server.api.take_memory_back()
+            except Unreachable:
+                self._asleep.discard(server)  # it is gone
+                continue
+            except Refused as error:
+                raise RuntimeError(f"rollout.colocated=true: the server did not get its memory back, {error}") from error
+            self._asleep.discard(server)
+            woken.add(server)
+        return woken
 
     def _push(
         self, transport: Transport, buckets: Iterable[Bucket], servers: Sequence[ServerAPI], name: str | None, fresh: Sequence[ServerAPI]
@@ -288,11 +336,14 @@ class SGLangEngine:
         tied = [(TIED_HEAD, tensor) for name, tensor in bucket if name == EMBEDDING and copies]
         return [(name, tensor) for name, tensor in bucket if name != TIED_HEAD] + tied
 
-    async def _servers_to_update(self, is_first: bool, after_failure: bool) -> tuple[list[Server], list[ServerAPI]]:
+    async def _servers_to_update(
+        self, is_first: bool, after_failure: bool, woken: Collection[Server] = ()
+    ) -> tuple[list[Server], list[ServerAPI]]:
         """The servers that answer, and those of them that do not have this run's weights, because they never got them or lost them.
 
         At the start of a run all servers are waited for.
 
+        woken: servers that have just got their memory back. They cannot generate a token to show that they are healthy.
         after_failure: a server may still hang in the failed broadcast. It then answers every request except those for tokens.
         """
         limit, key = (self._config.startup_timeout_s, "startup") if is_first else (self._config.recovery_timeout_s, "recovery")
@@ -303,7 +354,7 @@ class SGLangEngine:
             absent = {server: str(name) for server, name in names.items() if isinstance(name, Exception)}
             answers = {server: name for server, name in names.items() if isinstance(name, str)}
             fresh = {s for s, name in answers.items() if self._format.version(name) is None or s.api.url not in self._known}
-            doubtful = [server for server in names if server not in absent and (after_failure or server in fresh)]
+            doubtful = [server for server in names if server not in (*absent, *woken) and (after_failure or server in fresh)]
             for server, healthy in zip(doubtful, await asyncio.gather(*(s.api.is_healthy() for s in doubtful)), strict=True):
                 if not healthy:
                     absent[server] = f"{server.api.url} is not healthy"

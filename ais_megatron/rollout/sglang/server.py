@@ -84,6 +84,8 @@ def server_command(config: Config, model_folder: Path, port: int, index: int = 0
         command += ["--enable-return-routed-experts"]
     if rollout.lora_sync == "adapter":
         command += _adapter_flags(config)
+    if rollout.colocated and sglang.device == "cuda":
+        command += ["--enable-memory-saver"]  # (on a CPU the endpoints work without it, and free nothing)
     if sglang.device == "cpu":
         tokens = (sglang.max_running or CPU_RUNNING) * context  # by default SGLang would take most of the host's memory
         command += ["--device", "cpu", "--disable-overlap-schedule", "--sleep-on-idle", "--max-total-tokens", str(tokens)]
