@@ -87,6 +87,14 @@ class Qwen3MoE(Job):
     server_gpus: int = 2
 
 
+@dataclass
+class LLaDA(Job):
+    name: str = "llada_8b_ais"
+    config: str = "configs/llada_8b_ais.yaml"
+    model: str = "models/LLaDA-8B-Instruct"
+    overrides: list[str] = field(default_factory=lambda: ["policy.lora.rank=128", "policy.lora.alpha=64"])
+
+
 @run.cli.factory
 @run.autoconvert
 def tiny_job() -> Job:
@@ -271,6 +279,12 @@ def qwen3_30b_a3b_ais(ctx: run.cli.RunContext, job: Qwen3MoE = Qwen3MoE()) -> No
 
 
 @run.cli.entrypoint(namespace="ais_megatron", type="experiment")
+def llada_8b_ais(ctx: run.cli.RunContext, job: LLaDA = LLaDA()) -> None:
+    """LLaDA-8B on GSM8K with LoRA. The ranks generate with embedded engines."""
+    launch(ctx, "llada_8b_ais", [job])
+
+
+@run.cli.entrypoint(namespace="ais_megatron", type="experiment")
 def compare(ctx: run.cli.RunContext, job: Job = Tiny(), corrections: list[str] = ["none", "tis", "ais"]) -> None:
     """The same run with several corrections, and without quantization as the reference."""
     variants = {"bf16": ["rollout.quantization=none", "correction=none"], **{name: [f"correction={name}"] for name in corrections}}
@@ -296,7 +310,7 @@ def scaling(ctx: run.cli.RunContext, job: Job = Qwen3Dense(), grid: str = "slurm
     launch(ctx, "scaling", jobs)
 
 
-EXPERIMENTS = (tiny, qwen3_8b_ais, qwen3_30b_a3b_ais, compare, scaling)
+EXPERIMENTS = (tiny, qwen3_8b_ais, qwen3_30b_a3b_ais, llada_8b_ais, compare, scaling)
 
 if __name__ == "__main__":
     app = typer.Typer(help=__doc__, rich_markup_mode=None)

@@ -84,6 +84,11 @@ def with_gpus(config: Config, gpus: int | None) -> Config:
     Raises:
         ConfigError: the GPUs cannot be divided into copies of the model, or the rest of the configuration does not allow that dp.
     """
+    if config.architecture.family.is_diffusion:
+        raise ConfigError(
+            f"model.architecture.model_type={config.architecture.model_type}: plan does not know the passes and the memory of a diffusion "
+            "sampler yet"
+        )
     if config.architecture.family.is_recurrent:
         raise ConfigError(f"model.architecture.model_type={config.architecture.model_type}: plan does not know its activations yet")
     parallel = config.parallel
