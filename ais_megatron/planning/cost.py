@@ -28,6 +28,7 @@ from ais_megatron.planning.memory import (
     pushed_bytes,
     quantized_counts,
     rank_counts,
+    state_bytes,
     total_parameters,
 )
 
@@ -255,7 +256,8 @@ def active_parameters(a: Architecture) -> int:
 def forward_flops(a: Architecture, rows: int, length: int) -> float:
     """FLOPs of a forward pass over `rows` sequences of `length` tokens. Causal attention computes half of the square."""
     attention = 2 * len(a.attention_layers) * a.query_size * length
-    return rows * length * (2.0 * active_parameters(a) + attention)
+    recurrent = 6 * (a.num_hidden_layers - len(a.attention_layers)) * a.linear_key_head_dim * a.linear_value_size  # decay, correct, read
+    return rows * length * (2.0 * active_parameters(a) + attention + recurrent)
 
 
 def servers_of(config: Config, assumed: Assumptions) -> Servers:
@@ -289,7 +291,8 @@ def generate_parts(config: Config, assumed: Assumptions, servers: Servers) -> di
         touched = 1.0 - (1.0 - a.num_experts_per_tok / a.num_experts) ** servers.concurrency
     experts = layer_counts(a)[1]
     weights = width * (quantized - experts * (1.0 - touched)) + dtype_bytes(config) * (total_parameters(a) - quantized)
-    cache = servers.concurrency * (prompt + response / 2) * servers.kv_per_token
+    states = 2 * state_bytes(config) / servers.tp  # read and written for every token
+    cache = servers.concurrency * ((prompt + response / 2) * servers.kv_per_token + states)
     speed = assumed.bandwidth * assumed.decode_efficiency
     flops = servers.concurrency * 2.0 * active_parameters(a) / servers.tp / (assumed.flops * assumed.mfu)
     waves = ceil(rollout.prompts_per_step * rollout.group_size / (servers.engines * servers.concurrency))

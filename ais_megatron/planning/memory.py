@@ -32,6 +32,7 @@ LOGPROB_CHUNKS_BACKWARD = 4  # FP32 tensors [chunk, vocab/tp] at the same time: 
 LOGPROB_CHUNKS_FORWARD = 3
 FP32 = 4
 SERVERS_TURN = ("generate", "sync")  # phases in which servers on the trainer's GPUs have their memory
+CHUNK = 64  # of policy/gated_delta_net.py
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,7 @@ class RankMemory:
     optimizer_step: int
     """Temporary tensors of the optimizer step."""
     kv_cache: int
-    """KV cache of the embedded engine."""
+    """KV cache of the embedded engine, and the states of its recurrent layers."""
     sync: int
     """Buckets of a weight sync."""
     aligned: int = 0
@@ -219,7 +220,7 @@ def total_parameters(a: Architecture) -> int:
     return rank_counts(a, ParallelConfig(), 0).all
 
 
-def layer_saved(config: Config, tokens: int, cuda: bool, expert_load: float) -> int:
+def layer_saved(config: Config, tokens: int, cuda: bool, expert_load: float, is_recurrent: bool = False) -> int:
     """Bytes that one layer saves for its backward pass of `tokens` tokens."""
     a, parallel, e = config.architecture, config.parallel, dtype_bytes(config)
     tp, shard = parallel.tp, parallel.tp if parallel.sequence_parallel else 1
@@ -232,7 +233,9 @@ def layer_saved(config: Config, tokens: int, cuda: bool, expert_load: float) -> 
     else:
         attention = e * (q + kv) + FP32 * (2 * q + 2 * kv) + FP32 * (2 * heads + kv_heads)  # Q, K; all in float32; statistics
     projection = e * q
-    saved = tokens * (2 * norm + 2 * inputs) // shard + tokens * (attention + projection) // tp
+    gate = (FP32 + e) * q if a.family.gated_attention else 0  # its sigmoid in float32, and what that multiplies
+    saved = tokens * (2 * norm + 2 * inputs) // shard
+    saved += recurrent_saved(config, tokens, cuda) if is_recurrent else tokens * (attention + projection + gate) // tp
     if not a.is_moe:
         saved += saved_bytes(config, tokens, 0, cuda)
         return saved + tokens * e * 5 * a.intermediate_size // tp  # gate and up, silu(gate), up again, product
@@ -241,6 +244,32 @@ def layer_saved(config: Config, tokens: int, cuda: bool, expert_load: float) -> 
     saved += saved_bytes(config, tokens, pairs, cuda)
     saved += routed * (12 * a.num_experts_per_tok + 5 * a.num_experts) + 8 * pairs
     return saved + pairs * (e * (hidden + 6 * a.moe_intermediate_size // parallel.etp) + FP32)
+
+
+def recurrent_saved(config: Config, tokens: int, cuda: bool) -> int:
+    """Bytes that a layer with a gated delta rule saves in place of what attention saves (policy/gated_delta_net.py), without its norms, its
+    inputs and the MLP. On CUDA FLA's kernels are assumed, which keep Q, K, V, the decays and one matrix for each chunk."""
+    a, e, tp = config.architecture, dtype_bytes(config), config.parallel.tp
+    channels, value, heads = a.linear_qkv_size, a.linear_value_size, a.linear_num_value_heads
+    keys = heads * a.linear_key_head_dim  # each key head is there once for every value head
+    convolution = FP32 * channels + e * channels  # its input, and that of silu
+    lengths = FP32 * 2 * a.linear_key_size  # Q and K, before they are scaled to length 1
+    gated_norm = (FP32 + 2 * e) * value + FP32 * 2 * value  # normed values, and z with its silu
+    if cuda:
+        rule = e * (2 * keys + 2 * value) + FP32 * 4 * heads + e * heads * CHUNK
+    else:
+        states = 2 * keys * a.linear_value_head_dim // CHUNK
+        rule = FP32 * (6 * heads * CHUNK + 5 * keys + 3 * value + states + 8 * heads)
+    return tokens * (convolution + lengths + rule + gated_norm + e * value) // tp
+
+
+def rule_transient(config: Config, tokens: int, cuda: bool) -> int:
+    """Bytes of temporary tensors of a gated delta rule at the worst moment of a forward pass without gradient."""
+    a = config.architecture
+    keys, values = a.linear_num_value_heads * a.linear_key_head_dim, a.linear_value_size
+    if cuda:  # FLA keeps the states at the beginnings of chunks
+        return tokens * dtype_bytes(config) * (3 * keys + 2 * values + keys * a.linear_value_head_dim // CHUNK) // config.parallel.tp
+    return FP32 * tokens * (5 * a.linear_num_value_heads * CHUNK + 7 * keys + 7 * values) // config.parallel.tp
 
 
 def layer_transient(config: Config, tokens: int, expert_load: float) -> int:
@@ -258,11 +287,13 @@ def training_memory(config: Config, stage: int, tokens: int, in_flight: int, cud
     """Bytes of (activations, logits) at the worst moment of forward and backward passes over microbatches of `tokens` tokens."""
     a, parallel, e = config.architecture, config.parallel, dtype_bytes(config)
     shard = parallel.tp if parallel.sequence_parallel else 1
-    layers, saved = a.num_hidden_layers // parallel.pp, layer_saved(config, tokens, cuda, expert_load)
-    one_layer = layer_transient(config, tokens, expert_load)
+    kinds = [a.is_recurrent(layer) for layer in stage_layers(a, parallel, stage)]
+    saved_by = {kind: layer_saved(config, tokens, cuda, expert_load, kind) for kind in set(kinds)}
+    one_layer = layer_transient(config, tokens, expert_load)  # a rule's gradients are fewer than what its layer's MLP has freed by then
+    saved = sum(saved_by[kind] for kind in kinds)
     if config.model.recompute == "full":
-        saved, one_layer = e * a.hidden_size * tokens // shard, one_layer + saved
-    body = in_flight * layers * saved
+        saved, one_layer = len(kinds) * (e * a.hidden_size * tokens // shard), one_layer + max(saved_by.values())
+    body = in_flight * saved
     if stage < parallel.pp - 1:
         return body + one_layer, 0
     norm = copy_width(config, cuda) if config.policy.is_aligned else 0
@@ -287,6 +318,8 @@ def logprob_memory(config: Config, stage: int, tokens: int, cuda: bool, expert_l
         mlp = e * pairs * (copies * a.hidden_size + 5 * a.moe_intermediate_size // parallel.etp)
     else:
         mlp = max(5 * e * tokens * a.intermediate_size // parallel.tp, rounding_bytes(config, tokens))
+        if any(a.is_recurrent(layer) for layer in stage_layers(a, parallel, stage)):
+            mlp = max(mlp, rule_transient(config, tokens, cuda))
     residuals = 4 * tokens // parallel.tp + tokens if parallel.sequence_parallel else 4 * tokens  # four sharded tensors and a gathered one
     layer = mlp + e * a.hidden_size * residuals
     if stage < parallel.pp - 1:
@@ -351,6 +384,14 @@ def kv_bytes_per_token(config: Config, cuda: bool = True) -> int:
         return len(a.attention_layers) * 2 * a.kv_size * (dtype_bytes(config) if cuda else FP32)
     heads = max(a.num_key_value_heads // rollout.sglang.tp, 1)  # if there are more GPUs than KV heads, the heads are replicated
     return len(a.attention_layers) * 2 * heads * a.head_dim * (1 if rollout.kv_cache_is_fp8 else 2)
+
+
+def state_bytes(config: Config) -> int:
+    """Bytes that an engine keeps of one response in layers with a gated delta rule, whatever its length, if it is not spread over GPUs."""
+    a = config.architecture
+    state = FP32 * a.linear_num_value_heads * a.linear_key_head_dim * a.linear_value_head_dim
+    inputs = dtype_bytes(config) * a.linear_qkv_size * max(a.linear_conv_kernel_dim - 1, 0)
+    return (a.num_hidden_layers - len(a.attention_layers)) * (state + inputs)
 
 
 def sync_memory(config: Config) -> int:
@@ -423,10 +464,11 @@ def rank_memory(
     local = rollout.engine_traits.is_embedded
     engine_ranks = parallel.model_parallel_size * parallel.dp
     decoding = min(rollout.max_batch, ceil(rollout.prompts_per_step * rollout.group_size / engine_ranks))
-    cached = decoding * row
+    per_token, per_response = kv_bytes_per_token(config, cuda), state_bytes(config)
+    cached = decoding * (row * per_token + per_response)
     for chosen in config.evaluation_sets if config.eval.sets else []:
         responses = min(rollout.max_batch, ceil(chosen.num_prompts * chosen.samples / engine_ranks))
-        cached = max(cached, responses * (prompt_tokens + chosen.max_response_tokens))
+        cached = max(cached, responses * ((prompt_tokens + chosen.max_response_tokens) * per_token + per_response))
     return RankMemory(
         stage=stage,
         weights=e * (counts.all + factors),
@@ -439,7 +481,7 @@ def rank_memory(
         logits=logits,
         logprobs=logprob_memory(config, stage, tokens, cuda, expert_load) + (e * trained.all if config.objective.kl_coefficient else 0),
         optimizer_step=FP32 * (dense + expert),  # torch's AdamW updates all parameters at once
-        kv_cache=cached * kv_bytes_per_token(config, cuda) if local else 0,
+        kv_cache=cached if local else 0,
         sync=sync_memory(config),
         aligned=copied_bytes(config, cuda),
         refresh=refresh_bytes(config, cuda),

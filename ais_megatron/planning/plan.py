@@ -89,8 +89,6 @@ def with_gpus(config: Config, gpus: int | None) -> Config:
             f"model.architecture.model_type={config.architecture.model_type}: plan does not know the passes and the memory of a diffusion "
             "sampler yet"
         )
-    if config.architecture.family.is_recurrent:
-        raise ConfigError(f"model.architecture.model_type={config.architecture.model_type}: plan does not know its activations yet")
     parallel = config.parallel
     dp = smallest_dp(parallel) if gpus is None else gpus // parallel.model_parallel_size
     if gpus is not None and (dp < 1 or gpus % parallel.model_parallel_size or parallel.dp not in (None, dp)):

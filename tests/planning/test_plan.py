@@ -25,6 +25,7 @@ from ais_megatron.planning.memory import (
     rank_counts,
     rank_memory,
     route_bytes,
+    state_bytes,
     total_parameters,
 )
 from ais_megatron.planning.plan import make_plan, suggest, with_gpus
@@ -49,6 +50,16 @@ ARCHITECTURE = dict(
     max_position_embeddings=512,
 )
 EXPERTS = dict(model_type="qwen3_moe", num_experts=8, num_experts_per_tok=2, moe_intermediate_size=128)
+RECURRENT = dict(
+    model_type="qwen3_5",
+    full_attention_interval=4,
+    partial_rotary_factor=0.25,
+    linear_num_key_heads=4,
+    linear_num_value_heads=8,
+    linear_key_head_dim=32,
+    linear_value_head_dim=32,
+    linear_conv_kernel_dim=4,
+)
 # ranks, architecture, model, parallel
 LAYOUTS = {
     "one": (1, {}, {}, {}),
@@ -66,6 +77,9 @@ LAYOUTS = {
     "large MLP": (1, {"vocab_size": 300, "intermediate_size": 2048, "head_dim": 64}, {}, {}),
     "large MLP, recompute": (1, {"vocab_size": 300, "intermediate_size": 2048, "head_dim": 64}, {"recompute": "full"}, {}),
     "many experts": (1, EXPERTS | {"num_experts": 32, "num_experts_per_tok": 4, "moe_intermediate_size": 64}, {}, {}),
+    "recurrent": (1, RECURRENT, {}, {}),
+    "recurrent, recompute": (1, RECURRENT, {"recompute": "full"}, {}),
+    "recurrent TP2+SP": (2, RECURRENT, {}, {"tp": 2, "sequence_parallel": True}),
     "MoE": (1, EXPERTS, {}, {}),
     "MoE EP2": (2, EXPERTS, {}, {"dp": 2, "ep": 2}),
     "MoE TP2+ETP2": (2, EXPERTS, {}, {"tp": 2, "sequence_parallel": True, "etp": 2}),
@@ -188,7 +202,7 @@ def test_memory_of_real_ranks(ranks: RankPool, layout: str) -> None:
         for phase in ("train", "logprobs"):
             missing = real[phase] - planned[phase]
             assert -0.15 * planned[phase] < missing < 0.15 * planned[phase] + late, (phase, deviation)
-        scales = 2 * 4 * config.architecture.num_hidden_layers  # K and V scales, which `measured` does not send
+        scales = 2 * 4 * len(config.architecture.attention_layers)  # K and V scales, which `measured` does not send
         assert pushed_bytes(config) - scales == real["pushed"]
 
 
@@ -306,6 +320,15 @@ def test_qwen3_8b_by_hand() -> None:
     assert kv_bytes_per_token(config) == 36 * 2 * 8 * 128  # FP8
     assert sync_bytes(config).broadcast == total_parameters(a)  # half of it, two bytes each
     assert forward_flops(a, 1, 1000) == 1000 * (2 * (36 * layer + 151936 * 4096) + 2 * 36 * 4096 * 1000)
+
+
+def test_an_engine_keeps_one_state_for_each_response_and_keys_of_few_layers() -> None:
+    """By hand, for the tiny Qwen3.5: three layers with 4 states of 32 x 32 and BF16 inputs of 256 channels, and one layer with a cache."""
+    config = load_config(CONFIGS / "tiny_qwen35_countdown.yaml")
+    assert state_bytes(config) == 3 * (4 * 4 * 32 * 32 + 2 * 256 * 3)
+    assert kv_bytes_per_token(config, cuda=False) == 1 * 2 * 2 * 32 * 4
+    memory = make_plan(with_gpus(config, 2), Assumptions(prompt_tokens=20, response_tokens=10)).ranks[0]
+    assert memory.kv_cache == 128 * (30 * 512 + state_bytes(config))
 
 
 def test_lora_keeps_gradients_and_moments_of_the_factors_only() -> None:
