@@ -19,7 +19,7 @@ TAGS = ("<answer>", "</answer>")
 
 def config_of(tmp_path: Path, vocab_size: int = 64, **tokenizer: object) -> Config:
     sizes = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim")
-    architecture = {"vocab_size": vocab_size, **dict.fromkeys(sizes, 1)}
+    architecture = {"vocab_size": vocab_size, **dict.fromkeys(sizes, 2)}
     return build_config({"model": {"architecture": architecture}, "sft": {"cache_dir": str(tmp_path)}, "tokenizer": tokenizer})
 
 
