@@ -88,6 +88,14 @@ class Qwen3MoE(Job):
 
 
 @dataclass
+class Qwen35(Job):
+    name: str = "qwen3_5_9b_ais"
+    config: str = "configs/qwen3_5_9b_ais.yaml"
+    model: str = "models/Qwen3.5-9B"
+    overrides: list[str] = field(default_factory=lambda: ["policy.lora.rank=128", "policy.lora.alpha=64"])
+
+
+@dataclass
 class LLaDA(Job):
     name: str = "llada_8b_ais"
     config: str = "configs/llada_8b_ais.yaml"
@@ -279,6 +287,12 @@ def qwen3_30b_a3b_ais(ctx: run.cli.RunContext, job: Qwen3MoE = Qwen3MoE()) -> No
 
 
 @run.cli.entrypoint(namespace="ais_megatron", type="experiment")
+def qwen3_5_9b_ais(ctx: run.cli.RunContext, job: Qwen35 = Qwen35()) -> None:
+    """Qwen3.5-9B on GSM8K with LoRA. The ranks generate with embedded engines."""
+    launch(ctx, "qwen3_5_9b_ais", [job])
+
+
+@run.cli.entrypoint(namespace="ais_megatron", type="experiment")
 def llada_8b_ais(ctx: run.cli.RunContext, job: LLaDA = LLaDA()) -> None:
     """LLaDA-8B on GSM8K with LoRA. The ranks generate with embedded engines."""
     launch(ctx, "llada_8b_ais", [job])
@@ -310,7 +324,7 @@ def scaling(ctx: run.cli.RunContext, job: Job = Qwen3Dense(), grid: str = "slurm
     launch(ctx, "scaling", jobs)
 
 
-EXPERIMENTS = (tiny, qwen3_8b_ais, qwen3_30b_a3b_ais, llada_8b_ais, compare, scaling)
+EXPERIMENTS = (tiny, qwen3_8b_ais, qwen3_30b_a3b_ais, qwen3_5_9b_ais, llada_8b_ais, compare, scaling)
 
 if __name__ == "__main__":
     app = typer.Typer(help=__doc__, rich_markup_mode=None)

@@ -12,11 +12,15 @@ import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ais_megatron.config import Architecture, ConfigError, OptimizerConfig, build_config, read_architecture
+from ais_megatron.config import Architecture, ConfigError, OptimizerConfig, build_config, load_config, read_architecture
 from ais_megatron.config.hf_config import hf_config, read_eos_ids
 from ais_megatron.export.hf_reader import HFReader
+from ais_megatron.planning.cost import Assumptions
+from ais_megatron.planning.memory import total_parameters
+from ais_megatron.planning.plan import make_plan, with_gpus
 from ais_megatron.quantization.fp8 import quantize_bucket
 from tests.helpers.engines import DENSE, RECURRENT
+from tests.helpers.paths import ROOT
 from tests.helpers.policies import (
     LAYOUTS,
     calibrated,
@@ -379,9 +383,7 @@ def test_a_checkpoint_of_factors_goes_to_another_layout(ranks: RankPool, qwen35:
 
 
 def test_the_published_9b_configuration(tmp_path: Path) -> None:
-    """transformers' defaults are those of Qwen3.5-9B."""
-    from ais_megatron.planning.memory import total_parameters
-
+    """transformers' defaults are those of Qwen3.5-9B, and so are the sizes in configs/."""
     whole = {"model_type": "qwen3_5", "text_config": transformers.Qwen3_5TextConfig().to_dict() | {"full_attention_interval": 4}}
     (tmp_path / "config.json").write_text(json.dumps(whole))
     architecture = read_architecture(tmp_path)
@@ -389,6 +391,16 @@ def test_the_published_9b_configuration(tmp_path: Path) -> None:
         model = transformers.Qwen3_5ForCausalLM(transformers.Qwen3_5TextConfig())
     assert total_parameters(architecture) == sum(parameter.numel() for parameter in model.parameters())
     assert len(architecture.attention_layers) == 8 and architecture.attention_layers[0] == 3
+    shipped = load_config(ROOT / "configs" / "qwen3_5_9b_ais.yaml").architecture
+    assert shipped.model_copy(update={"rope_theta": architecture.rope_theta}) == architecture  # transformers' own default is no model's
+
+
+def test_the_shipped_9b_layout_fits_with_lora() -> None:
+    """As slurm/qwen3_5_9b_ais.sbatch runs it; a warm start stands in for the model's files, which LoRA needs."""
+    lora = ["policy.lora.rank=128", "policy.lora.alpha=64", "sft.steps=1"]
+    assert " ".join(lora[:2]) in (ROOT / "slurm" / "qwen3_5_9b_ais.sbatch").read_text()
+    config = load_config(ROOT / "configs" / "qwen3_5_9b_ais.yaml", lora)
+    assert make_plan(with_gpus(config, 8), Assumptions()).problems == []
 
 
 @pytest.mark.parametrize(
