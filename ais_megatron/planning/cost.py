@@ -1,14 +1,15 @@
 """Estimates the seconds and the traffic of a GRPO step for `ais-megatron plan`, from the configuration and stated assumptions.
 
     decode step  max(bytes of weights and KV cache read / (bandwidth x efficiency), FLOPs / peak) + latency of each layer
+    diffusion    instead of decode steps: passes over whole canvases, max(bytes of weights read, FLOPs) + latency (`planning.diffusion`)
     passes       FLOPs / (GPUs x peak x MFU) x (1 + pipeline bubble) + traffic of tensor, context and expert parallelism, not overlapped
     gradients    reduce-scatter in FP32 and all-gather of the weights over DP, not overlapped (our DDP does not overlap)
     sync         gather within the trainer, quantise, send to the servers, one after the other. The servers form one chain, as in NCCL's
                  broadcast: bytes / network + buckets x (requests to all servers + hops along the chain + the servers' own work)
 
 FLOPs per token are 2 per active parameter in the forward pass, 4 in the backward pass, 2 more if layers are recomputed, and those of
-causal attention. These estimates are for choosing a layout, and every constant is an option of the command. `planning.memory`
-computes the memory. No torch here.
+attention, of which a causal model computes half. These estimates are for choosing a layout, and every constant is an option of the
+command. `planning.memory` computes the memory. No torch here.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from math import ceil, inf, isfinite, log2
 from typing import Literal
 
 from ais_megatron.config import Architecture, Config, ConfigError
+from ais_megatron.planning.diffusion import generation_flops, passes
 from ais_megatron.planning.memory import (
     adapter_bytes,
     dtype_bytes,
@@ -47,11 +49,13 @@ class Card:
     bf16_tflops: float
     fp8_tflops: float
     memory_gb_s: float
+    fp32_tflops: float
+    """Without TF32, as the embedded engine multiplies quantised weights."""
 
 
 CARDS = {
-    "h100": Card("H100 SXM 80 GB", 80.0, 989.0, 1979.0, 3350.0),
-    "h200": Card("H200 SXM 141 GB", 139.0, 989.0, 1979.0, 4800.0),
+    "h100": Card("H100 SXM 80 GB", 80.0, 989.0, 1979.0, 3350.0, 67.0),
+    "h200": Card("H200 SXM 141 GB", 139.0, 989.0, 1979.0, 4800.0, 67.0),
 }
 
 
@@ -235,7 +239,9 @@ class StepTime:
 
 
 def row_tokens(config: Config, assumed: Assumptions) -> tuple[int, int]:
-    """(prompt, response) tokens of a typical sequence."""
+    """(prompt, response) tokens of a typical sequence. A diffusion model always reads whole canvases."""
+    if config.architecture.family.is_diffusion:
+        return assumed.prompt_tokens, config.rollout.max_response_tokens
     return assumed.prompt_tokens, assumed.response_tokens or config.rollout.max_response_tokens
 
 
@@ -255,7 +261,7 @@ def active_parameters(a: Architecture) -> int:
 
 def forward_flops(a: Architecture, rows: int, length: int) -> float:
     """FLOPs of a forward pass over `rows` sequences of `length` tokens. Causal attention computes half of the square."""
-    attention = 2 * len(a.attention_layers) * a.query_size * length
+    attention = (4 if a.family.is_diffusion else 2) * len(a.attention_layers) * a.query_size * length
     recurrent = 6 * (a.num_hidden_layers - len(a.attention_layers)) * a.linear_key_head_dim * a.linear_value_size  # decay, correct, read
     return rows * length * (2.0 * active_parameters(a) + attention + recurrent)
 
@@ -280,6 +286,8 @@ def servers_of(config: Config, assumed: Assumptions) -> Servers:
 
 def generate_parts(config: Config, assumed: Assumptions, servers: Servers) -> dict[str, float]:
     """Seconds of generation by cause: one prefill per group, then waves of decode steps. All responses have the typical length."""
+    if config.architecture.family.is_diffusion:
+        return _diffusion_parts(config, assumed, servers)
     a, rollout = config.architecture, config.rollout
     prompt, response = row_tokens(config, assumed)
     prefill = forward_flops(a, rollout.prompts_per_step, prompt) / (servers.gpus * assumed.flops * assumed.mfu)
@@ -301,6 +309,22 @@ def generate_parts(config: Config, assumed: Assumptions, servers: Servers) -> di
     if flops > read:
         return parts | {"FLOPs of decoding": steps * flops}
     return parts | {"reading weights": steps * weights / servers.tp / speed, "reading the KV cache": steps * cache / speed}
+
+
+def _diffusion_parts(config: Config, assumed: Assumptions, servers: Servers) -> dict[str, float]:
+    """`generate_parts` of a diffusion model in embedded engines: waves of passes over whole canvases."""
+    a, rollout = config.architecture, config.rollout
+    is_quantised, (quantized, _) = rollout.quantization != "none", quantized_counts(a, rollout.weight_block)
+    weights = (4 if is_quantised else dtype_bytes(config)) * quantized + dtype_bytes(config) * (total_parameters(a) - quantized)
+    flops = generation_flops(config, assumed.prompt_tokens, sum(layer_counts(a)))
+    # The engine multiplies with FP32 copies of quantised weights.
+    slower = assumed.card.bf16_tflops / assumed.card.fp32_tflops if is_quantised or dtype_bytes(config) == 4 else 1.0
+    waves = ceil(rollout.prompts_per_step * rollout.group_size / (servers.engines * servers.concurrency))
+    steps = waves * passes(config)
+    compute = waves * servers.concurrency * (slower * flops.layers + flops.rest) / (assumed.flops * assumed.mfu)
+    read = steps * weights / (assumed.bandwidth * assumed.decode_efficiency)
+    parts = {"latency of layers": steps * a.num_hidden_layers * assumed.latency_us * 1e-6}
+    return parts | ({"FLOPs of denoising": compute} if compute > read else {"reading weights": read})
 
 
 def generate_seconds(config: Config, assumed: Assumptions, servers: Servers) -> float:
@@ -415,5 +439,5 @@ def step_time(config: Config, assumed: Assumptions) -> StepTime:
     sync = sync_seconds(config, assumed, sync_bytes(config), servers)
     trainer = logprobs + train + gradients + optimizer
     total = max(generate, trainer) + sync if rollout.ahead else generate + trainer + sync
-    tokens = rollout.prompts_per_step * rollout.group_size * row_tokens(config, assumed)[1]
+    tokens = rollout.prompts_per_step * rollout.group_size * (assumed.response_tokens or rollout.max_response_tokens)
     return StepTime(generate, logprobs, train, gradients, optimizer, sync, trainer, total, tokens / total)

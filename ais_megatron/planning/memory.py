@@ -26,6 +26,7 @@ from ais_megatron.config import Architecture, Config, ParallelConfig
 from ais_megatron.config.policy import adapter_targets, lora_targets, projection
 from ais_megatron.models.family import Weight, parameters_of, shape_of
 from ais_megatron.planning.aligned import copied_bytes, copy_width, refresh_bytes, rounding_bytes, saved_bytes
+from ais_megatron.planning.diffusion import sampler_bytes
 from ais_megatron.shapes import Shapes, logprob_chunk
 
 LOGPROB_CHUNKS_BACKWARD = 4  # FP32 tensors [chunk, vocab/tp] at the same time: log p and p, of this chunk and the previous one
@@ -74,6 +75,8 @@ class RankMemory:
     """KV cache of the embedded engine, and the states of its recurrent layers."""
     sync: int
     """Buckets of a weight sync."""
+    sampler: int = 0
+    """Passes of the embedded engine over the canvases of a diffusion model, and logits of its sampler."""
     aligned: int = 0
     """Quantised copies of the weights, for an aligned forward pass. They last, too."""
     refresh: int = 0
@@ -95,9 +98,10 @@ class RankMemory:
     @property
     def allocated(self) -> dict[str, int]:
         """The peak of each phase of a step, counting only tensors."""
-        beside = self.kv_cache if self.overlaps else 0
+        generation = self.kv_cache + self.sampler
+        beside = generation if self.overlaps else 0
         parts = {
-            "generate": self.kv_cache,
+            "generate": generation,
             "collect": self.gathered + beside,
             "logprobs": max(self.batch + self.logprobs, self.refresh) + beside,
             "train": max(self.batch + max(self.activations + self.logits, self.optimizer_step), self.refresh) + beside,
@@ -148,7 +152,9 @@ def shapes_of(config: Config, cuda: bool) -> Shapes:
 def microbatching(config: Config, row: int, cuda: bool) -> Microbatching:
     """How policy/microbatches.py splits rows of `row` tokens. `parallel.dp` must be set."""
     rollout, train, shapes = config.rollout, config.train, shapes_of(config, cuda)
-    rows = ceil(rollout.prompts_per_step * rollout.group_size / (config.parallel.dp or 1) / train.updates_per_batch)
+    rows = ceil(
+        rollout.prompts_per_step * rollout.group_size * config.rows_per_response / (config.parallel.dp or 1) / train.updates_per_batch
+    )
     budget = train.tokens_per_microbatch * config.parallel.cp
     if train.packing:
         full = max(budget // row, 1)
@@ -378,8 +384,11 @@ def engine_bytes(config: Config, tp: int = 1) -> int:
 
 
 def kv_bytes_per_token(config: Config, cuda: bool = True) -> int:
-    """Bytes of KV cache for one token on one GPU of the engine. The local engine stores it in its compute dtype."""
+    """Bytes of KV cache for one token on one GPU of the engine. The local engine stores it in its compute dtype. A diffusion model has
+    none."""
     a, rollout = config.architecture, config.rollout
+    if a.family.is_diffusion:
+        return 0
     if rollout.engine_traits.is_embedded:
         return len(a.attention_layers) * 2 * a.kv_size * (dtype_bytes(config) if cuda else FP32)
     heads = max(a.num_key_value_heads // rollout.sglang.tp, 1)  # if there are more GPUs than KV heads, the heads are replicated
@@ -415,9 +424,9 @@ def route_bytes(config: Config) -> int:
 
 
 def batch_memory(config: Config, tokens: int) -> int:
-    """Bytes of microbatches of `tokens` padded tokens on the device: ids, mask, log-probabilities, positions and routes. Each microbatch
-    is moved there when it is needed, and context-parallel ranks have its whole rows."""
-    return tokens * (8 + 1 + FP32 + 8 + route_bytes(config))
+    """Bytes of microbatches of `tokens` padded tokens on the device: ids, mask, log-probabilities, positions and routes, and what a
+    diffusion model reads. Each microbatch is moved there when it is needed, and context-parallel ranks have its whole rows."""
+    return tokens * (8 + 1 + FP32 + 8 + (8 if config.architecture.family.is_diffusion else 0) + route_bytes(config))
 
 
 def gathered_memory(config: Config, row: int) -> int:
@@ -428,8 +437,10 @@ def gathered_memory(config: Config, row: int) -> int:
     group = parallel.model_parallel_size * (parallel.dp if config.objective.resolved.dynamic_sampling else 1)
     if group == 1:
         return 0
-    tokens = row * rollout.prompts_per_step * rollout.group_size * group // (parallel.model_parallel_size * parallel.dp)
-    return (tokens + tokens // group) * (4 + 1 + FP32 + route_bytes(config))
+    rows = rollout.prompts_per_step * rollout.group_size * config.rows_per_response
+    tokens = row * rows * group // (parallel.model_parallel_size * parallel.dp)
+    read = 4 if config.architecture.family.is_diffusion else 0
+    return (tokens + tokens // group) * (4 + 1 + FP32 + read + route_bytes(config))
 
 
 def rank_memory(
@@ -465,10 +476,12 @@ def rank_memory(
     engine_ranks = parallel.model_parallel_size * parallel.dp
     decoding = min(rollout.max_batch, ceil(rollout.prompts_per_step * rollout.group_size / engine_ranks))
     per_token, per_response = kv_bytes_per_token(config, cuda), state_bytes(config)
-    cached = decoding * (row * per_token + per_response)
+    waves = [(decoding, row - prompt_tokens)]  # responses at a time, and their tokens
     for chosen in config.evaluation_sets if config.eval.sets else []:
         responses = min(rollout.max_batch, ceil(chosen.num_prompts * chosen.samples / engine_ranks))
-        cached = max(cached, responses * ((prompt_tokens + chosen.max_response_tokens) * per_token + per_response))
+        waves.append((responses, chosen.max_response_tokens))
+    cached = max(count * ((prompt_tokens + size) * per_token + per_response) for count, size in waves)
+    sampler = max(sampler_bytes(config, count, prompt_tokens, size, cuda) for count, size in waves) if a.family.is_diffusion else 0
     return RankMemory(
         stage=stage,
         weights=e * (counts.all + factors),
@@ -482,6 +495,7 @@ def rank_memory(
         logprobs=logprob_memory(config, stage, tokens, cuda, expert_load) + (e * trained.all if config.objective.kl_coefficient else 0),
         optimizer_step=FP32 * (dense + expert),  # torch's AdamW updates all parameters at once
         kv_cache=cached if local else 0,
+        sampler=sampler,
         sync=sync_memory(config),
         aligned=copied_bytes(config, cuda),
         refresh=refresh_bytes(config, cuda),

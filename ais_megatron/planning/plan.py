@@ -48,6 +48,7 @@ COMPONENTS = (
     ("optimizer_step", "train: temporaries of the optimizer step"),
     ("logprobs", "logprobs: forward pass"),
     ("kv_cache", "generate: KV cache"),
+    ("sampler", "generate: passes over canvases, logits of the sampler"),
     ("sync", "sync: buckets"),
     ("workspaces", "cuBLAS, cuDNN workspaces (assumed)"),
     ("lost", "lost between blocks (assumed)"),
@@ -84,11 +85,6 @@ def with_gpus(config: Config, gpus: int | None) -> Config:
     Raises:
         ConfigError: the GPUs cannot be divided into copies of the model, or the rest of the configuration does not allow that dp.
     """
-    if config.architecture.family.is_diffusion:
-        raise ConfigError(
-            f"model.architecture.model_type={config.architecture.model_type}: plan does not know the passes and the memory of a diffusion "
-            "sampler yet"
-        )
     parallel = config.parallel
     dp = smallest_dp(parallel) if gpus is None else gpus // parallel.model_parallel_size
     if gpus is not None and (dp < 1 or gpus % parallel.model_parallel_size or parallel.dp not in (None, dp)):
@@ -163,6 +159,8 @@ def _remedy(config: Config, assumed: Assumptions, phase: str, missing: float) ->
         )
     if phase == "sync":
         return "Lower rollout.sync_bucket_mb, or raise parallel.tp, pp or dp"
+    if phase == "generate" and config.architecture.family.is_diffusion:
+        return "Lower rollout.max_batch, rollout.max_response_tokens or diffusion.block_length"
     if phase == "generate":
         return "Lower rollout.max_batch or rollout.max_response_tokens, or set rollout.engine=sglang"
     recompute = "set model.recompute=full, " if config.model.recompute == "none" else ""
@@ -260,7 +258,8 @@ def _engine_text(plan: Plan) -> str:
     if not plan.config.rollout.engine_traits.can_evaluate:
         return "no rollout engine"
     if plan.config.rollout.engine_traits.is_embedded:
-        return f"each with an embedded engine that decodes {servers.concurrency} responses at the same time"
+        how = "reads the canvases of" if plan.config.architecture.family.is_diffusion else "decodes"
+        return f"each with an embedded engine that {how} {servers.concurrency} responses at the same time"
     return f"{servers.engines} SGLang servers with {servers.tp} GPUs each, {servers.concurrency} requests at the same time in each"
 
 

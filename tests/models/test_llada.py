@@ -12,13 +12,11 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from ais_megatron.batch import Batch
-from ais_megatron.config import Architecture, Config, ConfigError, DiffusionConfig, build_config, load_config, read_architecture
+from ais_megatron.config import Architecture, Config, ConfigError, DiffusionConfig, build_config, read_architecture
 from ais_megatron.models.family import names_of_twin, tensors_of
 from ais_megatron.models.registry import is_quantized_weight
 from ais_megatron.planning.memory import total_parameters
-from ais_megatron.planning.plan import with_gpus
 from tests.helpers.llada import MASK, SIZES, make_llada, reference_logits
-from tests.helpers.paths import ROOT
 from tests.helpers.policies import LAYOUTS, TEMPERATURE, exported, make_batch, make_config, make_policy, my_rows, weights_of
 from tests.helpers.ranks import RankPool
 
@@ -192,10 +190,3 @@ def test_what_follows_from_the_configuration(llada: Path) -> None:
     stepwise = config_of(llada, diffusion=DIFFUSION | {"likelihood": "trajectory", "states": 3})
     assert (stepwise.rows_per_response, stepwise.likelihood_temperature, stepwise.measures_gradients) == (3, TEMPERATURE, False)
     assert build_config(config.model_dump()) == config
-
-
-def test_plan_does_not_guess() -> None:
-    config = load_config(ROOT / "configs" / "llada_8b_ais.yaml")
-    assert config.rows_per_response == config.train.updates_per_batch == 12
-    with pytest.raises(ConfigError, match="model_type=llada: plan does not know the passes and the memory of a diffusion sampler yet"):
-        with_gpus(config, 8)

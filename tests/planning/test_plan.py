@@ -29,6 +29,7 @@ from ais_megatron.planning.memory import (
     total_parameters,
 )
 from ais_megatron.planning.plan import make_plan, suggest, with_gpus
+from tests.helpers.allocation import allocated_peak
 from tests.helpers.paths import ROOT
 from tests.helpers.ranks import RankPool
 
@@ -60,6 +61,7 @@ RECURRENT = dict(
     linear_value_head_dim=32,
     linear_conv_kernel_dim=4,
 )
+DIFFUSION = dict(model_type="llada", mask_token_id=1999, num_key_value_heads=8)
 # ranks, architecture, model, parallel
 LAYOUTS = {
     "one": (1, {}, {}, {}),
@@ -80,6 +82,8 @@ LAYOUTS = {
     "recurrent": (1, RECURRENT, {}, {}),
     "recurrent, recompute": (1, RECURRENT, {"recompute": "full"}, {}),
     "recurrent TP2+SP": (2, RECURRENT, {}, {"tp": 2, "sequence_parallel": True}),
+    "bidirectional": (1, DIFFUSION, {}, {}),
+    "bidirectional TP2+SP": (2, DIFFUSION, {}, {"tp": 2, "sequence_parallel": True}),
     "MoE": (1, EXPERTS, {}, {}),
     "MoE EP2": (2, EXPERTS, {}, {"dp": 2, "ep": 2}),
     "MoE TP2+ETP2": (2, EXPERTS, {}, {"tp": 2, "sequence_parallel": True, "etp": 2}),
@@ -101,20 +105,6 @@ def make_config(architecture: dict, model: dict, parallel: dict, policy: dict | 
             "sft": {"steps": int(bool(policy))},  # LoRA needs weights to freeze
         }
     )
-
-
-def allocated_peak(work) -> int:
-    """Most bytes that torch had allocated at once during `work`, of those it allocated there."""
-    from torch.profiler import ProfilerActivity, profile
-
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        work()
-    events = sorted((e.start_ns(), e.nbytes()) for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]")
-    total = peak = 0
-    for _, size in events:
-        total += size
-        peak = max(peak, total)
-    return peak
 
 
 def policy_and_batch(config: Config) -> tuple[Policy, Batch]:
@@ -202,7 +192,9 @@ def test_memory_of_real_ranks(ranks: RankPool, layout: str) -> None:
         for phase in ("train", "logprobs"):
             missing = real[phase] - planned[phase]
             assert -0.15 * planned[phase] < missing < 0.15 * planned[phase] + late, (phase, deviation)
-        scales = 2 * 4 * len(config.architecture.attention_layers)  # K and V scales, which `measured` does not send
+        scales = (
+            2 * 4 * len(config.architecture.attention_layers) * config.rollout.kv_cache_is_fp8
+        )  # K and V scales, which `measured` does not send
         assert pushed_bytes(config) - scales == real["pushed"]
 
 

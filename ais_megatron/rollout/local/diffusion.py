@@ -140,7 +140,9 @@ def _sample(
     for block in range(0, size, denoising.block_length):
         columns = slice(frame.start + block, frame.start + block + denoising.block_length)
         for step in range(denoising.steps_per_block):
-            logits = model.causal_lm.lm_head(frame.states(model, canvas)[:, columns]).double()
+            states = frame.states(model, canvas)[:, columns].contiguous()  # of a slice torch would copy the head for every row
+            logits = model.causal_lm.lm_head(states).double()
+            del states
             chosen, confidence = choose(logits, generators, sampling.temperature, denoising.remasking, mask_id)
             masked = canvas[:, columns] == mask_id
             # Every row has equally many masks: the steps of a block share them as evenly as possible, and the first ones have one more.
