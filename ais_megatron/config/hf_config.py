@@ -64,10 +64,18 @@ def hf_config(architecture: Architecture, dtype: str, eos_ids: Sequence[int] = (
     }
 
 
-def fp8_config(block: int) -> dict[str, object]:
+def fp8_config(block: int, architecture: Architecture) -> dict[str, object]:
     """The ``quantization_config`` of a checkpoint with E4M3 weights in blocks of `block` rows and columns, and inputs that are quantised at
     each call. transformers and SGLang both read it."""
-    return {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": [block, block]}
+    config: dict[str, object] = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic"}
+    left_out = [
+        f"{architecture.family.layers}{layer}.{weight.name.removesuffix('.weight')}"
+        for layer in range(architecture.num_hidden_layers)
+        if architecture.is_recurrent(layer)
+        for weight in architecture.family.recurrent_layer
+        if len(weight.shape) == 2 and not weight.quantized
+    ]
+    return config | {"weight_block_size": [block, block]} | ({"modules_to_not_convert": left_out} if left_out else {})
 
 
 def generation_config(eos_ids: Sequence[int], pad_id: int | None) -> dict[str, object]:

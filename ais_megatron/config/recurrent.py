@@ -33,5 +33,24 @@ def recurrent_problems(
     if policy.forward_precision != "bf16":
         problems.append(f"policy.forward_precision={policy.forward_precision}: not supported for {family}; set it to bf16")
     if rollout.engine_traits.has_servers:
-        problems.append(f"rollout.engine={rollout.engine}: not supported for {family} yet; set it to local")
+        problems += _server_problems(arch, rollout)
+    if rollout.lora_sync == "adapter":
+        problems.append(f"rollout.lora_sync=adapter: not supported for {family}; set it to merged")
+    return problems
+
+
+def _server_problems(arch: Architecture, rollout: RolloutConfig) -> list[str]:
+    """Heads of a gated delta rule that SGLang's tensor parallelism would cut, and shards that are not whole blocks of FP8 weights."""
+    tp, block, problems = rollout.sglang.tp, rollout.weight_block, []
+    for key in ("linear_num_key_heads", "linear_num_value_heads"):
+        if getattr(arch, key) % tp:
+            problems.append(f"rollout.sglang.tp={tp}: does not divide model.architecture.{key}={getattr(arch, key)}")
+    sizes = {"linear_num_key_heads * linear_key_head_dim": arch.linear_key_size}
+    sizes["linear_num_value_heads * linear_value_head_dim"] = arch.linear_value_size
+    for name, size in sizes.items():
+        if not problems and rollout.quantization != "none" and size % (tp * block):
+            problems.append(
+                f"rollout.sglang.tp={tp}: the shards of block-FP8 weights must be multiples of rollout.weight_block={block}, but {name} is "
+                f"{size}; lower rollout.sglang.tp or rollout.weight_block, or set rollout.quantization=none"
+            )
     return problems

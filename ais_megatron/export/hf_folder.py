@@ -115,7 +115,7 @@ class HFFolder:
         if len(set(files.values())) > 1:
             total = sum(place.kind.nbytes for place in self._places.values())
             self._write_json(INDEX_FILE, {"metadata": {"total_size": total}, "weight_map": files})
-        quantization = {} if self._fp8_block is None else {"quantization_config": fp8_config(self._fp8_block)}
+        quantization = {} if self._fp8_block is None else {"quantization_config": fp8_config(self._fp8_block, self._architecture)}
         self._write_json("config.json", hf_config(self._architecture, self._dtype, eos_ids, pad_id) | quantization)
         self._write_json("generation_config.json", generation_config(eos_ids, pad_id))
 

@@ -25,7 +25,17 @@ DENSE = dict(
 )
 MOE = DENSE | dict(model_type="qwen3_moe", num_experts=8, num_experts_per_tok=2, moe_intermediate_size=128)
 LLAMA = DENSE | dict(model_type="llama", rope_scaling=dict(original_max_position_embeddings=64), tie_word_embeddings=True)
-ARCHITECTURES = {"dense": DENSE, "moe": MOE, "llama": LLAMA, "qwen2": DENSE | dict(model_type="qwen2")}
+QWEN35 = DENSE | dict(
+    model_type="qwen3_5",
+    partial_rotary_factor=0.25,
+    full_attention_interval=2,  # the second layer has attention
+    linear_num_key_heads=2,
+    linear_num_value_heads=4,
+    linear_key_head_dim=64,
+    linear_value_head_dim=32,
+    linear_conv_kernel_dim=4,
+)
+ARCHITECTURES = {"dense": DENSE, "moe": MOE, "llama": LLAMA, "qwen2": DENSE | dict(model_type="qwen2"), "qwen3_5": QWEN35}
 
 
 def sglang_config(kind: str = "dense", quantization: str = "fp8", rollout: dict[str, Any] | None = None, **sglang: Any) -> Config:

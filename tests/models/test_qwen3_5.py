@@ -432,7 +432,18 @@ def test_layers_in_an_irregular_order_are_refused(tmp_path: Path) -> None:
         ({"parallel": {"cp": 2}}, "parallel.cp=2: model_type=qwen3_5 has layers with a recurrent state"),
         ({"train": {"packing": True}}, "train.packing=true: model_type=qwen3_5 has layers with a recurrent state"),
         ({"policy": {"forward_precision": "fp8_aligned"}}, "policy.forward_precision=fp8_aligned: not supported for .*qwen3_5"),
-        ({"rollout": {"engine": "sglang"}}, "rollout.engine=sglang: not supported for .*qwen3_5 yet; set it to local"),
+        (
+            {"rollout": {"engine": "sglang", "sglang": {"tp": 4}}},
+            "rollout.sglang.tp=4: does not divide model.architecture.linear_num_key_heads=2",
+        ),
+        (
+            {"rollout": {"engine": "sglang", "quantization": "fp8_e4m3"}},
+            r"multiples of rollout.weight_block=128, but linear_num_key_heads \* linear_key_head_dim is 16; lower",
+        ),
+        (
+            {"rollout": {"engine": "sglang", "lora_sync": "adapter"}},
+            "rollout.lora_sync=adapter: not supported for .*qwen3_5; set it to merged",
+        ),
     ],
 )
 def test_what_the_family_cannot_do_is_refused(sections: dict, message: str) -> None:

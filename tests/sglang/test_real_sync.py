@@ -53,6 +53,10 @@ def weights(architecture: Architecture, seed: int = 0) -> Bucket:
         noise = torch.randn(shape, generator=generator)
         if name.endswith("bias"):
             return (0.3 * noise).bfloat16()
+        if name.endswith("A_log"):
+            return (noise - 2).bfloat16()  # states that remember about ten tokens
+        if architecture.family.zero_centered_norms and name.endswith("norm.weight") and ".linear_attn." not in name:
+            return (0.1 * noise).bfloat16()
         if len(shape) == 1:
             return (1 + 0.1 * noise).bfloat16()
         is_head = "lm_head" in name or ("embed" in name and architecture.tie_word_embeddings)
@@ -64,7 +68,7 @@ def weights(architecture: Architecture, seed: int = 0) -> Bucket:
 def scales(architecture: Architecture, factor: float = 1.0) -> Bucket:
     """Enough for the weights above, times `factor`; others in each layer."""
     layers = torch.arange(1.0, architecture.num_hidden_layers + 1)
-    return list(KVScales(6 * factor * layers, 12 * factor * layers, layers).named_tensors())
+    return list(KVScales(6 * factor * layers, 12 * factor * layers, layers).named_tensors(architecture.attention_layers))
 
 
 def buckets(config: Config, seed: int = 0, factor: float = 1.0) -> list[Bucket]:
@@ -165,7 +169,7 @@ def test_every_transport_brings_the_same_bytes(sglang_server, connect, kind: str
     assert found[0]["model.embed_tokens.weight"] == hashlib.sha256(embedding.view(torch.uint8).numpy().tobytes()).digest()[:8].hex()
 
 
-@pytest.mark.parametrize("kind", ["dense", "moe", "llama", "qwen2"])
+@pytest.mark.parametrize("kind", ["dense", "moe", "llama", "qwen2", "qwen3_5"])
 def test_the_server_agrees_with_the_local_engine(sglang_server, connect, kind: str) -> None:
     """Both emulate the same FP8 arithmetic in different programs. BF16 roundings that differ (the norms') flip a few per cent of
     the E4M3 roundings after them, so the engines agree within FP8's own noise, and better with each other than with BF16."""
@@ -179,6 +183,18 @@ def test_the_server_agrees_with_the_local_engine(sglang_server, connect, kind: s
     assert same.median() < (0.15 if server.architecture.tie_word_embeddings else 0.1) and same.mean() < 0.95 * unquantised.mean()
     others = distance(engine, local(server.config, seed=1))
     assert others.median() > 1.0, "and this is what other weights look like"
+
+
+def test_decoding_continues_the_states_of_prefill(sglang_server, connect) -> None:
+    """A server's log-probabilities while it decodes, one token at a time, against those of one prefill of the same tokens. Responses run
+    side by side, so each has to find its own state."""
+    engine = connect(sglang_server("qwen3_5", "fp8"))
+    engine.update_weights(buckets(sglang_server("qwen3_5", "fp8").config), 0)
+    rollouts = engine.generate(PROMPTS, SAMPLING)
+    samples = [([*r.prompt.token_ids, *r.token_ids], len(r.prompt.token_ids), torch.tensor(r.rollout_logprobs)) for r in rollouts]
+    apart = torch.cat([(theirs - ours).abs() for theirs, (_, _, ours) in zip(judged_by(engine, samples), samples, strict=True)])
+    print(f"decoding against prefill: {apart.mean():.4f} (median {apart.median():.4f}, of {len(apart)} tokens)")
+    assert len(apart) > 100 and apart.median() < 0.02 and apart.mean() < 0.05
 
 
 def test_any_end_of_sequence_token_ends_a_response_and_stays_in_it(sglang_server, connect) -> None:

@@ -175,3 +175,14 @@ def test_experts_with_routing_replay(sglang_server: Servers, ranks: RankPool, tm
     rows = rows_of(tmp_path / "moe")
     assert len(rows) == 5 and all(row["num_responses"] == RESPONSES for row in rows)
     assert mean(row["divergence_severity"] for row in rows) < 5e-3
+
+
+def test_layers_with_a_recurrent_state(sglang_server: Servers, ranks: RankPool, tmp_path: Path) -> None:
+    """Qwen3.5 with LoRA, which is sent merged: what the server sampled is as far from the policy as FP8 makes it, with new weights too."""
+    lora = ["policy.lora.rank=8", "train.optimizer.lr=1e-2", "train.optimizer.warmup_steps=1"]
+    config = on_running(sglang_server("qwen3_5", "fp8"), tmp_path / "recurrent", "train.steps=3", *lora)
+    ranks.run(1, trained, config=config)
+    rows = rows_of(tmp_path / "recurrent")
+    assert [(row["step"], row["num_responses"], row["staleness"]) for row in rows] == [(step, RESPONSES, 0) for step in (1, 2, 3)]
+    print("D", [row["divergence_severity"] for row in rows])
+    assert all(1e-5 < row["divergence_severity"] < 5e-3 for row in rows)

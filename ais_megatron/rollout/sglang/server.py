@@ -20,7 +20,7 @@ from pathlib import Path
 from ais_megatron.cluster.cuda_environment import ALLOCATOR_VARIABLES, MAX_CONNECTIONS
 from ais_megatron.cluster.ports import try_bind
 from ais_megatron.config import Architecture, Config, RolloutConfig
-from ais_megatron.config.hf_config import fp8_config, hf_config
+from ais_megatron.config.hf_config import fp8_config, hf_config, rope_parameters
 from ais_megatron.config.policy import adapter_targets
 from ais_megatron.config.sglang import LOOPBACK, SGLangConfig
 from ais_megatron.rollout.sglang import guardian
@@ -47,8 +47,12 @@ def write_model_folder(architecture: Architecture, rollout: RolloutConfig, folde
     embedding and lm_head stay BF16. Activation scales are computed at run time ("dynamic").
     """
     content = {**hf_config(architecture, "bf16"), "torch_dtype": "bfloat16"}
+    if architecture.family.partial_rotary_factor != 1.0:
+        # With sections for time, height and width SGLang would build an embedding for images too. `checks.randomize` destroys its indices.
+        rope = {key: value for key, value in rope_parameters(architecture).items() if not key.startswith("mrope")}
+        content |= {"rope_parameters": rope, "partial_rotary_factor": architecture.partial_rotary_factor}
     if rollout.quantization == "fp8_e4m3":
-        content["quantization_config"] = fp8_config(rollout.weight_block)
+        content["quantization_config"] = fp8_config(rollout.weight_block, architecture)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(content, indent=2), encoding="utf-8")
     return folder
