@@ -113,7 +113,7 @@ def test_a_set_of_held_out_problems_has_its_own_limit_and_template_settings(tmp_
     config = build_config(base | {"eval": {"sets": {"same": same, "other": other, "thinking": thinking, "long": long}}})
     task = make_task(config.task, 0)
     tokenizer = make_tokenizer(config, task)
-    session = Session(config, task, tokenizer, None, None, None, None, Share(0, 1, 0, 1))
+    session = Session(config, task, tokenizer, None, None, None, None, Share(0, 1, 0, 1), None)
     found = {chosen.name: _prepare(session, chosen) for chosen in config.evaluation_sets}
     assert found["same"].session == session
     assert found["other"].session.task.name == "countdown" and found["other"].session.tokenizer is tokenizer

@@ -122,7 +122,7 @@ def grouped_batch() -> Batch:
 
 def passes(rank: int, path: Path, share: bool, recompute: str = "none", **layout: object):  # noqa: ANN201
     """Log-probabilities and calibration, and after a training step its metrics and all weights."""
-    config = make_config(path, model={"recompute": recompute}, train={"share_prefixes": share}, **layout)
+    config = make_config(path, model={"recompute": recompute}, train={"share_prefixes": share}, ais={"coefficient": "product"}, **layout)
     policy = make_policy(config, path)
     assert policy.microbatches.shares == share
     batch = grouped_batch()  # on every data-parallel rank, so that ranks pack the same rows

@@ -139,7 +139,7 @@ def run_of(ranks: RankPool, folder: Path, data: dict, num_ranks: int = 2, **roll
 @pytest.mark.slow
 def test_a_replayed_run_is_the_recorded_run(ranks: RankPool, tmp_path: Path) -> None:
     """The same rows to the last bit; and another correction, on one rank instead of two, sees the same samples."""
-    data = small(tmp_path, **SMALL, eval={"num_prompts": 8, "every": 2})
+    data = small(tmp_path, **SMALL, eval={"num_prompts": 8, "every": 2}, ais={"coefficient": "product"})  # whose alpha needs no rewards
     recorded = str(tmp_path / "responses")
     run_of(ranks, tmp_path / "first", data, save_dir=recorded)
     run_of(ranks, tmp_path / "again", data, engine="replay", replay_dir=recorded)
