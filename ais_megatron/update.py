@@ -62,7 +62,7 @@ def update(policy: Policy, batch: Batch, state: AISState, timer: PhaseTimer, kee
 
 
 def lagged_update(policy: Policy, batch: Batch, state: AISState, timer: PhaseTimer, keep_logprobs: bool = False) -> Update:
-    """One optimizer step with the previous batch's alpha (alpha_min for the first batch)."""
+    """One optimizer step with the previous batch's choice; for the first batch see `ais.lagged_loss_scaler`."""
     with timer.phase("logprobs"):
         reference_logprobs = policy.reference_logprobs(batch)
     with timer.phase("train"):

@@ -1,9 +1,9 @@
-"""`fake_sglang` gives stand-ins for SGLang servers that start at once."""
+"""`fake_sglang` gives stand-ins for SGLang servers that start at once, and `servers` gives such servers in threads of this process."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ import pytest
 from ais_megatron.cluster.ports import free_port
 from ais_megatron.config import Config
 from tests.helpers.sglang import sglang_config
+from tests.rollout.sglang.fake_server import RUN, FakeServer
 
 FAKE = '''#!{python}
 """Stands in for SGLang's interpreter: takes the same command line, starts at once, has a child process, does what FAKE says."""
@@ -67,3 +68,17 @@ def fake_sglang(tmp_path: Path) -> Callable[..., FakeSGLang]:
         return FakeSGLang(sglang_config(**settings), tmp_path)
 
     return make
+
+
+@pytest.fixture
+def servers() -> Iterator[Callable[[int], list[FakeServer]]]:
+    made: list[FakeServer] = []
+
+    def make(count: int) -> list[FakeServer]:
+        made.extend(FakeServer(f"{RUN}-0") for _ in range(count))
+        return made
+
+    yield make
+    for server in made:
+        server.is_hung = False
+        server.stop()

@@ -13,6 +13,9 @@ from aiohttp import web
 
 from ais_megatron.rollout.sglang.plugin import LIST_ADAPTERS, digest
 
+RUN = "ab12"
+"""The run whose weights the `servers` of a test have, in version 0."""
+
 
 class FakeServer:
     """Answers each request with `answer(body)`, by default two tokens, the second of them the end of sequence.

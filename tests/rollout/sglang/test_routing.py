@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import Callable, Iterator
 from contextlib import closing
 from typing import Any
 
@@ -19,9 +18,8 @@ from ais_megatron.rollout.sglang.client import SGLangEngine
 from ais_megatron.rollout.sglang.routing import SharedLoads, Waiting, limit_of
 from tests.helpers.ranks import RankPool
 from tests.helpers.sglang import sglang_config
-from tests.rollout.sglang.fake_server import FakeServer
+from tests.rollout.sglang.fake_server import RUN
 
-RUN = "ab12"
 PROMPTS = [Prompt(i, "", (10 + i, 3), {}) for i in range(8)]
 TWO = SamplingParams(2, 4)
 
@@ -99,19 +97,6 @@ def test_a_reservation_that_is_cancelled_is_taken_back() -> None:
         return await loads.counts()
 
     assert asyncio.run(cancelled()) == [0, 0]
-
-
-@pytest.fixture
-def servers() -> Iterator[Callable[[int], list[FakeServer]]]:
-    made: list[FakeServer] = []
-
-    def make(count: int) -> list[FakeServer]:
-        made.extend(FakeServer(f"{RUN}-0") for _ in range(count))
-        return made
-
-    yield make
-    for server in made:
-        server.stop()
 
 
 def engine(urls: list[str], number: int = 0, store: Any = None, **sglang: Any) -> SGLangEngine:

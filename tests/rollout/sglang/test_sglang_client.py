@@ -22,25 +22,10 @@ from ais_megatron.rollout.engine import SamplingParams, WeightsLost
 from ais_megatron.rollout.sglang import dispatch, patience
 from ais_megatron.rollout.sglang.client import SGLangEngine
 from tests.helpers.sglang import sglang_config
-from tests.rollout.sglang.fake_server import FakeServer, response
+from tests.rollout.sglang.fake_server import RUN, FakeServer, response
 
-RUN = "ab12"
 PROMPTS = [Prompt(i, "", (10 + i, 3), {}) for i in range(6)]
 TWO = SamplingParams(2, 4)
-
-
-@pytest.fixture
-def servers() -> Iterator[Callable[[int], list[FakeServer]]]:
-    made: list[FakeServer] = []
-
-    def make(count: int) -> list[FakeServer]:
-        made.extend(FakeServer(f"{RUN}-0") for _ in range(count))
-        return made
-
-    yield make
-    for server in made:
-        server.is_hung = False
-        server.stop()
 
 
 @pytest.fixture
