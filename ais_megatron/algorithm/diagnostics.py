@@ -356,14 +356,21 @@ class RunningStatistics:
         self._extremes = torch.full((NUM_EXTREMES,), -math.inf, dtype=torch.float64)
 
     def add(
-        self, old_logprobs: Tensor, rollout_logprobs: Tensor, advantages: Tensor, loss_mask: Tensor, index: Tensor, sketches: Tensor
+        self,
+        old_logprobs: Tensor,
+        rollout_logprobs: Tensor,
+        advantages: Tensor,
+        loss_mask: Tensor,
+        index: Tensor,
+        sketches: Tensor,
+        repeats: Tensor | None = None,
     ) -> None:
         """Add whole rows, as in `statistics` and `ResponseGradients.add`. On a GPU nothing waits for the result."""
         sums, extremes = statistics(old_logprobs, rollout_logprobs, advantages, loss_mask, self._correction)
         self._sums = self._sums.to(sums.device) + sums
         self._extremes = torch.maximum(self._extremes.to(sums.device), extremes)
         if self.gradients is not None:
-            self.gradients.add(index, sketches, old_logprobs, rollout_logprobs, advantages, loss_mask)
+            self.gradients.add(index, sketches, old_logprobs, rollout_logprobs, advantages, loss_mask, repeats)
 
     def joined(self, group: dist.ProcessGroup) -> Tensor:
         """The gradients' sums and `join` of all microbatches so far, on the CPU."""

@@ -78,24 +78,33 @@ class GradientSums(NamedTuple):
 class ResponseGradients:
     """phi of every response of this data-parallel rank's batch, filled one microbatch after the other.
 
-    Responses of a group share their baseline, so not they but groups are independent.
+    Responses of a group share their baseline, so not they but groups are independent. A diffusion model's response has one row for each of
+    its masks, and its phi is the sum over them.
 
     Args:
         limits: corrections of single tokens; each limits the weights in another way.
-        rows: number of responses, whole groups of `group_size` one after the other.
+        rows: number of rows: whole groups of `group_size` responses one after the other, first all under one mask, then all under the next.
         mean_of_responses: whether the loss is the mean over responses of their tokens' means, and not over all tokens.
+        masks: number of rows of each response.
     """
 
-    def __init__(self, limits: Sequence[Correction], rows: int, group_size: int, mean_of_responses: bool) -> None:
-        assert rows % group_size == 0, "the batch has parts of a group"
+    def __init__(self, limits: Sequence[Correction], rows: int, group_size: int, mean_of_responses: bool, masks: int = 1) -> None:
+        assert rows % (group_size * masks) == 0, "the batch has parts of a group"
         self._limits = limits
-        self._group_size, self._mean_of_responses = group_size, mean_of_responses
+        self._group_size, self._mean_of_responses, self._masks = group_size, mean_of_responses, masks
         self._phi = torch.zeros(rows, 1 + len(limits), SIZE)
         self._tokens = torch.zeros(rows)
         self.length = GradientSums.length(len(limits))
 
     def add(
-        self, index: Tensor, sketches: Tensor, old_logprobs: Tensor, rollout_logprobs: Tensor, advantages: Tensor, loss_mask: Tensor
+        self,
+        index: Tensor,
+        sketches: Tensor,
+        old_logprobs: Tensor,
+        rollout_logprobs: Tensor,
+        advantages: Tensor,
+        loss_mask: Tensor,
+        repeats: Tensor | None = None,
     ) -> None:
         """Set the rows in `index`. On a GPU nothing waits for the result.
 
@@ -105,6 +114,7 @@ class ResponseGradients:
             old_logprobs, rollout_logprobs: float32 ``[rows, seq]``; outside the mask any value is allowed.
             advantages: float32 ``[rows]``.
             loss_mask: bool ``[rows, seq]``.
+            repeats: int64 ``[rows]``, how often the loss counts each token of a row; None: once.
         """
         device = sketches.device
         self._phi, self._tokens, index = self._phi.to(device), self._tokens.to(device), index.to(device)
@@ -112,6 +122,8 @@ class ResponseGradients:
         weights = torch.stack([torch.ones_like(w), *(limit.limited(w) - 1.0 for limit in self._limits)], 1)
         tokens = loss_mask.sum(1)
         factor = advantages.double() / tokens.clamp(min=1) if self._mean_of_responses else advantages.double()
+        if repeats is not None:
+            factor, tokens = factor * repeats, tokens * repeats
         weights = (weights * factor[:, None, None]).masked_fill_(~loss_mask[:, None], 0.0).float()
         scores, states = sketches.permute(1, 2, 0).split([SCORE_COLUMNS, STATE_COLUMNS], -1)
         self._phi[index] = weights @ (scores[..., None] * states[..., None, :]).flatten(2)
@@ -120,7 +132,7 @@ class ResponseGradients:
     def sums(self) -> Tensor:
         """`GradientSums.flat` of this rank, float64 on the CPU."""
         kinds = self._phi.shape[1]
-        phi = self._phi.double().view(-1, self._group_size, kinds, SIZE).sum(1)
-        present = self._tokens.view(-1, self._group_size).sum(1) > 0
+        phi = self._phi.double().view(self._masks, -1, self._group_size, kinds, SIZE).sum((0, 2))
+        present = self._tokens.view(self._masks, -1, self._group_size).sum((0, 2)) > 0
         products = torch.einsum("gks,gls->kl", phi, phi)
         return GradientSums(present.sum().double(), self._tokens.sum().double(), phi.sum(0), products).flat().cpu()

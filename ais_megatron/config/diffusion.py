@@ -6,7 +6,7 @@ from typing import Literal, Protocol
 
 from pydantic import Field
 
-from ais_megatron.config.algorithm import AISConfig, Level, ObjectiveConfig
+from ais_megatron.config.algorithm import Level, ObjectiveConfig
 from ais_megatron.config.evaluation import EvalConfig
 from ais_megatron.config.policy import PolicyConfig
 from ais_megatron.config.rollout import RolloutConfig
@@ -64,15 +64,11 @@ class Sections(Protocol):
     @property
     def eval(self) -> EvalConfig: ...
     @property
-    def ais(self) -> AISConfig: ...
-    @property
     def objective(self) -> ObjectiveConfig: ...
     @property
     def correction(self) -> str: ...
     @property
     def weight_level(self) -> Level: ...
-    @property
-    def rows_per_response(self) -> int: ...
 
 
 def diffusion_problems(config: Sections) -> list[str]:
@@ -142,11 +138,6 @@ def _length_problems(config: Sections) -> list[str]:
 
 def _likelihood_problems(config: Sections) -> list[str]:
     diffusion, problems = config.diffusion, []
-    if config.ais.coefficient == "measured" and config.rows_per_response > 1:
-        problems.append(
-            f"ais.coefficient=measured: needs one row for each response, but diffusion.likelihood={diffusion.likelihood} makes "
-            f"{config.rows_per_response} (diffusion.masks, diffusion.states); set product, oracle, constant or auto"
-        )
     if diffusion.rollout_likelihood not in (None, diffusion.likelihood):
         problems.append(
             f"diffusion.rollout_likelihood={diffusion.rollout_likelihood}: differs from diffusion.likelihood={diffusion.likelihood}; an "

@@ -112,8 +112,7 @@ class Config(Section):
     @property
     def measures_gradients(self) -> bool:
         """Whether alpha needs sketches of the responses' gradients."""
-        whole = self.rows_per_response == 1 and (self.diffusion.likelihood == "one_step" or not self.architecture.family.is_diffusion)
-        return whole and measures_gradients(self.correction, self.ais, self.correction_options, self.objective)
+        return measures_gradients(self.correction, self.ais, self.correction_options, self.objective)
 
     @property
     def evaluation_sets(self) -> list[EvaluationSet]:

@@ -119,7 +119,7 @@ class Policy:
         if not config.measures_gradients:
             return None
         mean_of_responses = config.objective.resolved.aggregation == "sequence"
-        return ResponseGradients(limits(config), len(batch), config.rollout.group_size, mean_of_responses)
+        return ResponseGradients(limits(config), len(batch), config.rollout.group_size, mean_of_responses, config.rows_per_response)
 
     def gradient_sums(self, gradients: ResponseGradients) -> Tensor:
         """`ResponseGradients.sums` of the last pipeline stage, on every stage."""
@@ -134,7 +134,7 @@ class Policy:
         def collect(rows: Batch, index: Tensor, logprobs: Tensor, entropy: Tensor, sketches: Tensor) -> tuple[Tensor, Tensor, Tensor]:
             result[index, : logprobs.shape[1]] = logprobs.cpu()
             if gradients is not None:
-                gradients.add(index, sketches, logprobs, rows.rollout_logprobs, rows.advantages, rows.loss_mask)
+                gradients.add(index, sketches, logprobs, rows.rollout_logprobs, rows.advantages, rows.loss_mask, rows.repeats)
             return logprobs.sum(), rows.loss_mask.sum(), logprobs.new_zeros(0)
 
         with torch.no_grad():
@@ -269,7 +269,7 @@ class Policy:
                 kept[index, : old.shape[1]] = old.cpu()
             reference = None if reference_logprobs is None else _cut(reference_logprobs, index, logprobs)
             if running is not None:
-                running.add(old, rows.rollout_logprobs, rows.advantages, rows.loss_mask, index, sketches)
+                running.add(old, rows.rollout_logprobs, rows.advantages, rows.loss_mask, index, sketches, rows.repeats)
             factors = scaler.factors(old, rows.rollout_logprobs, rows.loss_mask, rows.repeats)
             loss = policy_loss(self.config.objective, logprobs, entropy, old, reference, rows.advantages, factors)
             return loss.total, factors.counts.sum(), loss.metric_sums

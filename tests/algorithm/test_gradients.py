@@ -35,8 +35,10 @@ def random_responses(seed: int = 0) -> dict[str, Tensor]:
     )
 
 
-def sums_of(parts: dict[str, Tensor], pieces: list[Tensor] | None = None, group_size: int = 2, mean: bool = False) -> GradientSums:
-    gradients = ResponseGradients(LIMITS, ROWS, group_size, mean)
+def sums_of(
+    parts: dict[str, Tensor], pieces: list[Tensor] | None = None, group_size: int = 2, mean: bool = False, masks: int = 1
+) -> GradientSums:
+    gradients = ResponseGradients(LIMITS, ROWS, group_size, mean, masks)
     for index in pieces or [torch.arange(ROWS)]:
         gradients.add(index, parts["sketches"][:, index], *(parts[name][index] for name in list(parts)[1:]))
     return GradientSums.of(gradients.sums())
@@ -56,6 +58,18 @@ def test_sums_by_the_definition(mean: bool) -> None:
     groups = phi.view(4, 2, 1 + len(CAPS), SIZE).sum(1)
     found = sums_of(parts, mean=mean)
     assert (found.groups, found.tokens) == (4, parts["loss_mask"].sum())
+    torch.testing.assert_close(found.sums, groups.sum(0), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(found.products, sum(group @ group.T for group in groups), rtol=1e-5, atol=1e-5)
+
+
+def test_rows_of_a_response_under_several_masks_add_up() -> None:
+    """Four responses in two groups, each under two masks. Row 2 counts three times, as if its factor were as large."""
+    parts = random_responses()
+    found = sums_of(parts | {"repeats": torch.tensor([1, 1, 3, 1, 1, 1, 1, 1])}, masks=2)
+    thrice = parts | {"advantages": parts["advantages"] * torch.tensor([1, 1, 3, 1, 1, 1, 1, 1])}
+    single = [sums_of(thrice, [torch.tensor([row])], group_size=1).sums.double() for row in range(ROWS)]
+    groups = torch.stack([sum(single[row] for row in rows) for rows in ((0, 1, 4, 5), (2, 3, 6, 7))])
+    assert (found.groups, found.tokens) == (2, parts["loss_mask"].sum() + 2 * parts["loss_mask"][2].sum())
     torch.testing.assert_close(found.sums, groups.sum(0), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(found.products, sum(group @ group.T for group in groups), rtol=1e-5, atol=1e-5)
 

@@ -157,10 +157,6 @@ def config_of(llada: Path, **sections: object) -> Config:
         ({"diffusion": DIFFUSION | {"likelihood": "trajectory"}, "objective": {"name": "gspo"}}, "scores only some tokens of a response"),
         ({"diffusion": DIFFUSION | {"likelihood": "trajectory", "masks": 2}}, "diffusion.masks=2: only diffusion.likelihood=one_step"),
         ({"diffusion": DIFFUSION | {"likelihood": "trajectory"}, "correction": "k3_rs"}, "correction=k3_rs: rejects whole responses"),
-        (
-            {"ais": {"coefficient": "measured"}, "diffusion": DIFFUSION | {"masks": 2}},
-            "measured: needs one row for each response, but .* 2",
-        ),
         ({"policy": {"forward_precision": "fp8_aligned"}}, "policy.forward_precision=fp8_aligned: not supported"),
         ({"train": {"packing": True}}, "train.packing=True: not supported for model_type=llada"),
         ({"eval": {"sets": {"long": {"max_response_tokens": 50}}}}, "eval.sets.long.max_response_tokens=50: not a multiple"),
@@ -188,5 +184,5 @@ def test_what_follows_from_the_configuration(llada: Path) -> None:
     assert config.diffusion.steps_per_block(40) == 5 and DiffusionConfig().steps_per_block(256) == 16
     assert (config.rows_per_response, config.likelihood_temperature, config.measures_gradients) == (1, 1.0, True)
     stepwise = config_of(llada, diffusion=DIFFUSION | {"likelihood": "trajectory", "states": 3})
-    assert (stepwise.rows_per_response, stepwise.likelihood_temperature, stepwise.measures_gradients) == (3, TEMPERATURE, False)
+    assert (stepwise.rows_per_response, stepwise.likelihood_temperature, stepwise.measures_gradients) == (3, TEMPERATURE, True)
     assert build_config(config.model_dump()) == config
