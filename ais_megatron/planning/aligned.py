@@ -7,7 +7,7 @@
                saves a second tensor: on a CPU its input in float32, on CUDA the normed values
     rounding   the same temporary tensors for the widest input of a linear layer
 
-The lists were recorded with torch's saved-tensor hooks, as those of `memory`. tests/planning/test_plan.py compares them with real
+The lists were recorded with torch's saved-tensor hooks, as those of `activations`. tests/planning/test_plan.py compares them with real
 ranks. On CUDA they are derived and not measured. No torch here.
 """
 
@@ -17,8 +17,8 @@ from math import prod
 
 from ais_megatron.config import Config
 from ais_megatron.models.family import Weight, shape_of
+from ais_megatron.planning.parameters import FP32, dtype_bytes
 
-FP32 = 4
 ROUNDED = 5 * FP32
 """Bytes per value while weights are rounded: values, scales, quotients, and the anchors and sums of `Format.round_scaled`."""
 ROUNDED_INPUT = 4 * FP32
@@ -61,13 +61,13 @@ def _sizes(config: Config) -> tuple[list[int], list[int]]:
 
 
 def saved_bytes(config: Config, tokens: int, pairs: int, cuda: bool) -> int:
-    """Bytes that a layer saves for the backward pass beyond those of `memory.layer_saved`.
+    """Bytes that a layer saves for the backward pass beyond those of `activations.layer_saved`.
 
     pairs: of a token and an expert, on this rank."""
     if not config.policy.is_aligned:
         return 0
     a, parallel = config.architecture, config.parallel
-    e, width = 2 if config.model.dtype == "bf16" else FP32, copy_width(config, cuda)
+    e, width = dtype_bytes(config), copy_width(config, cuda)
     shard = parallel.tp if parallel.sequence_parallel else 1
     hidden, attention = a.hidden_size, a.query_size
     norms = tokens * 2 * width * hidden // shard
@@ -83,5 +83,5 @@ def rounding_bytes(config: Config, tokens: int) -> int:
     if not config.policy.is_aligned or config.policy.forward_precision == "int4_aligned":
         return 0
     a, parallel = config.architecture, config.parallel
-    e = 2 if config.model.dtype == "bf16" else FP32
+    e = dtype_bytes(config)
     return (ROUNDED_INPUT + e) * tokens * max(a.query_size, 0 if a.is_moe else a.intermediate_size) // parallel.tp

@@ -19,20 +19,11 @@ from math import ceil, inf, isfinite, log2
 from typing import Literal
 
 from ais_megatron.config import Architecture, Config, ConfigError
+from ais_megatron.planning.batches import microbatching
 from ais_megatron.planning.diffusion import generation_flops, passes
-from ais_megatron.planning.memory import (
-    adapter_bytes,
-    dtype_bytes,
-    engine_bytes,
-    kv_bytes_per_token,
-    layer_counts,
-    microbatching,
-    pushed_bytes,
-    quantized_counts,
-    rank_counts,
-    state_bytes,
-    total_parameters,
-)
+from ais_megatron.planning.engine import adapter_bytes, engine_bytes, kv_bytes_per_token, pushed_bytes
+from ais_megatron.planning.parameters import dtype_bytes, layer_counts, quantized_counts, rank_counts, total_parameters
+from ais_megatron.planning.recurrent import state_bytes
 
 GIB = 2**30
 SERVER_MEM_FRACTION = 0.88  # if rollout.sglang.mem_fraction is empty; SGLang's own choice depends on the card

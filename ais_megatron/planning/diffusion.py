@@ -20,8 +20,9 @@ from typing import NamedTuple
 
 from ais_megatron.config import Config
 from ais_megatron.planning.aligned import ROUNDED_INPUT
+from ais_megatron.planning.parameters import FP32, dtype_bytes
 
-FP32, FP64 = 4, 8
+FP64 = 8
 SAMPLER_LOGITS = 4
 LOGITS = 1 << 26  # `_LOGITS` of rollout/local/diffusion.py
 
@@ -59,7 +60,7 @@ def generation_flops(config: Config, prompt: int, layer_parameters: int) -> Flop
 
 def sampler_bytes(config: Config, rows: int, prompt: int, response: int, cuda: bool) -> int:
     """Bytes beside the weights at the worst moment of `rows` canvases of `prompt + response` tokens."""
-    a, e = config.architecture, 2 if config.model.dtype == "bf16" else FP32
+    a, e = config.architecture, dtype_bytes(config)
     hidden, q, kv, mlp = a.hidden_size, a.query_size, a.kv_size, a.intermediate_size
     tokens, quantised = rows * (prompt + response), config.rollout.quantization != "none"
     block, steps = config.diffusion.block_length, config.diffusion.steps_per_block(config.rollout.max_response_tokens)

@@ -28,7 +28,8 @@ from ais_megatron.planning.cost import (
     step_time,
     sync_bytes,
 )
-from ais_megatron.planning.memory import SERVERS_TURN, RankMemory, rank_memory, smallest_dp, total_parameters
+from ais_megatron.planning.memory import SERVERS_TURN, RankMemory, rank_memory
+from ais_megatron.planning.parameters import smallest_dp, total_parameters
 
 if TYPE_CHECKING:
     from rich.table import Table

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ais_megatron.config import Config
 from ais_megatron.planning.cost import DISK_GB_S, NVLINK_HOP_US, PCIE_GB_S, SERVER_MEM_FRACTION, Assumptions, row_tokens
-from ais_megatron.planning.memory import total_parameters
+from ais_megatron.planning.parameters import total_parameters
 from ais_megatron.planning.plan import Plan
 from ais_megatron.planning.scale import ROUTES, SHARES, WORTH_IT, Limit, Point, as_json, limits
 from ais_megatron.runs.folder import write_json_atomic, write_text_atomic

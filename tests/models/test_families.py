@@ -21,7 +21,7 @@ from ais_megatron.config import Architecture, ConfigError, read_architecture
 from ais_megatron.config.hf_config import hf_config
 from ais_megatron.models.family import tensors_of
 from ais_megatron.models.registry import FAMILIES, is_quantized_weight
-from ais_megatron.planning.memory import total_parameters
+from ais_megatron.planning.parameters import total_parameters
 from ais_megatron.quantization.fp8 import quantize_bucket
 from ais_megatron.quantization.kv_scales import KVScales
 from ais_megatron.rollout.engine import SamplingParams

@@ -15,7 +15,7 @@ from ais_megatron.batch import Batch
 from ais_megatron.config import Architecture, Config, ConfigError, DiffusionConfig, build_config, read_architecture
 from ais_megatron.models.family import names_of_twin, tensors_of
 from ais_megatron.models.registry import is_quantized_weight
-from ais_megatron.planning.memory import total_parameters
+from ais_megatron.planning.parameters import total_parameters
 from tests.helpers.llada import MASK, SIZES, make_llada, reference_logits
 from tests.helpers.policies import LAYOUTS, TEMPERATURE, exported, make_batch, make_config, make_policy, my_rows, weights_of
 from tests.helpers.ranks import RankPool

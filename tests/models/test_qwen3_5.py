@@ -16,7 +16,7 @@ from ais_megatron.config import Architecture, ConfigError, OptimizerConfig, buil
 from ais_megatron.config.hf_config import hf_config, read_eos_ids
 from ais_megatron.export.hf_reader import HFReader
 from ais_megatron.planning.cost import Assumptions
-from ais_megatron.planning.memory import total_parameters
+from ais_megatron.planning.parameters import total_parameters
 from ais_megatron.planning.plan import make_plan, with_gpus
 from ais_megatron.quantization.fp8 import quantize_bucket
 from tests.helpers.engines import DENSE, RECURRENT

@@ -5,17 +5,11 @@ from __future__ import annotations
 import pytest
 
 from ais_megatron.config import Config, build_config, load_config
+from ais_megatron.planning.batches import Microbatching, batch_memory, gathered_memory, microbatching
 from ais_megatron.planning.cost import Assumptions, forward_flops, servers_of, step_time
 from ais_megatron.planning.diffusion import generation_flops, passes, sampler_bytes
-from ais_megatron.planning.memory import (
-    Microbatching,
-    batch_memory,
-    engine_bytes,
-    gathered_memory,
-    kv_bytes_per_token,
-    microbatching,
-    total_parameters,
-)
+from ais_megatron.planning.engine import engine_bytes, kv_bytes_per_token
+from ais_megatron.planning.parameters import total_parameters
 from ais_megatron.planning.plan import make_plan, suggest, with_gpus
 from tests.helpers.allocation import allocated_peak
 from tests.helpers.paths import ROOT

@@ -13,22 +13,13 @@ import pytest
 
 from ais_megatron.config import Config, ConfigError, ParallelConfig, build_config, load_config
 from ais_megatron.planning.aligned import copied_bytes, refresh_bytes
+from ais_megatron.planning.batches import Microbatching, gathered_memory, microbatch_tokens, microbatching, route_bytes
 from ais_megatron.planning.cost import GIB, Assumptions, forward_flops, servers_of, step_time, sync_bytes
-from ais_megatron.planning.memory import (
-    Microbatching,
-    engine_bytes,
-    gathered_memory,
-    kv_bytes_per_token,
-    microbatch_tokens,
-    microbatching,
-    pushed_bytes,
-    rank_counts,
-    rank_memory,
-    route_bytes,
-    state_bytes,
-    total_parameters,
-)
+from ais_megatron.planning.engine import engine_bytes, kv_bytes_per_token, pushed_bytes
+from ais_megatron.planning.memory import rank_memory
+from ais_megatron.planning.parameters import rank_counts, total_parameters
 from ais_megatron.planning.plan import make_plan, suggest, with_gpus
+from ais_megatron.planning.recurrent import state_bytes
 from tests.helpers.allocation import allocated_peak
 from tests.helpers.paths import ROOT
 from tests.helpers.ranks import RankPool

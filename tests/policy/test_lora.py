@@ -14,7 +14,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from ais_megatron.config import CheckpointConfig, ConfigError, build_config, dump_config
 from ais_megatron.export.adapter import AdapterReader, factor_shapes, write_adapter
 from ais_megatron.export.run import export_run
-from ais_megatron.planning.memory import factor_count
+from ais_megatron.planning.parameters import factor_count
 from ais_megatron.tokenizer import SentencePieceTokenizer
 from tests.helpers.policies import LAYOUTS, MOE_LAYOUTS, TEMPERATURE, make_batch, make_config, make_policy, moe_config, my_rows, weights_of
 from tests.helpers.ranks import RankPool
