@@ -99,6 +99,12 @@ def compare(
         typer.Argument(metavar="[KEY=VALUE]...", help="change settings of the comparison, for example seeds=[0] dir=runs/try"),
     ] = None,
     only: Annotated[list[str] | None, typer.Option(metavar="ARM[/SEED]", help="do only these runs; may be repeated")] = None,
+    results_of: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--results", metavar="FILE", help="results.jsonl of another machine or day, whose runs count as finished; may be repeated"
+        ),
+    ] = None,
     report: Annotated[bool, typer.Option("--report", help="run nothing, only write table and figure of the runs that exist")] = False,
     evaluate: Annotated[
         bool, typer.Option("--evaluate", help="train nothing, only do missing final evaluations and write the report")
@@ -109,6 +115,7 @@ def compare(
 ) -> None:
     """Train every arm with every seed on every task, then write one table and one figure. Finished runs are not repeated."""
     from ais_megatron.comparison.config import load_comparison, select
+    from ais_megatron.comparison.records import read_results
     from ais_megatron.comparison.report import write_comparison_report
     from ais_megatron.comparison.runs import result_of, run_cells
 
@@ -117,10 +124,11 @@ def compare(
     if as_list:
         print("\n".join("\t".join([cell.name, str(cell.base), str(cell.folder), *cell.overrides]) for cell in chosen))
         return
-    status = 0 if report else run_cells(comparison, config, chosen, may_train=not evaluate)
+    elsewhere = {name: result for file in results_of or [] for name, result in read_results(file, cells).items()}
+    status = 0 if report else run_cells(comparison, config, chosen, may_train=not evaluate, elsewhere=elsewhere)
     if status:
         sys.exit(status)
-    results = [result_of(cell, comparison) for cell in cells]
+    results = [elsewhere.get(cell.name) or result_of(cell, comparison) for cell in cells]
     print(write_comparison_report(comparison, results, " ".join(["ais-megatron compare", str(config), *(overrides or [])])))
     if any(not result.finished for result in results if result.cell in chosen):
         sys.exit(CHECK_FAILED)

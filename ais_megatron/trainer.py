@@ -30,6 +30,7 @@ from ais_megatron.policy.saver import Saver, checkpoint_to_resume, tidy
 from ais_megatron.policy.training_state import TrainingState
 from ais_megatron.prompts import training_prompts
 from ais_megatron.quantization.kv_scales import KVScales
+from ais_megatron.runs.exploration import num_distinct, num_solved_groups
 from ais_megatron.runs.folder import SUMMARY_FILE, open_run_folder, write_json_atomic
 from ais_megatron.runs.metrics import PhaseTimer, Sinks, read_metrics
 from ais_megatron.runs.profiling import StepProfiler
@@ -272,6 +273,8 @@ def _rollout_metrics(session: Session, collected: Collected, step: int, seconds:
             "dropped_fraction": (len(present) - n - stale, len(present)),
             "stale_fraction": (stale, len(present)),
             "zero_signal_groups": (num_zero_signal_groups(collected.values, group_size) if present else 0, len(present) / group_size),
+            "solved_groups": (num_solved_groups(collected.rewards, group_size), len(present) / group_size),
+            "distinct_responses": (num_distinct(collected.rollouts, group_size), n),
             "num_responses": (n, 1.0 / torch.distributed.get_world_size()),
         }
     )

@@ -28,7 +28,8 @@ ROW_KEYS = set(
     "is_weight_mean is_weight_min is_weight_max fraction_truncated prob_diff_mean prob_diff_max reward_mean reward_std accuracy "
     "divergence_by_position fraction_rejected mean_weight prompts_sampled reference_kl "
     "repetition_at_the_end unlikely_fraction rank_work_max_over_mean microbatch_work_max_over_mean computed_over_real_tokens "
-    "response_length_mean finished_fraction zero_signal_groups loss entropy grad_norm lr clip_fraction policy_ratio_mean "
+    "response_length_mean finished_fraction zero_signal_groups solved_groups distinct_responses "
+    "loss entropy grad_norm lr clip_fraction policy_ratio_mean "
     "num_response_tokens tokens_per_second staleness mixed_version_fraction "
     "dropped_fraction stale_fraction idle/trainer idle/engine q_amax kv_saturated_fraction time/generate time/reward time/logprobs "
     "time/diagnose time/train time/calibrate time/sync time/step".split()

@@ -57,6 +57,11 @@ class Comparison(Section):
     reference: str | None = Field(None, description="arm with which the others are compared, seed by seed; empty: the first one")
     threshold: Fraction = Field(0.5, description="held-out accuracy; the table says when a run reached it")
     collapse: Fraction = Field(0.5, description="a run whose last held-out accuracy is below this share of its best has collapsed")
+    contrasts: list[tuple[str, str]] = Field(
+        [],
+        description="pairs of arms, [ARM, AGAINST], that are tested against each other, with p values corrected for their number; choose "
+        "them before the runs; empty: each arm against the reference",
+    )
     final_eval: Overrides | None = Field(
         None, description="changes to a finished run under which its last policy is evaluated again, e.g. rollout.quantization: none"
     )
@@ -67,11 +72,22 @@ class Comparison(Section):
             raise ValueError(f"seeds={self.seeds}: a seed occurs twice; name each seed once")
         if self.reference is not None and self.reference not in self.arms:
             raise ValueError(f"reference={self.reference}: unknown arm; allowed: {', '.join(self.arms)}")
+        for pair in self.contrasts:
+            for arm in pair:
+                if arm not in self.arms:
+                    raise ValueError(f"contrasts={list(pair)}: {arm} is not an arm; allowed: {', '.join(self.arms)}")
+            if pair[0] == pair[1]:
+                raise ValueError(f"contrasts={list(pair)}: compares an arm with itself; name two arms")
         return self
 
     @property
     def reference_arm(self) -> str:
         return self.reference or next(iter(self.arms))
+
+    @property
+    def tested_pairs(self) -> list[tuple[str, str]]:
+        """(arm, the arm it is tested against)."""
+        return self.contrasts or [(arm, self.reference_arm) for arm in self.arms if arm != self.reference_arm]
 
 
 @dataclass(frozen=True)

@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ais_megatron.comparison.config import Comparison
-from ais_megatron.comparison.runs import Result, last_line
+from ais_megatron.comparison.paired import contrasts
+from ais_megatron.comparison.records import RESULTS_FILE, write_results
+from ais_megatron.comparison.runs import Result, last_line, least_reliability
 from ais_megatron.runs.folder import write_text_atomic
 from ais_megatron.runs.plotting import PHASE_COLOURS, STYLE, moving_average
 from ais_megatron.runs.summary import is_number
@@ -109,14 +111,12 @@ def markdown_table(comparison: Comparison, lines: Sequence[Line]) -> str:
                 f"{100 * gap[0]:+.1f} ± {100 * gap[1]:.1f}" if gap and gap[2] > 1 else f"{100 * gap[0]:+.1f}" if gap else "-",
                 f"{statistics.fmean(reached):.0f} ({len(reached)}/{len(done)})" if reached else f"- (0/{len(done)})",
                 f"{sum(has_collapsed(r, comparison.collapse) for r in done)}/{len(done)}",
-                _over(done, "alpha", statistics.fmean, "{:.3f}"),
-                _over(done, "divergence_severity", statistics.fmean, "{:.2e}"),
-                _over(done, "weight_reliability", min, "{:.3f}"),
+                _over(done, "alpha", "{:.3f}"),
+                _over(done, "divergence_severity", "{:.2e}"),
+                f"{min(least):.3f}" if (least := [rho for r in done if (rho := least_reliability(r)) is not None]) else "-",
             ]
         )
-    widths = [max(len(row[i]) for row in [header, *table]) for i in range(len(header))]
-    rows = [header, ["-" * width for width in widths], *table]
-    return "\n".join("| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |" for row in rows)
+    return _aligned(header, table)
 
 
 def _mean_and_deviation(values: Sequence[float]) -> str:
@@ -125,13 +125,44 @@ def _mean_and_deviation(values: Sequence[float]) -> str:
     return f"{100 * statistics.fmean(values):.1f}" + (f" ± {100 * statistics.stdev(values):.1f}" if len(values) > 1 else "")
 
 
-def _over(results: Sequence[Result], key: str, how: Callable[[Sequence[float]], float], form: str) -> str:
+def _over(results: Sequence[Result], key: str, form: str) -> str:
+    """The mean over all steps of all runs."""
     values = [row[key] for result in results for row in result.rows if is_number(row.get(key))]
-    return form.format(how(values)) if values else "-"
+    return form.format(statistics.fmean(values)) if values else "-"
+
+
+def contrast_table(comparison: Comparison, lines: Sequence[Line]) -> str:
+    """A Markdown table of `paired.contrasts` of final accuracies, in points; empty if no two arms share a seed."""
+    header = ["task", "arm", "against", "seeds", "difference [points]", "p", "p, corrected"]
+    table = []
+    for task in dict.fromkeys(line.task for line in lines):
+        finals = {line.arm: line.final for line in lines if line.task == task}
+        table += [
+            [
+                task,
+                c.arm,
+                c.against,
+                str(c.seeds),
+                f"{100 * c.mean:+.1f}" + (f" ± {100 * c.standard_error:.1f}" if c.seeds > 1 else ""),
+                f"{c.p:.2g}",
+                f"{c.p_holm:.2g}",
+            ]
+            for c in contrasts(comparison.tested_pairs, finals)
+        ]
+    return _aligned(header, table) if table else ""
+
+
+def _aligned(header: list[str], table: list[list[str]]) -> str:
+    """A Markdown table whose columns are also aligned in a terminal."""
+    widths = [max(len(row[i]) for row in [header, *table]) for i in range(len(header))]
+    rows = [header, ["-" * width for width in widths], *table]
+    return "\n".join("| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |" for row in rows)
 
 
 def write_comparison_report(comparison: Comparison, results: Sequence[Result], command: str) -> str:
-    """Write ``comparison.md`` and ``comparison.png`` into the comparison's folder. Returns the table and the list of missing runs.
+    """Write ``comparison.md``, ``comparison.png`` and ``results.jsonl`` into the comparison's folder.
+
+    Returns the tables and the list of missing runs.
 
     command: the command that makes this comparison, which the page shows.
     """
@@ -139,6 +170,8 @@ def write_comparison_report(comparison: Comparison, results: Sequence[Result], c
     folder.mkdir(parents=True, exist_ok=True)
     lines = lines_of(comparison, results)
     table = markdown_table(comparison, lines)
+    if tests := contrast_table(comparison, lines):
+        table += f"\n\n{tests}"
     done = [result for result in results if result.finished]
     closing = [f"{len(done)} of {len(results)} runs finished"]
     closing += [f"{r.cell.name}: {r.state}: {last_line(r.cell)}" for r in results if r.state.startswith("crashed")]
@@ -155,6 +188,7 @@ def write_comparison_report(comparison: Comparison, results: Sequence[Result], c
         f"# Comparison\n\n`{command}`\n\n{table}\n\n" + "\n".join(f"- {line}" for line in [*closing, *_legend(comparison)]) + "\n" + drawn
     )
     write_text_atomic(folder / TABLE_FILE, text)
+    write_results(folder / RESULTS_FILE, results)
     return "\n".join([table, "", *closing, "", f"report: {folder / TABLE_FILE}" + (f" and {folder / FIGURE_FILE}" if drawn else "")])
 
 
@@ -166,6 +200,7 @@ def _legend(comparison: Comparison) -> list[str]:
     return [
         f"final: {final}; ± is the standard deviation over seeds",
         f"vs {comparison.reference_arm}: mean difference to that arm in points, seed by seed; ± is its standard error",
+        "p: how often flipped signs of the seeds' differences give a mean as far from 0; corrected: for the number of lines, by Holm",
         f"best, steps and collapsed (last below {comparison.collapse:g} of the best) are from evaluations with the rollout engine in "
         "training",
     ]

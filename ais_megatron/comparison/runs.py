@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -17,10 +17,10 @@ from typing import IO, Any
 from ais_megatron.cluster.exits import EXIT_REQUEUE, INTERRUPTED
 from ais_megatron.cluster.launcher import run_ranks
 from ais_megatron.comparison.config import Cell, Comparison, as_dotlist
-from ais_megatron.config import ConfigError, load_config
+from ais_megatron.config import Config, ConfigError, load_config
 from ais_megatron.runs.folder import CONFIG_FILE, METRICS_FILE, SUMMARY_FILE, write_text_atomic
 from ais_megatron.runs.metrics import MetricsRow, read_metrics
-from ais_megatron.runs.summary import format_duration
+from ais_megatron.runs.summary import format_duration, is_number
 
 LOG_FILE, STATUS_FILE, FINAL_EVAL_FILE = "train.log", "exit_status", "final_eval.json"
 # These keys say where a run is made and not what it is. Cluster jobs set them, and a later report need not.
@@ -87,13 +87,13 @@ def _check_same_run(cell: Cell) -> None:
     if not recorded.exists():
         return
     try:
-        then = _leaves(load_config(recorded).model_dump(mode="json"))
+        then = compared_keys(load_config(recorded))
     except ConfigError as error:
         raise ConfigError(
             f"{recorded}: was written by another version of ais_megatron ({error}); delete {cell.folder}, or choose another dir"
         ) from error
-    now = _leaves(cell.config.model_dump(mode="json"))
-    changed = [key for key in now if then.get(key) != now[key] and not any(f"{key}.".startswith(prefix) for prefix in _NOT_COMPARED)]
+    now = compared_keys(cell.config)
+    changed = [key for key in now if then.get(key) != now[key]]
     if changed:
         key = changed[0]
         raise ConfigError(
@@ -102,11 +102,24 @@ def _check_same_run(cell: Cell) -> None:
         )
 
 
+def compared_keys(config: Config, only_set: bool = False) -> dict[str, Any]:
+    """The settings that make a run what it is, by key with dots. only_set: without those that have their default."""
+    leaves = _leaves(config.model_dump(mode="json", exclude_unset=only_set))
+    return {key: value for key, value in leaves.items() if not any(f"{key}.".startswith(prefix) for prefix in _NOT_COMPARED)}
+
+
 def _leaves(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     leaves: dict[str, Any] = {}
     for key, value in data.items():
         leaves |= _leaves(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
     return leaves
+
+
+def least_reliability(result: Result) -> float | None:
+    """The least weight reliability of all steps, in [0, 1]; None if it was not measured."""
+    known = result.summary.get("least_weight_reliability")  # results of other machines have it, because their curves are thinned
+    values = [row["weight_reliability"] for row in result.rows if is_number(row.get("weight_reliability"))]
+    return known if is_number(known) else min(values, default=None)
 
 
 def _json(path: Path) -> dict[str, Any]:
@@ -118,12 +131,16 @@ def _json(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path}: not valid JSON ({error}); delete this file") from error
 
 
-def run_cells(comparison: Comparison, path: Path, cells: Sequence[Cell], may_train: bool = True) -> int:
+def run_cells(comparison: Comparison, path: Path, cells: Sequence[Cell], may_train: bool = True, elsewhere: Container[str] = ()) -> int:
     """Do what remains to do of `cells`, and print a line about each. Returns 0, or `EXIT_REQUEUE` or `INTERRUPTED` after a signal.
 
     may_train: if False, only the final evaluations of trained runs are made, for example after a Slurm array.
+    elsewhere: names of the runs that another machine has finished.
     """
     for number, cell in enumerate(cells, start=1):
+        if cell.name in elsewhere:
+            print(f"[{number}/{len(cells)}] {cell.name}: finished elsewhere", flush=True)
+            continue
         result, began = result_of(cell, comparison), time.monotonic()
         todo = not result.finished and (result.trained or may_train)
         if todo:

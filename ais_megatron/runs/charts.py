@@ -77,6 +77,13 @@ LEARNING = (
         (("zero_signal_groups", ""),),
         percent=True,
     ),
+    Chart(
+        "Exploration",
+        "The share of prompts that at least one response of the group solves, which is pass@k of the training prompts. And the share of "
+        "responses that are left if equal ones of a group count once.",
+        (("solved_groups", "solved prompts"), ("distinct_responses", "distinct responses")),
+        percent=True,
+    ),
     Chart("Gradient norm", "Before clipping.", (("grad_norm", "gradient norm"),), log=True),
 )
 MISMATCH = (

@@ -15,8 +15,9 @@ import yaml
 from ais_megatron.cluster.exits import EXIT_REQUEUE
 from ais_megatron.comparison import runs as comparison_module
 from ais_megatron.comparison.config import Comparison, load_comparison, select
+from ais_megatron.comparison.records import read_results, write_results
 from ais_megatron.comparison.report import difference, has_collapsed, held_out, lines_of, steps_to, write_comparison_report
-from ais_megatron.comparison.runs import Result, final_changes, result_of, run_cells
+from ais_megatron.comparison.runs import Result, final_changes, least_reliability, result_of, run_cells
 from ais_megatron.config import ConfigError, dump_config, load_config
 from tests.helpers.paths import ROOT
 from tests.helpers.runs import small
@@ -74,6 +75,8 @@ def test_an_aligned_model_is_evaluated_with_its_own_engine(write) -> None:
         ({"arms": {}}, "arms"),
         ({"seeds": [1, 1]}, "a seed occurs twice"),
         ({"reference": "fp8"}, "reference=fp8: unknown arm; allowed: bf16, ais"),
+        ({"contrasts": [["fp8", "ais"]]}, r"contrasts=\['fp8', 'ais'\]: fp8 is not an arm; allowed: bf16, ais"),
+        ({"contrasts": [["ais", "ais"]]}, "compares an arm with itself"),
         ({"base": "none.yaml"}, "none.yaml does not exist"),
         ({"base": None}, "base: missing"),
     ],
@@ -194,6 +197,39 @@ def test_figures_of_the_table(write, tmp_path: Path) -> None:
     assert "50.0 ± 14.1" in text and "-10.0 ± 20.0" in text and "15 (2/2)" in text and "10 (1/2)" in text and "| 1/2 " in text
     assert (tmp_path / "out" / "comparison.png").stat().st_size > 10_000
     assert "`ais-megatron compare x.yaml`" in (tmp_path / "out" / "comparison.md").read_text()
+
+
+def test_runs_of_another_machine_count_as_finished(write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:  # noqa: ANN001
+    """Its results come as a file. Their table is the same, and only what is missing is run."""
+    path = write(contrasts=[["ais", "bf16"]])
+    comparison, cells = load_comparison(path)
+    results = made_up(cells, {"bf16/0": [0.3, 0.4, 0.6], "bf16/1": [0.3, 0.5, 0.4], "ais/0": [0.3, 0.6, 0.7], "ais/1": [0.3, 0.4, 0.5]})
+    there = write_comparison_report(comparison, results, "there")
+    elsewhere = read_results(tmp_path / "out" / "results.jsonl", cells)
+    again = write_comparison_report(comparison, [elsewhere[cell.name] for cell in cells], "here")
+    assert again == there and "| +10.0 ± 0.0 " in there and "| ais | bf16    | 2 " in there and "| 0.5 | 0.5 " in there
+
+    (tmp_path / "some.jsonl").write_text("".join((tmp_path / "out" / "results.jsonl").read_text().splitlines(keepends=True)[:3]))
+    calls = stand_in(monkeypatch, {})
+    assert run_cells(comparison, path, cells, elsewhere=read_results(tmp_path / "some.jsonl", cells)) == 0
+    assert len(calls) == 1 and "countdown/ais/0: finished elsewhere" in capsys.readouterr().out
+    changed, cells = load_comparison(path, ["overrides.train.steps=9"])
+    with pytest.raises(
+        ConfigError, match=r"line 1: countdown/bf16/0 was a run with train.steps=3, but the comparison now has train.steps=9"
+    ):
+        read_results(tmp_path / "some.jsonl", cells)
+    (tmp_path / "some.jsonl").write_text('{"run": 3\n')
+    with pytest.raises(ConfigError, match=r"some.jsonl, line 1: not a result of a run .*; delete this line"):
+        read_results(tmp_path / "some.jsonl", cells)
+
+
+def test_curves_of_results_are_means_of_five_steps_and_the_least_reliability_is_exact(write, tmp_path: Path) -> None:
+    comparison, cells = load_comparison(write(seeds=[0], arms={"ais": {}}))
+    rows = [{"step": s, "alpha": s / 10, "weight_reliability": 1 - s / 100} for s in range(1, 8)]
+    write_results(tmp_path / "r.jsonl", [Result(cells[0], True, True, "0", rows, {}, 0.5)])
+    result = read_results(tmp_path / "r.jsonl", cells)["countdown/ais/0"]
+    assert [(row["step"], row["alpha"]) for row in result.rows] == [(5, 0.3), (7, 0.65)]
+    assert least_reliability(result) == pytest.approx(0.93) and result.rows[1]["weight_reliability"] == 0.935
 
 
 def test_nothing_is_there_yet(write) -> None:
