@@ -121,9 +121,15 @@ class SharedMemory:
             self._buffers[0] = torch.empty(bucket.nbytes, dtype=torch.uint8)
             _share(self._buffers[0])
         bucket.copy_into(self._buffers[0])
-        payload = _describe({"flattened_tensor": self._buffers[0][: bucket.nbytes], "metadata": bucket.layout()})
-        body = {"serialized_named_tensors": [payload] * self._tp, "load_format": "flattened_bucket", **ending}
-        await each(servers, lambda server: server.update("tensor", **body))
+        content = {"flattened_tensor": self._buffers[0][: bucket.nbytes], "metadata": bucket.layout()}
+
+        async def send(server: ServerAPI) -> None:
+            # Every rank gets a description of its own. torch counts a reader per description, and the last reader to leave deletes the
+            # file. With a description that two ranks share, that would be one reader too early.
+            payloads = [_describe(content) for _ in range(self._tp)]
+            await server.update("tensor", serialized_named_tensors=payloads, load_format="flattened_bucket", **ending)
+
+        await each(servers, send)
 
     async def close(self, servers: Sequence[ServerAPI], ending: dict[str, Any]) -> None:
         pass
