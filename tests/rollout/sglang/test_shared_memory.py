@@ -54,7 +54,7 @@ def ranks() -> Iterator[list[Rank]]:
 
 @pytest.mark.parametrize("tp", [1, 2])
 def test_every_rank_of_every_server_reads_every_bucket(ranks: list[Rank], tp: int) -> None:
-    """Six buckets, so that each of the two buffers is used three times. A file that its last reader had deleted could not be opened again."""
+    """Six buckets use each of the two buffers three times. A file that its last reader has deleted cannot be opened again."""
     transport = SharedMemory(tp)
     servers = [Server(ranks[:1]), Server(ranks[1:])] if tp == 1 else [Server(ranks)]
 
