@@ -104,9 +104,8 @@ def train(config: Config) -> Path:
             if is_last or (config.checkpoint.every and done % config.checkpoint.every == 0):
                 with timer.phase("checkpoint"):
                     saver.save(state)
-                    if session.turns.is_colocated and not is_last:  # the save was a turn of the trainer, in which servers lost the weights
-                        session.turns.servers()
-                        session.sync.repeat()
+                    if not is_last:
+                        session.turns.hand_back(session.sync.repeat)
             watchdog.beat()
         saver.finish()
     _finish(run_dir, start_accuracy, time.perf_counter() - started)

@@ -10,6 +10,8 @@ with a sync. Without colocation nothing here does anything.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from ais_megatron.distributed import barrier, rank_consistent
 from ais_megatron.policy.policy import Policy
 from ais_megatron.rollout.engine import ReleasesMemory, RolloutEngine
@@ -30,10 +32,6 @@ class Turns:
             )
         self._policy, self._engine = policy, engine if is_colocated and isinstance(engine, ReleasesMemory) else None
         self._is_trainers = False
-
-    @property
-    def is_colocated(self) -> bool:
-        return self._engine is not None
 
     def trainer(self) -> None:
         """Give the GPUs to the trainer. No rank may wait for a response.
@@ -56,3 +54,9 @@ class Turns:
         self._policy.rest()
         barrier()  # all ranks have freed their memory
         self._is_trainers = False
+
+    def hand_back(self, push: Callable[[], None]) -> None:
+        """End a turn of the trainer that changed no weight, for example for a checkpoint. `push` gives the servers their weights again."""
+        if self._is_trainers:
+            self.servers()
+            push()

@@ -9,6 +9,7 @@ from ais_megatron.cluster.nccl import match_sglang_nccl_environment
 from ais_megatron.config import Config
 
 ALLOCATOR_VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")  # the second is the name before torch 2.9
+EXPANDABLE = "expandable_segments:True"
 MAX_CONNECTIONS = "CUDA_DEVICE_MAX_CONNECTIONS"
 BLOCK_SCALES = "NVTE_FP8_BLOCK_SCALING_FP32_SCALES"
 
@@ -18,15 +19,15 @@ def prepare_cuda(config: Config, environment: MutableMapping[str, str] = os.envi
 
     With one hardware queue kernels start in the order of their launches, so communication overlaps with the matrix product that
     was launched beside it. Megatron-Core advises this for tensor parallelism on GPUs before Blackwell. Expandable segments waste
-    less memory when lengths vary between batches. The NCCL variables get SGLang's values. Transformer Engine's blockwise recipe has
-    float32 scales, like an FP8 engine, only if a variable says so.
+    less memory when lengths vary between batches, but servers cannot open them (rollout.sglang.transport=cuda_ipc). The NCCL variables
+    get SGLang's values. Transformer Engine's blockwise recipe has float32 scales, like an FP8 engine, only if a variable says so.
     """
     if config.run.backend == "cpu":
         return
     if config.parallel.tp > 1:
         environment.setdefault(MAX_CONNECTIONS, "1")
-    if not any(name in environment for name in ALLOCATOR_VARIABLES):
-        environment[ALLOCATOR_VARIABLES[0]] = "expandable_segments:True"
+    if not any(name in environment for name in ALLOCATOR_VARIABLES) and not config.rollout.shares_gpu_memory:
+        environment[ALLOCATOR_VARIABLES[0]] = EXPANDABLE
     if config.policy.forward_precision == "fp8_te":
         environment.setdefault(BLOCK_SCALES, "1")
     if config.rollout.engine_traits.has_servers:

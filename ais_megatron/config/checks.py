@@ -132,7 +132,7 @@ def colocation_problems(rollout: RolloutConfig, evaluation: EvalConfig, model: M
             "rollout.sglang.transport",
             "distributed" if sglang.resolved_transport == "distributed" else None,
             "NCCL does not join two processes on one GPU",
-            "set it to tensor, with all servers on the trainer's host, or to disk",
+            "set it to tensor or cuda_ipc, with all servers on the trainer's host, or to disk",
         ),
         (
             "rollout.sglang.max_restarts",
@@ -178,6 +178,8 @@ def engine_problems(rollout: RolloutConfig, run: RunConfig, calibration: Calibra
     if arch is None:
         return []
     sglang, problems = rollout.sglang, graph_problems(rollout.sglang, rollout.kv_cache_is_fp8)
+    if rollout.shares_gpu_memory and run.backend == "cpu":
+        problems.append("rollout.sglang.transport=cuda_ipc: run.backend=cpu has no CUDA memory to share; set rollout.sglang.transport=auto")
     if sglang.startup_timeout_s >= run.timeout_minutes * 60:
         problems.append(
             f"rollout.sglang.startup_timeout_s={sglang.startup_timeout_s:g}: must be shorter than "

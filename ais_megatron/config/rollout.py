@@ -98,5 +98,10 @@ class RolloutConfig(Section):
         return own_traits(self.engine) if doors.is_own(self.engine) else ENGINES[self.engine]
 
     @property
+    def shares_gpu_memory(self) -> bool:
+        """Whether servers open memory of the trainer's GPUs."""
+        return self.engine_traits.has_servers and self.sglang.resolved_transport == "cuda_ipc"
+
+    @property
     def kv_cache_is_fp8(self) -> bool:
         return self.kv_cache == "fp8_e4m3" or (self.kv_cache == "auto" and self.quantization not in ("none", "int4"))

@@ -38,10 +38,11 @@ class SGLangConfig(Section):
     max_running: PositiveInt | None = Field(None, description="SGLang's --max-running-requests of one server; empty: SGLang chooses")
     extra_args: list[str] = Field([], description="further arguments of sglang.launch_server, passed on unchanged")
     env: dict[str, str] = Field({}, description="further environment variables of the servers")
-    transport: Literal["auto", "distributed", "tensor", "disk"] = Field(
+    transport: Literal["auto", "distributed", "tensor", "cuda_ipc", "disk"] = Field(
         "auto",
         description="how weights reach the servers. distributed: broadcast over NCCL, or gloo on CPUs. tensor: shared memory on the same "
-        "host. disk: files in sync_dir. auto: tensor if all servers are on loopback, else distributed",
+        "host. cuda_ipc: memory of GPUs that trainer and servers share. disk: files in sync_dir. auto: tensor if all servers are on "
+        "loopback, else distributed",
     )
     sync_dir: str | None = Field(None, description="transport=disk: a folder that trainer and servers share; empty: a folder in run.dir")
     pause: Literal["retract", "in_place"] = Field(
@@ -86,6 +87,12 @@ class SGLangConfig(Section):
             raise ValueError(f"servers={self.servers}: an address occurs twice; name each server once")
         if self.router and not self.servers:
             raise ValueError(f"router={self.router}: name the servers behind it in `servers` too; weights go to each of them")
+        if self.transport == "cuda_ipc" and (self.device == "cpu" or self.servers or not self.is_loopback):
+            wrong = "device=cpu" if self.device == "cpu" else f"servers={self.servers}" if self.servers else f"host={self.host}"
+            raise ValueError(
+                f"transport=cuda_ipc: not possible with {wrong}; only servers on GPUs, which the trainer starts itself on a loopback "
+                "address, can open its memory. Set transport=auto"
+            )
         if not self.is_loopback and not self.key_file:
             raise ValueError(
                 f"host={self.host}: this address can be reached from other machines; set key_file to a file that only you can read, or "
@@ -98,7 +105,7 @@ class SGLangConfig(Section):
         return self.host in LOOPBACK
 
     @property
-    def resolved_transport(self) -> Literal["distributed", "tensor", "disk"]:
+    def resolved_transport(self) -> Literal["distributed", "tensor", "cuda_ipc", "disk"]:
         """The transport in use, with "auto" resolved: shared memory if all servers are on the trainer's host."""
         if self.transport != "auto":
             return self.transport

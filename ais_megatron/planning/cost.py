@@ -385,9 +385,9 @@ def sync_parts(config: Config, assumed: Assumptions, moved: SyncBytes, servers: 
     if rollout.engine_traits.is_embedded:
         return parts | {"bytes to the engines": moved.pushed / assumed.bandwidth}
     transport = rollout.sglang.transport
-    if transport in ("tensor", "disk"):
-        speed = PCIE_GB_S * 1e9 if transport == "tensor" else DISK_GB_S * 1e9 / 2  # a disk writes first and then reads
-        return parts | {"bytes to the servers": moved.pushed / speed}
+    if transport in ("tensor", "cuda_ipc", "disk"):
+        speed = {"tensor": PCIE_GB_S, "cuda_ipc": assumed.nvlink_gb_s / servers.gpus, "disk": DISK_GB_S / 2}[transport] * 1e9
+        return parts | {"bytes to the servers": moved.pushed / speed}  # rank 0 fills one GPU after the other; a disk writes, then reads
     network = assumed.network_gb_s * 1e9
     nodes, chunk = ceil(servers.gpus / assumed.gpus_per_node), assumed.chunk_mib * 2**20
     hop = assumed.hop_us * 1e-6 + chunk / network

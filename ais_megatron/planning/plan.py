@@ -34,6 +34,7 @@ from ais_megatron.planning.parameters import smallest_dp, total_parameters
 if TYPE_CHECKING:
     from rich.table import Table
 
+PEER_CONTEXT = GIB // 2  # rank 0's CUDA context on each GPU that it fills (rollout.sglang.transport=cuda_ipc)
 POWERS = (1, 2, 4, 8, 16, 32, 64)
 COMPONENTS = (
     ("weights", "weights"),
@@ -114,6 +115,7 @@ def make_plan(config: Config, assumed: Assumptions) -> Plan:
     """Estimate one configuration. `config.parallel.dp` must be set (`with_gpus`)."""
     prompt, response = row_tokens(config, assumed)
     cuda = config.run.backend != "cpu"
+    peer = PEER_CONTEXT if config.rollout.colocated and config.rollout.shares_gpu_memory else 0
     ranks = [
         rank_memory(
             config,
@@ -125,8 +127,8 @@ def make_plan(config: Config, assumed: Assumptions) -> Plan:
             workspaces=int(assumed.workspace_gib * GIB) if cuda else 0,
             fragmentation=assumed.fragmentation if cuda else 0.0,
             # A released server keeps a CUDA context and what torch's allocator does not manage, as the trainer does.
-            server=int((config.rollout.sglang.mem_fraction or 0.0) * assumed.memory * GIB) if config.rollout.colocated else 0,
-            released=int(assumed.reserve_gib * GIB) if config.rollout.colocated else 0,
+            server=int((config.rollout.sglang.mem_fraction or 0.0) * assumed.memory * GIB) + peer if config.rollout.colocated else 0,
+            released=int(assumed.reserve_gib * GIB) + peer if config.rollout.colocated else 0,
         )
         for stage in range(config.parallel.pp)
     ]

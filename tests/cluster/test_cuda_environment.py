@@ -3,7 +3,7 @@
 from ais_megatron.cluster.cuda_environment import prepare_cuda
 from ais_megatron.config import build_config, load_config
 from tests.helpers.paths import ROOT
-from tests.helpers.sglang import DENSE
+from tests.helpers.sglang import DENSE, sglang_config
 
 
 def test_a_gpu_job_starts_with_what_cuda_reads_once():
@@ -29,3 +29,9 @@ def test_transformer_engine_scales_like_an_fp8_engine():
     environment: dict[str, str] = {}
     prepare_cuda(build_config(dict(model=dict(architecture=DENSE), policy=dict(forward_precision="fp8_te"))), environment)
     assert environment["NVTE_FP8_BLOCK_SCALING_FP32_SCALES"] == "1"
+
+
+def test_memory_that_servers_open_is_not_in_expandable_segments():
+    environment: dict[str, str] = {}
+    prepare_cuda(sglang_config(device="cuda", transport="cuda_ipc"), environment)
+    assert environment == {}

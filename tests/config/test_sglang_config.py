@@ -51,7 +51,21 @@ def test_the_other_ranks_wait_as_long_as_the_servers_may_take():
         (dict(servers=["http://localhost:1", "http://[::1]:2"]), "tensor"),
         (dict(servers=["http://localhost:1", "http://node2:2"]), "distributed"),
         (dict(servers=["http://node2:2"], transport="disk"), "disk"),
+        (dict(device="cuda", transport="cuda_ipc"), "cuda_ipc"),
     ],
 )
 def test_what_the_automatic_transport_stands_for(settings, transport):
     assert sglang_config(**settings).rollout.sglang.resolved_transport == transport
+
+
+@pytest.mark.parametrize(
+    ("settings", "wrong"),
+    [
+        ({}, "device=cpu"),
+        (dict(device="cuda", servers=["http://127.0.0.1:1"]), r"servers=\['http://127.0.0.1:1'\]"),
+        (dict(device="cuda", host="0.0.0.0", key_file="k"), "host=0.0.0.0"),
+    ],
+)
+def test_memory_of_gpus_is_opened_only_by_own_servers_on_this_host(settings, wrong):
+    with pytest.raises(ConfigError, match=f"transport=cuda_ipc: not possible with {wrong}; .* Set transport=auto"):
+        sglang_config(transport="cuda_ipc", **settings)

@@ -397,6 +397,9 @@ def test_colocated_servers_take_turns_with_the_trainer() -> None:
     assert beside["generate"] == pytest.approx(32 * GIB + workspaces, abs=2) and beside["train"] == pytest.approx(
         3 * GIB + workspaces, abs=2
     )
+    by_handles = make_plan(with_gpus(load_config(DENSE, [*turns[:3], "rollout.sglang.transport=cuda_ipc", f"{fraction}0.4"]), 8), assumed)
+    contexts = [by_handles.ranks[0].phases[phase] - colocated.phases[phase] for phase in ("generate", "train")]
+    assert contexts == [GIB // 2, GIB // 2], "rank 0 has a context on each GPU"
 
     (problem,) = make_plan(with_gpus(load_config(DENSE, [*turns, f"{fraction}0.85"]), 8), assumed).problems
     words = re.search(

@@ -108,6 +108,7 @@ def _answer_torch_cuda() -> None:
         "set_device": None,
         "synchronize": None,
         "empty_cache": None,
+        "ipc_collect": None,
         "reset_peak_memory_stats": None,
     }.items():
         setattr(cuda, name, lambda *args, answer=answer, **kwargs: answer)

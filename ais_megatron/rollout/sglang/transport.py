@@ -1,9 +1,10 @@
-"""Sends weights to SGLang servers, bucket by bucket in one update session, by one of three transports.
+"""Sends weights to SGLang servers, bucket by bucket in one update session, by one of four transports.
 
     pause -> begin -> bucket, bucket, … -> end -> continue          the last bucket flushes the KV cache and names the version
 
 distributed   a broadcast from the trainer to every rank of every server (NCCL, gloo on CPUs); any number of hosts
 tensor        shared memory on one host; the request contains no data, only where the bytes are
+cuda_ipc      the same with memory of the servers' GPUs, which rank 0 fills
 disk          a Hugging Face folder that every server reads; any shared file system, but the slowest
 
 A bucket is sent as one flat byte tensor. Its tensors are ordered by decreasing item size, because SGLang views the bytes in place, and a
@@ -13,15 +14,13 @@ float32 must be aligned. At most two buckets exist at the same time: one is bein
 from __future__ import annotations
 
 import asyncio
-import base64
-import io
 import json
+import os
 import shutil
 import socket
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Protocol
@@ -33,10 +32,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ais_megatron.batch import Bucket
+from ais_megatron.cluster.cuda_environment import ALLOCATOR_VARIABLES, EXPANDABLE
 from ais_megatron.cluster.ports import free_port
 from ais_megatron.config import Config
 from ais_megatron.rollout.sglang.api import Refused, ServerAPI, Unreachable
-from ais_megatron.rollout.sglang.server import write_model_folder
+from ais_megatron.rollout.sglang.handles import OnGPU, described, share
+from ais_megatron.rollout.sglang.server import server_url, write_model_folder
 from ais_megatron.rollout.sglang.weight_group import WeightGroup, in_thread
 
 
@@ -119,14 +120,14 @@ class SharedMemory:
         self._buffers.reverse()
         if self._buffers[0].nbytes < bucket.nbytes:
             self._buffers[0] = torch.empty(bucket.nbytes, dtype=torch.uint8)
-            _share(self._buffers[0])
+            share(self._buffers[0])
         bucket.copy_into(self._buffers[0])
         content = {"flattened_tensor": self._buffers[0][: bucket.nbytes], "metadata": bucket.layout()}
 
         async def send(server: ServerAPI) -> None:
             # Every rank gets a description of its own. torch counts a reader per description, and the last reader to leave deletes the
             # file. With a description that two ranks share, that would be one reader too early.
-            payloads = [_describe(content) for _ in range(self._tp)]
+            payloads = [described(content) for _ in range(self._tp)]
             await server.update("tensor", serialized_named_tensors=payloads, load_format="flattened_bucket", **ending)
 
         await each(servers, send)
@@ -136,6 +137,47 @@ class SharedMemory:
 
     async def shut_down(self) -> None:
         self._buffers = [torch.empty(0, dtype=torch.uint8) for _ in self._buffers]
+
+
+class CudaMemory:
+    """The bucket is in memory of the server's own GPUs, which it opens by CUDA IPC handles (`handles`). Not yet run on a GPU.
+
+    Rank 0 flattens the bucket once and copies it from GPU to GPU. So no server needs a CUDA context on another GPU, only rank 0 does.
+
+    gpus: of each server, by its address: the GPU of each of its ranks. No two ranks have the same one.
+    """
+
+    in_session = True
+
+    def __init__(self, gpus: dict[str, list[torch.device]], source: torch.device) -> None:
+        self._gpus, self._source = gpus, source
+
+    async def lost(self, servers: Sequence[ServerAPI]) -> None:
+        pass
+
+    async def open(self, servers: Sequence[ServerAPI]) -> None:
+        pass
+
+    async def send(self, servers: Sequence[ServerAPI], bucket: FlatBucket, ending: dict[str, Any]) -> None:
+        whole, metadata = torch.empty(bucket.nbytes, dtype=torch.uint8, device=self._source), bucket.layout()
+        bucket.copy_into(whole)
+        copies: list[Tensor] = []  # until all servers have answered
+
+        def on(gpu: torch.device) -> str:
+            copies.append(torch.empty_like(whole, device=gpu).copy_(whole))
+            return described({"flattened_tensor": OnGPU(copies[-1], gpu), "metadata": metadata})
+
+        async def send(server: ServerAPI) -> None:
+            payloads = [on(gpu) for gpu in self._gpus[server.url]]
+            await server.update("tensor", serialized_named_tensors=payloads, load_format="flattened_bucket", **ending)
+
+        await each(servers, send)
+
+    async def close(self, servers: Sequence[ServerAPI], ending: dict[str, Any]) -> None:
+        torch.cuda.ipc_collect()  # free what servers had open when we dropped it
+
+    async def shut_down(self) -> None:
+        pass
 
 
 class Broadcast:
@@ -296,14 +338,39 @@ def make_transport(config: Config, device: torch.device, run_id: str) -> Transpo
     """The transport of the configuration. "auto" is shared memory if all servers are on this host.
 
     device: device of the tensors to send.
+
+    Raises:
+        ValueError: transport=cuda_ipc is not possible in this process.
     """
     sglang, kind = config.rollout.sglang, config.rollout.sglang.resolved_transport
     if kind == "tensor":
         return SharedMemory(sglang.tp)
+    if kind == "cuda_ipc":
+        return CudaMemory(_gpus_of_servers(config, device), device)
     if kind == "distributed":
         return Broadcast(sglang.tp, device, run_id, sglang.request_timeout_s)
     folder = Path(sglang.sync_dir or f"{config.run.dir}/weight_sync")
     return SharedFolder(folder, lambda into: write_model_folder(config.architecture, config.rollout, into))
+
+
+def _gpus_of_servers(config: Config, device: torch.device) -> dict[str, list[torch.device]]:
+    """The GPU of each rank of each server that the trainer starts, by the server's address (see `server_command`)."""
+    sglang, key = config.rollout.sglang, "rollout.sglang.transport=cuda_ipc"
+    if device.type != "cuda":
+        raise ValueError(f"{key}: the trainer runs on a CPU, which has no CUDA memory; set rollout.sglang.transport=tensor")
+    if (needed := sglang.num_servers * sglang.tp) > torch.cuda.device_count():
+        raise ValueError(
+            f"{key}: rollout.sglang.num_servers={sglang.num_servers} * tp={sglang.tp} are {needed} GPUs, but the trainer's rank 0 sees "
+            f"only {torch.cuda.device_count()}; let it see all (CUDA_VISIBLE_DEVICES), or set rollout.sglang.transport=tensor"
+        )
+    for name in ALLOCATOR_VARIABLES:
+        if EXPANDABLE in os.environ.get(name, ""):
+            raise ValueError(f"{key}: {name}={os.environ[name]} makes memory that no other process can open; take {EXPANDABLE} out of it")
+    ranks = range(sglang.tp)
+    return {
+        server_url(sglang.host, sglang.port + number): [torch.device("cuda", number * sglang.tp + rank) for rank in ranks]
+        for number in range(sglang.num_servers)
+    }
 
 
 class WeightUpdate:
@@ -356,29 +423,6 @@ async def each(
     for result in results:
         if isinstance(result, BaseException) and not isinstance(result, tolerate):
             raise result
-
-
-def _share(tensor: Tensor) -> None:
-    """Move the memory of a CPU tensor into a named file in /dev/shm, which an unrelated process can open."""
-    try:
-        tensor.untyped_storage()._share_filename_cpu_()
-    except RuntimeError as error:
-        raise RuntimeError(
-            f"transport=tensor needs {tensor.nbytes / 2**20:.0f} MiB of shared memory: {error}; enlarge /dev/shm or lower "
-            "rollout.sync_bucket_mb"
-        ) from error
-
-
-def _describe(payload: dict[str, Any]) -> str:
-    """A payload as torch's multiprocessing pickles it, in base64. A shared tensor becomes a file name and a size."""
-    strategy = torch.multiprocessing.get_sharing_strategy()
-    torch.multiprocessing.set_sharing_strategy("file_system")  # because sharing file descriptors needs a common parent process
-    try:
-        buffer = io.BytesIO()
-        ForkingPickler(buffer).dump(payload)
-    finally:
-        torch.multiprocessing.set_sharing_strategy(strategy)
-    return base64.b64encode(buffer.getvalue()).decode()
 
 
 def _own_address_towards(url: str) -> str:

@@ -143,6 +143,10 @@ def turns_of_two_ranks(rank: int) -> None:
     assert noted.told == [], "it is their turn already"
     turns.trainer(), turns.trainer(), turns.servers(), turns.servers()
     assert noted.told == ["servers sleep", "policy wakes", "policy rests"], "one side gives up its memory before the other takes it"
+    turns.hand_back(lambda: noted.told.append("push"))
+    assert noted.told[-1] == "policy rests", "servers that have their turn have their weights"
+    turns.trainer(), turns.hand_back(lambda: noted.told.append("push"))
+    assert noted.told[-4:] == ["servers sleep", "policy wakes", "policy rests", "push"]
     noted.refuses = True
     with pytest.raises(RuntimeError, match="a server refused"):
         turns.trainer()
@@ -150,8 +154,8 @@ def turns_of_two_ranks(rank: int) -> None:
 
     apart = Turns(noted, object(), is_colocated=False)
     before = list(noted.told)
-    apart.trainer(), apart.servers()
-    assert noted.told == before and not apart.is_colocated
+    apart.trainer(), apart.hand_back(lambda: noted.told.append("push"))
+    assert noted.told == before
     with pytest.raises(ValueError, match=r"rollout.colocated=true: object has no method release_memory"):
         Turns(noted, object(), is_colocated=True)
 
