@@ -95,25 +95,27 @@ def collect(session: Session, first: int, timer: PhaseTimer) -> Collected:
     return Collected(batch, candidates.rollouts, candidates.rewards, candidates.values, rows, first + sampled, sampled)
 
 
-def batches_ahead(session: Session, first: int, steps_left: int) -> Iterator[tuple[int, list[Prompt], SamplingParams]]:
-    """The batches that are to be generated now, because `collect` will want them: the one at position `first` of the stream and those after
-    it, without those that were started before. Each is its position, this rank's prompts, and the sampling. Collective."""
+def batches_ahead(session: Session, first: int, steps_left: int) -> Iterator[tuple[range, list[Prompt], SamplingParams]]:
+    """What is to be generated now, because `collect` will want it: `rollout.ahead` batches from position `first` of the stream on, without
+    what was started before. In each part are its positions, this rank's prompts, and the sampling. Collective."""
     size = session.config.rollout.prompts_per_step
-    for number in range(min(session.config.rollout.ahead, steps_left)):
-        position = first + number * size
-        if not session.generator.has_started(position):
-            yield position, _prompts(session, position, size), session.sampling
+    last = first + min(session.config.rollout.ahead, steps_left) * size
+    for position in range(max(first, session.generator.end), last, size):
+        positions = range(position, min(position + size, last))
+        yield positions, _prompts(session, positions), session.sampling
 
 
-def _prompts(session: Session, first: int, count: int) -> list[Prompt]:
+def _prompts(session: Session, positions: range) -> list[Prompt]:
     with rank_consistent():
-        return training_prompts(session.task, session.tokenizer, first, count, session.share)
+        return training_prompts(session.task, session.tokenizer, positions.start, len(positions), session.share)
 
 
 def _sample(session: Session, candidates: _Candidates, first: int, count: int, timer: PhaseTimer) -> None:
-    """Generate and judge this rank's share of the next `count` prompts."""
+    """Generate and judge this rank's share of the next `count` prompts: those that it has started, and a part of the others."""
+    end = first + count
     with timer.phase("generate"):
-        rollouts = session.generator.rollouts(_prompts(session, first, count), session.sampling, first)
+        new = _prompts(session, range(max(first, session.generator.end), end))  # empty, if all were generated ahead
+        rollouts = session.generator.rollouts(new, session.sampling, until=end)
     with timer.phase("reward"):
         with rank_consistent():
             candidates.rewards += session.score(rollouts)

@@ -2,7 +2,13 @@
 
 With `rollout.ahead = N` threads generate the responses for the steps up to k+N while step k trains. When they are used, their oldest
 tokens are at most N versions old. If servers get an update in the middle of a response, its later tokens have the newer version.
-Responses with tokens older than `rollout.max_staleness` are dropped. A checkpoint has the responses that are finished but not used, so a
+Responses with tokens older than `rollout.max_staleness` are dropped.
+
+The prompt stream is used in order, and a batch begins where the one before it ended. If that one needed more prompts than expected
+(dynamic sampling), it has used some that were started for its successors. All ranks know what was started (`end`), and every prompt belongs
+to the rank that started it.
+
+A checkpoint has the responses that are finished but not used, so a
 run that is resumed trains on the same ones.
 """
 
@@ -10,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -29,8 +35,9 @@ AHEAD_FILES = "rollouts_ahead_"  # in a checkpoint, one file for each rank
 
 @dataclass(frozen=True)
 class _Started:
-    """A batch that is generated ahead: this rank's part of it."""
+    """A stretch of the stream whose responses are generated ahead: this rank's part of it."""
 
+    positions: range
     prompts: Sequence[Prompt]
     sampling: SamplingParams
     saved: dict[int, list[Rollout]]
@@ -38,10 +45,10 @@ class _Started:
     future: Future[list[Rollout]]
     """The other responses, in the order of the prompts."""
 
-    def rollouts(self) -> list[Rollout]:
-        """All responses, when they are there. Raises as `RolloutEngine.generate`."""
+    def groups(self) -> dict[int, list[Rollout]]:
+        """All responses, when they are there, by the number of the prompt. Raises as `RolloutEngine.generate`."""
         generated, size = iter(self.future.result()), self.sampling.num_samples
-        return [r for p in self.prompts for r in self.saved.get(p.index) or [next(generated) for _ in range(size)]]
+        return {p.index: self.saved.get(p.index) or [next(generated) for _ in range(size)] for p in self.prompts}
 
 
 class Generator:
@@ -50,19 +57,24 @@ class Generator:
     def __init__(self, engine: RolloutEngine, sync: WeightSync, rollout: RolloutConfig) -> None:
         self._engine, self._sync, self._rollout = engine, sync, rollout
         self._threads: ThreadPoolExecutor | None = None
-        self._ahead: dict[int, _Started] = {}  # by the position in the stream
+        self._ahead: list[_Started] = []  # in the order of the stream
+        self._used = 0  # position in the stream before which all prompts are used
         self._saved = SavedResponses()
         self._own = Occupancy(1)
 
-    def start(self, first: int, prompts: Sequence[Prompt], sampling: SamplingParams) -> None:
-        """Start to generate this rank's responses to the batch at position `first` of the stream, for a later call of `rollouts`."""
+    @property
+    def end(self) -> int:
+        """The position in the stream before which every prompt is used or was started. It is the same on all ranks."""
+        return self._ahead[-1].positions.stop if self._ahead else self._used
+
+    def start(self, positions: range, prompts: Sequence[Prompt], sampling: SamplingParams) -> None:
+        """Start to generate the responses to these positions of the stream, which follow `end`, for later calls of `rollouts`.
+
+        prompts: this rank's part of them.
+        """
         saved = {p.index: found for p in prompts if (found := self._saved.take(p, sampling)) is not None}
         missing = [p for p in prompts if p.index not in saved]
-        self._ahead[first] = _Started(prompts, sampling, saved, self._submit(missing, sampling))
-
-    def has_started(self, first: int) -> bool:
-        """Whether the batch at position `first` of the stream is generated ahead. It is the same on all ranks."""
-        return first in self._ahead
+        self._ahead.append(_Started(positions, prompts, sampling, saved, self._submit(missing, sampling)))
 
     def _submit(self, prompts: Sequence[Prompt], sampling: SamplingParams) -> Future[list[Rollout]]:
         if not prompts:
@@ -78,10 +90,12 @@ class Generator:
         with self._own.at(0):
             return self._engine.generate(prompts, sampling)
 
-    def rollouts(self, prompts: Sequence[Prompt], sampling: SamplingParams, first: int | None = None) -> list[Rollout]:
-        """`sampling.num_samples` responses to each of this rank's prompts, grouped. Collective.
+    def rollouts(self, prompts: Sequence[Prompt], sampling: SamplingParams, until: int | None = None) -> list[Rollout]:
+        """`sampling.num_samples` responses to each prompt, grouped. Collective.
 
-        first: the position in the stream for which they may have been started. None for held-out prompts.
+        prompts: prompts of this rank that were not started.
+        until: use the stream up to this position. First come the responses of this rank that were started and that nobody has used, then
+            those to `prompts`. None for held-out prompts.
 
         Raises:
             ValueError, RuntimeError: a prompt is wrong or the engine failed, a larger share of the responses than
@@ -91,7 +105,7 @@ class Generator:
         rollouts = None
         while True:
             with rank_consistent():
-                rollouts = self._try(prompts, sampling, first) if rollouts is None else rollouts
+                rollouts = self._try(prompts, sampling, until) if rollouts is None else rollouts
             dropped = sum(rollout.is_dropped for rollout in rollouts or ())
             lost, all_dropped, total = all_reduce_sum(
                 torch.tensor([rollouts is None, dropped, len(rollouts or ())], dtype=torch.float64)
@@ -107,7 +121,7 @@ class Generator:
                 f"{all_dropped:.0f} of {total:.0f} responses have no finite log-probabilities, more than "
                 f"rollout.sglang.max_dropped_fraction={limit:g} allows; the engine's weights or kernels are corrupt"
             )
-        return rollouts if first is None or self._rollout.max_staleness is None else self._fresh(rollouts, self._rollout.max_staleness)
+        return rollouts if until is None or self._rollout.max_staleness is None else self._fresh(rollouts, self._rollout.max_staleness)
 
     def _fresh(self, rollouts: list[Rollout], most: int) -> list[Rollout]:
         """The responses, without the content of those that have tokens older than `most` versions. Collective."""
@@ -123,21 +137,21 @@ class Generator:
     def settle(self) -> None:
         """Before an update, wait for the batches that are being generated, unless the engine can do both at the same time."""
         if not self._engine.takes_updates_while_generating:
-            for started in self._ahead.values():
+            for started in self._ahead:
                 started.future.exception()  # waits; an error is raised later, by all ranks together, when the result is needed
 
     def save(self, folder: Path) -> None:
         """Write this rank's responses that are finished and not used yet into a checkpoint. Raises RuntimeError if that is impossible."""
-        ready = [s for s in self._ahead.values() if s.prompts and s.future.done() and s.future.exception() is None]
-        if ready:
-            prompts = [p for started in ready for p in started.prompts]
-            rollouts = [r for started in ready for r in started.rollouts()]
+        ready = [s for s in self._ahead if s.future.done() and s.future.exception() is None]
+        unused = [(p, groups[p.index]) for s in ready for groups in [s.groups()] for p in s.prompts if p.index >= self._used]
+        if unused:
+            prompts, rollouts = [p for p, _ in unused], [r for _, group in unused for r in group]
             path = folder / f"{AHEAD_FILES}{rank():04d}.safetensors"
             write_rollouts(path, prompts, rollouts, ready[0].sampling, self._engine.version)
 
-    def resume(self, folder: Path, oldest: int, batches: Iterable[tuple[int, Sequence[Prompt], SamplingParams]]) -> None:
-        """`start` each of `batches` (position, prompts, sampling), with the responses in a checkpoint, whatever layout wrote it. Others are
-        generated. Collective.
+    def resume(self, folder: Path, oldest: int, batches: Iterable[tuple[range, Sequence[Prompt], SamplingParams]]) -> None:
+        """`start` each of `batches` (positions, prompts, sampling), with the responses in a checkpoint, whatever layout wrote it. Others
+        are generated. Collective.
 
         oldest: the least weight version of a response that may be used.
         Raises:
@@ -145,8 +159,8 @@ class Generator:
         """
         with rank_consistent():
             self._saved = SavedResponses.of(sorted(folder.glob(f"{AHEAD_FILES}*.safetensors")), oldest)
-            for first, prompts, sampling in batches:
-                self.start(first, prompts, sampling)
+            for positions, prompts, sampling in batches:
+                self.start(positions, prompts, sampling)
         self._saved = SavedResponses()
 
     def idle_share(self, start: float, end: float) -> float:
@@ -159,20 +173,24 @@ class Generator:
 
     def _start_lost_again(self) -> None:
         """Start batches again that ended because the weights were lost, after the weights were pushed again."""
-        for first, started in self._ahead.items():
+        for number, started in enumerate(self._ahead):
             if started.future.done() and isinstance(started.future.exception(), WeightsLost):
                 missing = [p for p in started.prompts if p.index not in started.saved]
-                again = self._submit(missing, started.sampling)
-                self._ahead[first] = _Started(started.prompts, started.sampling, started.saved, again)
+                self._ahead[number] = replace(started, future=self._submit(missing, started.sampling))
 
-    def _try(self, prompts: Sequence[Prompt], sampling: SamplingParams, first: int | None) -> list[Rollout] | None:
+    def _try(self, prompts: Sequence[Prompt], sampling: SamplingParams, until: int | None) -> list[Rollout] | None:
         """Generate, or return None if the engine has lost its weights. Finished responses are kept for the next try."""
         try:
-            started = self._ahead.get(first) if first is not None else None
-            if first is not None and started is not None and (started.prompts, started.sampling) == (prompts, sampling):
-                rollouts = started.rollouts()
-                del self._ahead[first]  # (after an error it stays, and is started again)
-                return rollouts
-            return self._generate(prompts, sampling) if prompts else []
+            started = self._started_before(until) if until is not None else []
+            rollouts = started + (self._generate(prompts, sampling) if prompts else [])
         except WeightsLost:
             return None
+        if until is not None:  # (after an error nothing is used, and what was lost is started again)
+            self._used = until
+            self._ahead = [started for started in self._ahead if started.positions.stop > until]
+        return rollouts
+
+    def _started_before(self, until: int) -> list[Rollout]:
+        """Responses that were started and not used, to this rank's prompts before position `until`. Raises as `RolloutEngine.generate`."""
+        groups = [item for started in self._ahead if started.positions.start < until for item in started.groups().items()]
+        return [rollout for index, group in groups if self._used <= index < until for rollout in group]

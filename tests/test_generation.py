@@ -49,28 +49,29 @@ def versions(rollouts: list[Rollout]) -> list[tuple[int, int, str]]:
 def a_checkpoint_keeps_finished_batches(rank: int, folder: Path) -> None:
     engine = Canned()
     before = generator_of(engine, ahead=2)
-    before.start(0, PROMPTS[:2], TWO)
+    before.start(range(2), PROMPTS[:2], TWO)
     engine_thread_is_done(before)
     engine.version = 1
-    before.start(2, PROMPTS[2:4], TWO)
+    before.start(range(2, 4), PROMPTS[2:4], TWO)
     engine_thread_is_done(before)
     before.save(folder)
 
     later = Canned(version=5)
     after = generator_of(later, ahead=2)
     moved = [PROMPTS[3], replace(PROMPTS[2], token_ids=(9, 9)), PROMPTS[4]]  # another layout, a prompt that changed, and a new one
-    after.resume(folder, 1, [(0, PROMPTS[:2], TWO), (2, moved, TWO)])
-    assert versions(after.rollouts(PROMPTS[:2], TWO, 0)) == [(0, 5, "stop"), (1, 5, "stop")], "those of version 0 are too old"
-    got = after.rollouts(moved, TWO, 2)
+    after.resume(folder, 1, [(range(2), PROMPTS[:2], TWO), (range(2, 5), moved, TWO)])
+    assert versions(after.rollouts([], TWO, 2)) == [(0, 5, "stop"), (1, 5, "stop")], "those of version 0 are too old"
+    got = after.rollouts([], TWO, 5)
     assert versions(got) == [(3, 1, "stop"), (2, 5, "stop"), (4, 5, "stop")]
     assert [r.token_ids for r in got[:2]] == [(3, 0, 1), (3, 1, 1)] and got[0].prompt is PROMPTS[3] and got[1].rollout_logprobs[2] == -3.0
     assert sorted(later.asked) == [[0, 1], [2, 4]]
-    after.start(4, PROMPTS[2:4], TWO)
-    assert versions(after.rollouts(PROMPTS[2:4], TWO, 4)) == [(2, 5, "stop"), (3, 5, "stop")], "what was not used at once is forgotten"
+    after.start(range(5, 7), [PROMPTS[2], PROMPTS[5]], TWO)
+    engine_thread_is_done(after)
+    assert sorted(later.asked)[1:] == [[2, 4], [2, 5]], "what was not used at once is forgotten"
 
 
 def engine_thread_is_done(generator) -> None:  # noqa: ANN001
-    for started in generator._ahead.values():
+    for started in generator._ahead:
         started.future.result()
 
 
@@ -81,16 +82,16 @@ def test_a_checkpoint_keeps_finished_batches(ranks: RankPool, tmp_path: Path) ->
 def old_responses_are_dropped(rank: int) -> None:
     engine = Canned()
     generator = generator_of(engine, ahead=3, max_staleness=1)
-    generator.start(0, PROMPTS[:1], TWO)
+    generator.start(range(1), PROMPTS[:1], TWO)
     engine_thread_is_done(generator)
     engine.version = 2
     with pytest.raises(RuntimeError, match=r"all 2 responses .* more than rollout.max_staleness=1 versions old; raise it, or lower"):
-        generator.rollouts(PROMPTS[:1], TWO, 0)
-    assert versions(generator.rollouts(PROMPTS[:1], TWO, 0)) == [(0, 2, "stop")], "what is asked now is new"
+        generator.rollouts([], TWO, 1)
+    assert versions(generator.rollouts(PROMPTS[:1], TWO, 1)) == [(0, 2, "stop")], "what is asked now is new"
 
     mixed = [Rollout(PROMPTS[i], (1, 2), (-1.0, -1.0), "stop", i, version_spans=((i, 1), (2, 1))) for i in (0, 1)]
     engine.generate = lambda prompts, sampling: mixed
-    old, young = generator.rollouts(PROMPTS[:2], TWO, 2)
+    old, young = generator.rollouts(PROMPTS[:2], TWO, 3)
     assert (old.finish_reason, old.token_ids, old.rollout_logprobs, old.is_dropped) == (STALE, (5,), (0.0,), True)
     assert young is mixed[1]
     assert generator.rollouts(PROMPTS[:2], TWO) == mixed, "held-out prompts are not trained on"
@@ -105,17 +106,43 @@ def lost_weights_reach_every_batch(rank: int) -> None:
     generator = generator_of(engine, pushes, ahead=2)
     engine.lost = ["one", "two"] if rank else []
     for first in (0, 2):
-        generator.start(first, PROMPTS[first : first + 2], TWO)
-    for started in generator._ahead.values():
+        generator.start(range(first, first + 2), PROMPTS[first : first + 2], TWO)
+    for started in generator._ahead:
         started.future.exception()
-    for first in (0, 2):
-        assert len(generator.rollouts(PROMPTS[first : first + 2], TWO, first)) == 4
+    for until in (2, 4):
+        assert len(generator.rollouts([], TWO, until)) == 4
     assert pushes == [0], "one push serves all batches, on all ranks"
     assert sorted(engine.asked) == ([[0, 1], [0, 1], [2, 3], [2, 3]] if rank else [[0, 1], [2, 3]])
 
 
 def test_lost_weights_reach_every_batch(ranks: RankPool) -> None:
     ranks.run(2, lost_weights_reach_every_batch)
+
+
+def a_batch_uses_prompts_that_its_successors_started(rank: int, folder: Path) -> None:
+    from ais_megatron.distributed import barrier
+
+    engine = Canned()
+    generator = generator_of(engine, ahead=2)
+    generator.start(range(2), PROMPTS[:2], TWO)
+    generator.start(range(2, 5), PROMPTS[2:4] if rank else [PROMPTS[4]], TWO)
+    engine_thread_is_done(generator)
+    engine.version = 1
+    assert versions(generator.rollouts([], TWO, 2)) == [(0, 0, "stop"), (1, 0, "stop")] and generator.end == 5
+    assert versions(generator.rollouts([], TWO, 3)) == ([(2, 0, "stop")] if rank else []), "a refill: the rank that started it has it"
+    generator.save(folder)
+    barrier()
+    later = generator_of(Canned(version=7), ahead=1)
+    later.resume(folder, 0, [(range(2, 6), PROMPTS[2:6], TWO)])
+    assert versions(later._started_before(6)) == [(2, 7, "stop"), (3, 0, "stop"), (4, 0, "stop"), (5, 7, "stop")], "it has what was left"
+    engine.lost = ["lost"] if rank else []
+    next_batch = generator.rollouts([PROMPTS[5 + rank]], TWO, 7)
+    assert versions(next_batch) == [(3 if rank else 4, 0, "stop"), (5 + rank, 1, "stop")], "what was started comes first, and is kept"
+    assert generator.end == 7 and not generator._ahead
+
+
+def test_a_batch_uses_prompts_that_its_successors_started(ranks: RankPool, tmp_path: Path) -> None:
+    ranks.run(2, a_batch_uses_prompts_that_its_successors_started, folder=tmp_path)
 
 
 def idle_shares(rank: int) -> None:
@@ -145,32 +172,37 @@ def test_work_that_goes_on_counts() -> None:
 
 
 @pytest.mark.parametrize(
-    ("rollout", "objective", "message"),
+    ("rollout", "message"),
     [
-        ({"ahead": 2}, {"name": "dapo"}, "rollout.ahead=2: with objective.dynamic_sampling=true .* set rollout.ahead=1, or"),
-        ({"ahead": 2, "max_staleness": 1}, {}, "rollout.max_staleness=1: rollout.engine=local .* rollout.ahead=2 every response"),
-        ({"ahead": 17}, {}, "rollout.ahead"),
-        ({"max_staleness": -1}, {}, "rollout.max_staleness"),
+        ({"ahead": 2, "max_staleness": 1}, "rollout.max_staleness=1: rollout.engine=local .* rollout.ahead=2 every response"),
+        ({"ahead": 17}, "rollout.ahead"),
+        ({"max_staleness": -1}, "rollout.max_staleness"),
     ],
 )
-def test_settings_that_contradict_each_other(tmp_path: Path, rollout: dict, objective: dict, message: str) -> None:
+def test_settings_that_contradict_each_other(tmp_path: Path, rollout: dict, message: str) -> None:
     data = small(tmp_path)
     with pytest.raises(ConfigError, match=message):
-        build_config(data | {"rollout": data["rollout"] | rollout, "objective": objective})
+        build_config(data | {"rollout": data["rollout"] | rollout})
 
 
-def test_two_batches_ahead_and_a_resume(ranks: RankPool, tmp_path: Path) -> None:
-    """The embedded engine's responses are as old as they can get. A resumed run trains on the same ones, to the last bit."""
+@pytest.mark.parametrize("objective", ["grpo", "dapo"])
+def test_two_batches_ahead_and_a_resume(ranks: RankPool, tmp_path: Path, objective: str) -> None:
+    """The embedded engine's responses are as old as they can get. A resumed run trains on the same ones, to the last bit. With dynamic
+    sampling, batches use prompts that were started for the next ones."""
     whole, again = tmp_path / "whole", tmp_path / "again"
     whole.mkdir(), again.mkdir()
     rollout = small(whole)["rollout"] | {"ahead": 2, "max_staleness": 2}
-    changes = {"sft": {"steps": 0}, "rollout": rollout}
+    changes = {"sft": {"steps": 0}, "rollout": rollout, "objective": {"name": objective, "entropy_bonus": 0.1}}
     steps = ["train.steps=4", "checkpoint.every=2"]
     ranks.run(2, trained, config=load_config(write(whole, **changes), steps))
     rows = rows_of(whole)
-    assert [(row["staleness"], row["stale_fraction"]) for row in rows] == [(0, 0), (1, 0), (2, 0), (2, 0)]
-    assert all(0.0 <= row["idle/trainer"] < 1.0 for row in rows)
-    assert [row["idle/engine"] == 1.0 for row in rows] == [False, False, True, True], "the last two steps generate nothing"
+    assert all(0.0 <= row["idle/trainer"] < 1.0 and row["stale_fraction"] == 0 for row in rows)
+    if objective == "grpo":
+        assert [row["staleness"] for row in rows] == [0, 1, 2, 2]
+        assert [row["idle/engine"] == 1.0 for row in rows] == [False, False, True, True], "the last two steps generate nothing"
+    else:
+        assert all(row["prompts_sampled"] > rollout["prompts_per_step"] for row in rows)
+        assert rows[0]["staleness"] == 0 < rows[1]["staleness"] and all(row["staleness"] < 2 for row in rows), "so responses are younger"
     checkpoints = whole / "run" / "checkpoints"
     ahead = {folder.name: sorted(path.name for path in folder.glob("rollouts_ahead_*")) for folder in sorted(checkpoints.iterdir())}
     assert ahead == {"step_000002": [f"rollouts_ahead_{rank:04d}.safetensors" for rank in range(2)], "step_000004": []}

@@ -91,14 +91,9 @@ def recording_problems(rollout: RolloutConfig) -> list[str]:
     return problems
 
 
-def ahead_problems(rollout: RolloutConfig, dynamic_sampling: bool) -> list[str]:
+def ahead_problems(rollout: RolloutConfig) -> list[str]:
     """Batches generated ahead that could not be used."""
     problems = []
-    if rollout.ahead > 1 and dynamic_sampling:
-        problems.append(
-            f"rollout.ahead={rollout.ahead}: with objective.dynamic_sampling=true a step may need prompts of the stream that are already "
-            "generated for the next step; set rollout.ahead=1, or objective.dynamic_sampling=false"
-        )
     bound = rollout.max_staleness
     if bound is not None and bound < rollout.ahead and rollout.engine_traits.is_embedded:
         problems.append(

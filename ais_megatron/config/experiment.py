@@ -84,7 +84,7 @@ class Config(Section):
             *checks.engine_problems(self.rollout, self.run, self.calibration, arch),
             *checks.recording_problems(self.rollout),
             *checks.colocation_problems(self.rollout, self.eval, self.model),
-            *checks.ahead_problems(self.rollout, self.objective.resolved.dynamic_sampling),
+            *checks.ahead_problems(self.rollout),
             *diffusion_problems(self),
         ]
         if problems:
