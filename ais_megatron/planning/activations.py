@@ -1,6 +1,6 @@
 """What a rank's passes over a microbatch hold: the tensors that layers save for the backward pass, and the worst moments of both passes.
 
-The lists of saved tensors are those of Megatron's local layers with our norm and attention (policy/model.py), recorded with torch's
+The lists of saved tensors are those of Megatron's local layers with our norm and attention (policy/layers.py), recorded with torch's
 saved-tensor hooks. tests/planning/test_plan.py compares them with real ranks. On CUDA the norms are fused, and attention saves tensors in
 the model's dtype. That variant is derived and not measured. On a CPU without instructions for BF16 a BF16 model also keeps float32 copies
 of inputs (policy/model.py), which are not counted: about 40 % more activations. No torch here.

@@ -37,7 +37,7 @@ from ais_megatron.distributed import device
 from ais_megatron.export.parameters import join, split
 from ais_megatron.models.family import Weight, parameters_of, shape_of
 from ais_megatron.policy.lora import Factors, LoRA
-from ais_megatron.policy.model import RMSNorm
+from ais_megatron.policy.norm import RMSNorm
 from ais_megatron.policy.routing import Router
 from ais_megatron.policy.straight_through import also_for, straight_through
 from ais_megatron.quantization.formats import Format, format_of

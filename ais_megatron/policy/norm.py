@@ -1,4 +1,4 @@
-"""Root-mean-square norm of the policy on a CPU, one chunk of tokens at a time.
+"""Root-mean-square norms of the policy outside Transformer Engine, on a CPU one chunk of tokens at a time.
 
 torch has no fused kernel for it on a CPU. It is a chain of small operations, and over all tokens of a microbatch each of them would read
 and write main memory. Over a chunk that stays in a core's cache the chain and its backward pass take about 60 % of the time. The
@@ -11,10 +11,47 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from megatron.core.transformer import TransformerConfig
+from torch import Tensor, nn
 
 CHUNK_VALUES = 1 << 17
 """Number of values in a chunk. In float32 they take 512 KB."""
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm. Megatron's `WrappedTorchNorm` refuses sequence parallelism. This norm marks its weight, so that
+    `finalize_model_grads` sums its gradient over the tensor-parallel group."""
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-6, **_: object) -> None:
+        super().__init__()
+        weight: Any = nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
+        weight.sequence_parallel = config.sequence_parallel  # an attribute that Megatron reads; torch's type does not have it
+        self.weight: nn.Parameter = weight
+        self.eps = eps
+        self.rounds_first = False
+        """Round the normed values to their dtype before they are multiplied by the weight, as transformers' models do."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.rounds_first:
+            return F.rms_norm(x, self.weight.shape, None, self.eps) * self.weight
+        if x.device.type == "cpu":
+            return chunked_rms_norm(x, self.weight, self.eps)
+        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+
+
+class ZeroCenteredRMSNorm(RMSNorm):
+    """An `RMSNorm` that multiplies by 1 + weight, in float32, and rounds once."""
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-6, **_: object) -> None:
+        super().__init__(config, hidden_size, eps)
+        nn.init.zeros_(self.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = 1.0 + self.weight.float()
+        if x.device.type == "cpu":
+            return chunked_rms_norm(x, weight, self.eps)
+        return F.rms_norm(x.float(), self.weight.shape, weight, self.eps).to(x.dtype)
 
 
 def chunked_rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

@@ -40,9 +40,10 @@ from ais_megatron.policy.aligned import Aligned
 from ais_megatron.policy.balance import Work
 from ais_megatron.policy.calibration import Calibration, Calibrator
 from ais_megatron.policy.hf_weights import export_buckets, export_factor_buckets, load_hf
+from ais_megatron.policy.layers import uses_transformer_engine
 from ais_megatron.policy.lora import LoRA
 from ais_megatron.policy.microbatches import Microbatches
-from ais_megatron.policy.model import build_model, uses_transformer_engine
+from ais_megatron.policy.model import build_model
 from ais_megatron.policy.optimizer import Guard, optimizer_config, schedule
 from ais_megatron.policy.parallel import Context, data_parallel_group
 from ais_megatron.policy.passes import LossFunction, Passes
