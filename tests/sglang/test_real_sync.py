@@ -198,7 +198,7 @@ def test_decoding_continues_the_states_of_prefill(sglang_server, connect) -> Non
 
 
 def test_any_end_of_sequence_token_ends_a_response_and_stays_in_it(sglang_server, connect) -> None:
-    server = sglang_server("dense", "fp8_e4m3")
+    server = sglang_server("dense", "fp8")
     engine = connect(server)
     engine.update_weights(buckets(server.config), 0)
     tokens = Counter(token for r in engine.generate(PROMPTS, SAMPLING) for token in r.token_ids[:-1])

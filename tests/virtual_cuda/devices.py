@@ -14,8 +14,9 @@ What cannot be seen here: numbers of CUDA kernels, NCCL itself, streams, timing,
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 import torch
@@ -25,7 +26,6 @@ from torch.distributed._shard.sharded_tensor import ShardedTensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 PRUNE_EVERY = 5000  # labels, after which those of storages that are gone are forgotten
@@ -109,8 +109,28 @@ def _is_device(value: object) -> bool:
     return isinstance(value, str | torch.device) or (isinstance(value, int) and not isinstance(value, bool))
 
 
-def _tensors(tree: object) -> list[Tensor]:
-    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
+def _tensors(*trees: object) -> list[Tensor]:
+    """In nested tuples, lists and dictionaries. Every operator asks, and torch's own `tree_leaves` would take half of a test's time."""
+    found: list[Tensor] = []
+    _add_tensors(trees, found)
+    return found
+
+
+def _add_tensors(items: Iterable[object], found: list[Tensor]) -> None:
+    for item in items:
+        if isinstance(item, Tensor):
+            found.append(item)
+        elif isinstance(item, tuple | list):
+            _add_tensors(item, found)
+        elif isinstance(item, dict):
+            _add_tensors(item.values(), found)
+
+
+@cache
+def _name_of(operator: Any) -> tuple[str, str]:
+    """("aten", "mm") and the like."""
+    namespace, _, name = operator._schema.name.partition("::")
+    return namespace, name
 
 
 class _Operators(TorchDispatchMode):
@@ -120,10 +140,15 @@ class _Operators(TorchDispatchMode):
         super().__init__()
         self._functions = functions
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Nothing is compiled here, so torch need not keep its compiler away from every operator."""
+        return False
+
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
         kwargs = kwargs or {}
-        namespace, _, name = func._schema.name.partition("::")
-        tensors = _tensors((args, kwargs))
+        namespace, name = _name_of(func)
+        tensors = _tensors(args, kwargs)
         if namespace == "c10d":
             _check_collective(name, args, tensors)
             return func(*args, **kwargs)

@@ -59,11 +59,13 @@ SINGLE = {"rollout": {"group_size": 1, "return_routed_experts": False}, "objecti
 def config_of(layout: str, **sections: Any) -> Config:
     kind, (_, parallel, recompute) = layout.split(",")[0], TRAINED_LAYOUTS[layout]
     model = {"architecture": ARCHITECTURES[kind], "dtype": "fp32", "recompute": recompute}
+    # Two rows of 128 columns, as they are on a GPU, or two or three that are packed: several microbatches, but not more than that needs.
+    budget = 40 if "packed" in layout else 256 // parallel.get("cp", 1)
     data = {
         "model": model,
         "parallel": parallel,
         "rollout": {"max_response_tokens": 20, "temperature": TEMPERATURE, "quantization": "fp8_e4m3", "prompts_per_step": 4},
-        "train": {"tokens_per_microbatch": 40, "logprob_chunk_tokens": 7, "packing": "packed" in layout},
+        "train": {"tokens_per_microbatch": budget, "logprob_chunk_tokens": 7, "packing": "packed" in layout},
         "objective": {"kl_coefficient": 0.01},
     }
     for name, changes in sections.items():
