@@ -10,6 +10,7 @@ import pytest
 
 pytest.register_assert_rewrite("tests.helpers")  # so that their assertions say what they compared
 
+from tests.helpers.checkpoints import write_checkpoint  # noqa: E402
 from tests.helpers.ranks import RankPool  # noqa: E402
 
 
@@ -72,26 +73,7 @@ def moe_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def make_checkpoint(folder: Path, tied: bool, experts: int = 0) -> Path:
-    import torch
-    from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
+    from transformers import Qwen3ForCausalLM, Qwen3MoeForCausalLM
 
-    torch.manual_seed(0)
     moe = dict(num_experts=experts, num_experts_per_tok=2, moe_intermediate_size=32, norm_topk_prob=True) if experts else {}
-    config = (Qwen3MoeConfig if experts else Qwen3Config)(
-        **moe,
-        vocab_size=71,  # a prime: TP has to pad it
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=16,
-        max_position_embeddings=128,
-        tie_word_embeddings=tied,
-    )
-    model = (Qwen3MoeForCausalLM if experts else Qwen3ForCausalLM)(config)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.05)
-    model.save_pretrained(folder)
-    return folder
+    return write_checkpoint(folder, Qwen3MoeForCausalLM if experts else Qwen3ForCausalLM, head_dim=16, tie_word_embeddings=tied, **moe)

@@ -13,21 +13,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from ais_megatron.config import Architecture
 from ais_megatron.config.hf_config import hf_config
 from ais_megatron.models.family import names_of_twin, tensors_of
+from tests.helpers import checkpoints
 
 MASK = 70
-SIZES = dict(
-    model_type="llada",
-    vocab_size=71,  # a prime: TP has to pad it
-    hidden_size=64,
-    intermediate_size=96,
-    num_hidden_layers=4,
-    num_attention_heads=4,
-    num_key_value_heads=4,
-    head_dim=16,
-    max_position_embeddings=128,
-    rope_theta=500.0,
-    mask_token_id=MASK,
-)
+SIZES = checkpoints.SIZES | dict(model_type="llada", num_key_value_heads=4, head_dim=16, rope_theta=500.0, mask_token_id=MASK)
 
 
 def make_llada(folder: Path, scale: float = 0.15) -> Path:

@@ -25,6 +25,7 @@ from ais_megatron.planning.parameters import total_parameters
 from ais_megatron.quantization.fp8 import quantize_bucket
 from ais_megatron.quantization.kv_scales import KVScales
 from ais_megatron.rollout.engine import SamplingParams
+from tests.helpers.checkpoints import write_checkpoint
 from tests.helpers.engines import BF16, DENSE, FP8, LAYERS, RECURRENT, Engines, make_prompts
 from tests.helpers.paths import ROOT
 from tests.helpers.policies import (
@@ -57,25 +58,12 @@ EXTRA: dict[str, dict[str, Any]] = {"qwen3_moe": EXPERTS, "qwen3_5": RECURRENT}
 @pytest.fixture(scope="session", params=CHECKPOINTS)
 def family_checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A float32 checkpoint written by transformers, with weights and biases far from their initial values."""
-    torch.manual_seed(0)
-    model_class = getattr(transformers, FAMILIES[request.param].hf_class)
-    config = model_class.config_class(
-        vocab_size=71,  # a prime: TP has to pad it
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=128,
+    return write_checkpoint(
+        tmp_path_factory.mktemp(request.param),
+        getattr(transformers, FAMILIES[request.param].hf_class),
+        lambda name: 0.3 if name.endswith("bias") else 0.05,
         **CHECKPOINTS[request.param],
     )
-    model = model_class(config)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.add_(torch.randn_like(parameter) * (0.3 if name.endswith("bias") else 0.05))
-    folder = tmp_path_factory.mktemp(request.param)
-    model.save_pretrained(folder)
-    return folder
 
 
 # --- tables -----------------------------------------------------------------------------------------------------------

@@ -19,6 +19,7 @@ from ais_megatron.planning.cost import Assumptions
 from ais_megatron.planning.parameters import total_parameters
 from ais_megatron.planning.plan import make_plan, with_gpus
 from ais_megatron.quantization.fp8 import quantize_bucket
+from tests.helpers.checkpoints import write_checkpoint
 from tests.helpers.engines import DENSE, RECURRENT
 from tests.helpers.paths import ROOT
 from tests.helpers.policies import (
@@ -37,17 +38,6 @@ from tests.helpers.ranks import RankPool
 from tests.helpers.syncing import agreement, pushed_state
 
 ATTENTION = (1, 3)  # of the four layers
-SIZES: dict[str, Any] = dict(
-    vocab_size=71,  # a prime: TP has to pad it
-    hidden_size=64,
-    intermediate_size=96,
-    num_hidden_layers=4,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=16,
-    max_position_embeddings=128,
-    tie_word_embeddings=False,
-)
 LINEAR = {name: value for name, value in RECURRENT.items() if name.startswith("linear")}
 ROPE = {"rope_type": "default", "rope_theta": 1000.0, "partial_rotary_factor": 0.25, "mrope_section": [1, 1, 0], "mrope_interleaved": True}
 
@@ -55,15 +45,17 @@ ROPE = {"rope_type": "default", "rope_theta": 1000.0, "partial_rotary_factor": 0
 @pytest.fixture(scope="session")
 def qwen35(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A float32 checkpoint of the language model alone, with weights far from their initial values."""
-    torch.manual_seed(0)
-    config = transformers.Qwen3_5TextConfig(**SIZES, **LINEAR, full_attention_interval=2, rope_parameters=ROPE)
-    model = transformers.Qwen3_5ForCausalLM(config)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.add_(torch.randn_like(parameter) * (0.3 if "norm" in name or parameter.dim() == 1 else 0.05))
-    folder = tmp_path_factory.mktemp("qwen3_5")
-    model.save_pretrained(folder)
-    return folder
+    vectors = ("norm.weight", "A_log", "dt_bias")
+    return write_checkpoint(
+        tmp_path_factory.mktemp("qwen3_5"),
+        transformers.Qwen3_5ForCausalLM,
+        lambda name: 0.3 if name.endswith(vectors) else 0.05,
+        head_dim=16,
+        tie_word_embeddings=False,
+        full_attention_interval=2,
+        rope_parameters=ROPE,
+        **LINEAR,
+    )
 
 
 # --- policy -----------------------------------------------------------------------------------------------------------

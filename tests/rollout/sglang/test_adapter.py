@@ -20,9 +20,8 @@ from ais_megatron.rollout.sglang.plugin import digest
 from ais_megatron.rollout.sglang.server import server_command
 from ais_megatron.rollout.sglang.transport import make_transport
 from tests.helpers.sglang import sglang_config
-from tests.rollout.sglang.fake_server import FakeServer
+from tests.rollout.sglang.fake_server import RUN, FakeServer
 
-RUN = "ab12"
 PROMPTS = [Prompt(0, "", (10, 3), {})]
 
 

@@ -18,9 +18,8 @@ from ais_megatron.rollout.sglang.server import server_command
 from ais_megatron.rollout.sglang.transport import SharedMemory
 from tests.helpers.ranks import RankPool
 from tests.helpers.sglang import sglang_config
-from tests.rollout.sglang.fake_server import FakeServer
+from tests.rollout.sglang.fake_server import RUN, FakeServer
 
-RUN = "ab12"
 PROMPTS = [Prompt(i, "", (10 + i, 3), {}) for i in range(2)]
 ONE = SamplingParams(1, 4)
 COLOCATED = {"colocated": True}
