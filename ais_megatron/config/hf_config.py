@@ -68,14 +68,33 @@ def fp8_config(block: int, architecture: Architecture) -> dict[str, object]:
     """The ``quantization_config`` of a checkpoint with E4M3 weights in blocks of `block` rows and columns, and inputs that are quantised at
     each call. transformers and SGLang both read it."""
     config: dict[str, object] = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic"}
-    left_out = [
+    left_out = _unquantised_projections(architecture)
+    return config | {"weight_block_size": [block, block]} | ({"modules_to_not_convert": left_out} if left_out else {})
+
+
+def int4_config(group: int, architecture: Architecture) -> dict[str, object]:
+    """The ``quantization_config`` of a checkpoint with packed INT4 weights, one scale per row and `group` columns. Inputs keep the model's
+    dtype. The library compressed-tensors defines it."""
+    weights = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": group, "dynamic": False}
+    routers = [f"{architecture.family.layers}{layer}.mlp.gate" for layer in range(architecture.num_hidden_layers) if architecture.is_moe]
+    return {
+        "quant_method": "compressed-tensors",
+        "format": "pack-quantized",
+        "quantization_status": "compressed",
+        "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights}},
+        "ignore": ["lm_head", *routers, *_unquantised_projections(architecture)],
+    }
+
+
+def _unquantised_projections(architecture: Architecture) -> list[str]:
+    """Names of the linear layers of recurrent attention that no engine quantises."""
+    return [
         f"{architecture.family.layers}{layer}.{weight.name.removesuffix('.weight')}"
         for layer in range(architecture.num_hidden_layers)
         if architecture.is_recurrent(layer)
         for weight in architecture.family.recurrent_layer
         if len(weight.shape) == 2 and not weight.quantized
     ]
-    return config | {"weight_block_size": [block, block]} | ({"modules_to_not_convert": left_out} if left_out else {})
 
 
 def generation_config(eos_ids: Sequence[int], pad_id: int | None) -> dict[str, object]:

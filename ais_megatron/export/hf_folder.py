@@ -13,19 +13,22 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ais_megatron.config import Architecture
-from ais_megatron.config.hf_config import fp8_config, generation_config, hf_config
+from ais_megatron.config.hf_config import generation_config, hf_config
 from ais_megatron.models import family
+
+if TYPE_CHECKING:
+    from ais_megatron.export.quantized import Projections
 
 SHARD_BYTES = 5 * 10**9
 INDEX_FILE = "model.safetensors.index.json"
-_DTYPES = {"bf16": ("BF16", torch.bfloat16), "fp32": ("F32", torch.float32)}
-_FP8 = "F8_E4M3", torch.float8_e4m3fn
+FLOAT32 = "F32", torch.float32
+_DTYPES = {"bf16": ("BF16", torch.bfloat16), "fp32": FLOAT32}
 _ALIGNMENT = 8  # of a file's first tensor
 
 
@@ -58,19 +61,24 @@ class HFFolder:
     Args:
         dtype: "bf16" or "fp32", the precision of the files.
         shard_bytes: the most bytes of tensors in one file. A tensor that is larger has a file of its own.
-        fp8_block: the projections are written as E4M3, with a float32 scale for every so many rows and columns; None: like all others.
+        projections: the layout of a quantised model's projections; None: they are written like all others.
     Raises:
         OSError: the folder cannot be written.
     """
 
     def __init__(
-        self, folder: Path, architecture: Architecture, dtype: str, shard_bytes: int = SHARD_BYTES, fp8_block: int | None = None
+        self,
+        folder: Path,
+        architecture: Architecture,
+        dtype: str,
+        shard_bytes: int = SHARD_BYTES,
+        projections: Projections | None = None,
     ) -> None:
-        self._folder, self._architecture, self._dtype, self._fp8_block = folder, architecture, dtype, fp8_block
+        self._folder, self._architecture, self._dtype, self._projections = folder, architecture, dtype, projections
         folder.mkdir(parents=True, exist_ok=True)
         self._places: dict[str, Place] = {}
         self._missing: set[str] = set()
-        shards = _shards(_tensors(architecture, dtype, fp8_block), shard_bytes)
+        shards = _shards(_tensors(architecture, dtype, projections), shard_bytes)
         names = [f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors" for number in range(len(shards))]
         for name, shard in zip(["model.safetensors"] if len(shards) == 1 else names, shards, strict=True):
             self._begin(name, shard)
@@ -115,7 +123,7 @@ class HFFolder:
         if len(set(files.values())) > 1:
             total = sum(place.kind.nbytes for place in self._places.values())
             self._write_json(INDEX_FILE, {"metadata": {"total_size": total}, "weight_map": files})
-        quantization = {} if self._fp8_block is None else {"quantization_config": fp8_config(self._fp8_block, self._architecture)}
+        quantization = {} if self._projections is None else {"quantization_config": self._projections.config(self._architecture)}
         self._write_json("config.json", hf_config(self._architecture, self._dtype, eos_ids, pad_id) | quantization)
         self._write_json("generation_config.json", generation_config(eos_ids, pad_id))
 
@@ -123,22 +131,20 @@ class HFFolder:
         (self._folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
-def total_bytes(architecture: Architecture, dtype: str, fp8_block: int | None = None) -> int:
+def total_bytes(architecture: Architecture, dtype: str, projections: Projections | None = None) -> int:
     """Bytes of all tensors of an exported model."""
-    return sum(kind.nbytes for kind in _tensors(architecture, dtype, fp8_block).values())
+    return sum(kind.nbytes for kind in _tensors(architecture, dtype, projections).values())
 
 
-def _tensors(architecture: Architecture, dtype: str, fp8_block: int | None) -> dict[str, Kind]:
+def _tensors(architecture: Architecture, dtype: str, projections: Projections | None) -> dict[str, Kind]:
     """Every tensor of an exported model. A tied head is the embedding, and is not written twice."""
     skipped = {family.HEAD.name} if architecture.tie_word_embeddings else set()
-    kinds = {}
+    kinds: dict[str, Kind] = {}
     for tensor in family.tensors_of(architecture):
         if tensor.name in skipped:
             continue
-        if tensor.quantized and fp8_block is not None:
-            kinds[tensor.name] = Kind(tensor.shape, *_FP8)
-            scales = tuple(-(-size // fp8_block) for size in tensor.shape)
-            kinds[tensor.name.removesuffix("weight") + "weight_scale_inv"] = Kind(scales, *_DTYPES["fp32"])
+        if tensor.quantized and projections is not None:
+            kinds |= projections.kinds(tensor.name, tensor.shape)
         else:
             kinds[tensor.name] = Kind(tensor.shape, *_DTYPES[dtype])
     return kinds

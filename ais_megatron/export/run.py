@@ -14,10 +14,11 @@ from ais_megatron.export.adapter import add_product, factor_names, factor_shapes
 from ais_megatron.export.checkpoint_reader import CheckpointReader
 from ais_megatron.export.hf_folder import SHARD_BYTES, HFFolder, total_bytes
 from ais_megatron.export.hf_reader import HFReader
+from ais_megatron.export.quantized import Projections, projections_of
 from ais_megatron.models.family import HEAD, tensors_of
 from ais_megatron.models.registry import is_quantized_weight
-from ais_megatron.quantization.formats import FP8_E4M3, format_of
-from ais_megatron.quantization.fp8 import dequantize_block, quantize_block, quantize_bucket
+from ais_megatron.quantization.formats import format_of
+from ais_megatron.quantization.fp8 import dequantize_block, quantize_block
 from ais_megatron.runs import checkpoint_files
 from ais_megatron.runs.folder import check_export_folder, config_of
 from ais_megatron.runs.warm_start import starting_folder
@@ -56,11 +57,11 @@ def export_run(run: Path, out: Path, step: int | None = None, shard_bytes: int =
             write_adapter(partial, config, str(starting_folder(config)), factors)
             tokenizer.save(partial)
         else:
-            fp8_block = _fp8_block(config)
-            _check_room(out, config, fp8_block)
-            written = HFFolder(partial, config.architecture, config.model.dtype, shard_bytes, fp8_block)
+            projections = projections_of(config)
+            _check_room(out, config, projections)
+            written = HFFolder(partial, config.architecture, config.model.dtype, shard_bytes, projections)
             for name, tensor in _merged(reader, config) if config.policy.lora.rank else reader.tensors():
-                for part, values in _as_trained(name, tensor, config):
+                for part, values in _as_trained(name, tensor, config, projections):
                     written.write(part, values)
                 del tensor, values  # before the next one is read
             tokenizer.save(partial)
@@ -77,20 +78,14 @@ def export_run(run: Path, out: Path, step: int | None = None, shard_bytes: int =
     return folder
 
 
-def _fp8_block(config: Config) -> int | None:
-    """The block size of an exported model with E4M3 weights; None: its weights are those of the checkpoint."""
-    is_fp8 = config.policy.is_aligned and config.rollout.quantization == FP8_E4M3.name
-    return config.rollout.weight_block if is_fp8 else None
-
-
-def _as_trained(name: str, tensor: Tensor, config: Config) -> list[tuple[str, Tensor]]:
-    """The tensor as the trained model used it. With an aligned forward pass this is the quantised one, and E4M3 is exported as such. No
-    engine loads the other formats, so their values are exported in the model's precision."""
+def _as_trained(name: str, tensor: Tensor, config: Config, projections: Projections | None) -> list[tuple[str, Tensor]]:
+    """The tensor as the trained model used it. With an aligned forward pass this is the quantised one. If no layout of files holds its
+    format, the quantised values are exported in the model's precision."""
     fmt = format_of(config.rollout) if config.policy.is_aligned else None
     if fmt is None or not is_quantized_weight(name):
         return [(name, tensor)]
-    if fmt.name == FP8_E4M3.name:
-        return quantize_bucket([(name, tensor)], fmt)
+    if projections is not None:
+        return projections.tensors(name, tensor)
     return [(name, dequantize_block(*quantize_block(tensor, fmt), fmt=fmt))]
 
 
@@ -133,8 +128,8 @@ def _tokenizer(folder: Path, config: Config) -> Tokenizer:
     return HFTokenizer(folder, config.model.path) if config.tokenizer.kind == "hf" else SentencePieceTokenizer.load(folder / MODEL_FILE)
 
 
-def _check_room(out: Path, config: Config, fp8_block: int | None) -> None:
-    need, free = total_bytes(config.architecture, config.model.dtype, fp8_block), shutil.disk_usage(out.parent).free
+def _check_room(out: Path, config: Config, projections: Projections | None) -> None:
+    need, free = total_bytes(config.architecture, config.model.dtype, projections), shutil.disk_usage(out.parent).free
     if need > free:
         raise ConfigError(
             f"OUT={out}: the export needs {need / 1e9:,.2f} GB, but the disk has only {free / 1e9:,.2f} GB left; make room, or "
