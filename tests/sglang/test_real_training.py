@@ -75,8 +75,8 @@ class Run:
             time.sleep(0.05)
 
     def kill_server(self) -> None:
-        """kill -9 of the process that holds the model; SGLang's other processes then end too."""
-        (scheduler,) = [p for p in psutil.Process(self.process.pid).children(recursive=True) if "scheduler" in " ".join(p.cmdline())]
+        """kill -9 of a process that holds the model; SGLang's other processes then end too."""
+        scheduler, *_ = [p for p in psutil.Process(self.process.pid).children(recursive=True) if "scheduler" in " ".join(p.cmdline())]
         os.kill(scheduler.pid, signal.SIGKILL)
 
     def finish(self, status: int = 0) -> str:
@@ -108,9 +108,10 @@ def test_twenty_steps_with_a_server_killed_on_the_way(ranks: RankPool, tmp_path:
 
 def test_only_the_factors_of_lora_travel(tmp_path: Path) -> None:
     """The run itself stops if the server with its adapter differs from the policy by more than 0.3 nats per token at any sync. D, over all
-    tokens of a step, is that of FP8. After a restart the server gets the frozen weights again, and the adapter."""
+    tokens of a step, is that of FP8. After a restart the server gets the frozen weights again, and the adapter. Its two ranks share the
+    layers, whose halves are blocks of 64."""
     lora = ["policy.lora.rank=8", "rollout.lora_sync=adapter", "train.optimizer.lr=1e-2", "rollout.sglang.verify_tolerance=0.3"]
-    run = Run(tmp_path / "adapter", tmp_path / "cache", SHORT, *lora, "train.steps=5")
+    run = Run(tmp_path / "adapter", tmp_path / "cache", SHORT, *lora, "train.steps=5", "rollout.sglang.tp=2", "rollout.weight_block=64")
     run.wait_for_step(2)
     run.kill_server()
     assert "restart 1 of 3" in run.finish()

@@ -128,7 +128,18 @@ def server_environment(sglang: SGLangConfig, inherited: dict[str, str]) -> dict[
         ours[KEY_FILE_VARIABLE] = str(Path(sglang.key_file).resolve())
     if sglang.device == "cpu":
         ours |= {"SGLANG_USE_CPU_ENGINE": "1", "OMP_NUM_THREADS": "1"}
+    if sglang.device == "cpu" and sglang.tp > 1:
+        ours["SGLANG_CPU_OMP_THREADS_BIND"] = cores_of_ranks(sorted(os.sched_getaffinity(0)), sglang.tp)
     return kept | ours | sglang.env
+
+
+def cores_of_ranks(cores: list[int], tp: int) -> str:
+    """The cores of each rank of a server on a CPU, as SGLang reads them. By itself it wants a NUMA node for each rank.
+
+    With fewer cores than ranks, ranks share them."""
+    size = len(cores) // tp
+    shares = [cores[rank * size : (rank + 1) * size] if size else [cores[rank % len(cores)]] for rank in range(tp)]
+    return "|".join(",".join(map(str, share)) for share in shares)
 
 
 def server_url(host: str, port: int) -> str:

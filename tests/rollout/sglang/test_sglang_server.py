@@ -10,7 +10,15 @@ from pathlib import Path
 import pytest
 
 from ais_megatron.rollout.sglang import patience
-from ais_megatron.rollout.sglang.server import SGLangServer, check_port, http_status, server_command, server_environment, server_url
+from ais_megatron.rollout.sglang.server import (
+    SGLangServer,
+    check_port,
+    cores_of_ranks,
+    http_status,
+    server_command,
+    server_environment,
+    server_url,
+)
 from ais_megatron.rollout.sglang.server import write_model_folder as write
 from tests.helpers.processes import is_running, wait_for
 from tests.helpers.sglang import sglang_config
@@ -69,6 +77,14 @@ def test_environment_leaves_behind_what_belongs_to_the_trainer():
         SGLANG_USE_CPU_ENGINE="1",
         OMP_NUM_THREADS="1",
     )
+
+
+def test_ranks_of_a_server_on_a_cpu_share_its_cores():
+    """SGLang by itself wants a NUMA node for each rank, and ends without one."""
+    assert cores_of_ranks([0, 1, 2, 3, 6], 2) == "0,1|2,3"
+    assert cores_of_ranks([4, 5], 2) == "4|5" and cores_of_ranks([4, 5], 3) == "4|5|4"
+    two = server_environment(sglang_config(quantization="none", tp=2).rollout.sglang, {})
+    assert two["SGLANG_CPU_OMP_THREADS_BIND"].count("|") == 1
 
 
 def test_addresses():
