@@ -85,11 +85,13 @@ def test_figures_of_a_row_fit_together(finished: tuple[Path, str]) -> None:
 
 
 @pytest.mark.slow
-def test_the_same_command_makes_the_same_run(finished: tuple[Path, str], tmp_path: Path) -> None:
-    """Same seed, same cache: every figure that is not a time is equal to the last bit; and the warm start is reused."""
+def test_the_same_configuration_makes_the_same_run(finished: tuple[Path, str], ranks: RankPool, tmp_path: Path) -> None:
+    """In other processes, every figure that is not a time is equal to the last bit; and the warm start is reused."""
     folder, _ = finished
-    output = run("train", write(tmp_path, sft={**small(folder)["sft"]}), "train.steps=2", "checkpoint.every=0")
-    assert "from the cache" in output
+    cached = {path: path.stat().st_mtime_ns for path in (folder / "cache").rglob("*")}
+    config = load_config(write(tmp_path, sft=small(folder)["sft"]), ["train.steps=2", "checkpoint.every=0"])
+    ranks.run(2, trained, config=config)
+    assert cached and {path: path.stat().st_mtime_ns for path in (folder / "cache").rglob("*")} == cached
     assert_same_rows(tmp_path, folder)
 
 
