@@ -20,7 +20,7 @@ from ais_megatron.algorithm.diagnostics import Diagnostics, diagnose
 from ais_megatron.algorithm.gradients import GradientSums
 from ais_megatron.algorithm.measured import limits
 from ais_megatron.algorithm.scaler import LossScaler
-from ais_megatron.config import Config, build_config
+from ais_megatron.config import Config, ConfigError, build_config
 
 TARGET = "bf16 rollouts"
 """The arm whose gradient the others should have."""
@@ -86,8 +86,8 @@ class Seen(NamedTuple):
     rollout_logprobs: Tensor
     advantages: Tensor
     loss_mask: Tensor
-    gradients: Tensor
-    """`GradientSums.flat`."""
+    gradients: Tensor | None
+    """`GradientSums.flat`; None if no arm measures gradients."""
 
 
 @dataclass(frozen=True)
@@ -107,6 +107,23 @@ def changed(config: Config, changes: dict[str, Any]) -> Config:
     """The configuration of an arm. Changes of a section leave its other keys as they are."""
     data = config.model_dump()
     return build_config(data | {key: data[key] | value if isinstance(value, dict) else value for key, value in changes.items()})
+
+
+def possible_arms(config: Config, with_aligned: bool) -> tuple[dict[str, Config], dict[str, str]]:
+    """The configuration of every arm, and why the others cannot be had.
+
+    Raises:
+        ConfigError: the target, or all arms of the aligned trainer that was asked for.
+    """
+    arms, refused = {TARGET: changed(config, ARMS[TARGET])}, {}
+    for name, changes in (ARMS | (ALIGNED_ARMS if with_aligned else {})).items():
+        try:
+            arms[name] = changed(config, changes)
+        except ConfigError as error:
+            refused[name] = " ".join(str(error).split("\n"))
+    if with_aligned and not arms.keys() & ALIGNED_ARMS.keys():
+        raise ConfigError(f"--trainer aligned: {refused[next(iter(ALIGNED_ARMS))]}")
+    return arms, refused
 
 
 def at_full_strength(correction: Correction) -> Correction:
@@ -130,9 +147,9 @@ def limit_text(correction: Correction) -> str:
     return f"{correction.low:g}-{correction.high:g}" if is_band else f"{correction.weight_cap:g}"
 
 
-def basis(config: Config, arms: Iterable[dict[str, Any]]) -> list[BasicGradient]:
+def basis(config: Config, arms: Iterable[Config]) -> list[BasicGradient]:
     """All basic gradients that the arms need, and those of every limit of the weights among which the measured coefficient chooses."""
-    full = [basic_gradient(changed(config, changes)) for changes in arms]
+    full = [basic_gradient(arm) for arm in arms]
     full += [basic_gradient(config, limit) for limit in limits(changed(config, {"correction": "ais"}))]
     return list(dict.fromkeys(vector for wanted in full for vector in (wanted.uncorrected, wanted)))
 
@@ -140,7 +157,7 @@ def basis(config: Config, arms: Iterable[dict[str, Any]]) -> list[BasicGradient]
 def choose(config: Config, seen: Seen, state: AISState) -> tuple[LossScaler, Diagnostics, AISState]:
     """What the configuration's rule does with one batch: its scaler, what it was told, and its state after the batch."""
     diagnostics = diagnose(*seen[:4], Correction.of(config))
-    gradients = GradientSums.of(seen.gradients) if config.measures_gradients else None
+    gradients = GradientSums.of(seen.gradients) if config.measures_gradients and seen.gradients is not None else None
     scaler, state = ais.loss_scaler(diagnostics, config, state, gradients)
     return scaler, diagnostics, state
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from gradient_arms import ARMS, TARGET, BasicGradient, Seen, at_full_strength, changed
+from gradient_arms import ARMS, TARGET, BasicGradient, Seen, at_full_strength, changed, possible_arms
 from gradient_sketch import GramMatrix, Sketcher
 from torch import Tensor
 
@@ -81,7 +81,8 @@ class Rig:
 
 def build_rig(config: Config, checkpoint: Path | None, with_aligned: bool) -> Rig:
     """checkpoint: its weights are used; otherwise those of the starting policy."""
-    config = changed(config, {"correction": "ais", "ais": {"coefficient": "measured"}})  # so that policies sketch responses' gradients
+    arms, _ = possible_arms(config, with_aligned)
+    config = next((arm for name, arm in arms.items() if arm.measures_gradients and name in ARMS), config)  # its policy sketches gradients
     policy, task, tokenizer = build_policy(config, from_checkpoint=checkpoint is not None)
     policies = {False: policy}
     if with_aligned:
@@ -89,7 +90,7 @@ def build_rig(config: Config, checkpoint: Path | None, with_aligned: bool) -> Ri
         folder = starting_folder(config)
         path = None if folder is None else str(folder)
         updates = config.train.steps * config.train.updates_per_batch
-        policies[True] = Policy(aligned, aligned.train.optimizer, updates, config.rollout.temperature, path)
+        policies[True] = Policy(aligned, aligned.train.optimizer, updates, config.likelihood_temperature, path)
     # The policy that syncs with an engine learns the scales of its cache, so the quantised engine belongs to the aligned trainer.
     owners = {False: policy, True: policies[with_aligned]}
     sessions = {}
@@ -120,9 +121,9 @@ def measure(
         for (quantised, aligned), batches_seen in seen.items():
             batch = collected[quantised].batch
             gradients = rig.policies[aligned].response_gradients(batch)
-            assert gradients is not None
             old = rig.policies[aligned].logprobs(batch, gradients)
-            batches_seen.append(Seen(old, batch.rollout_logprobs, batch.advantages, batch.loss_mask, gradients.sums()))
+            sums = None if gradients is None else gradients.sums()
+            batches_seen.append(Seen(old, batch.rollout_logprobs, batch.advantages, batch.loss_mask, sums))
             same_kind = [vector for vector in vectors if (vector.quantised, vector.aligned) == (quantised, aligned)]
             sketches |= basic_gradients(same_kind, batch, old, takers[aligned])
         gram.add(torch.stack([sketches[vector] for vector in vectors]))
@@ -186,9 +187,13 @@ class Taker:
         return self._sketch * self.share(part, batch)
 
     def share(self, part: Batch, batch: Batch) -> float:
-        """What the loss of some rows counts in that of all: their share of the tokens or, if responses are averaged, of the rows."""
+        """What the loss of some rows counts in that of all: their share of the tokens, each as often as it counts, or, if responses are
+        averaged, of the rows."""
 
         def count(rows: Batch) -> int:
-            return int(rows.loss_mask.sum() if self._unweighted.aggregation == "token" else rows.loss_mask.any(1).sum())
+            if self._unweighted.aggregation != "token":
+                return int(rows.loss_mask.any(1).sum())
+            tokens = rows.loss_mask.sum(1)
+            return int((tokens if rows.repeats is None else tokens * rows.repeats).sum())
 
         return count(part) / max(count(batch), 1)

@@ -19,6 +19,8 @@ error(H) judges: training accumulates the bias and averages out the noise. "agai
 gradient_arms.BASELINES, with an error that knows that both have the same batches. A rule passes if it is no worse within two of
 these errors. The best baseline is chosen after the fact, so it looks a little better than it is.
 
+Arms that the configuration refuses are left out, and a line says why.
+
 E are estimated without the batches' noise, and ± are jackknife errors over batches (gradient_statistics.py). Only a basis of
 gradients needs backward passes, because every rule for alpha and C mixes them (gradient_arms.py). What is kept are inner products
 of their sketches (gradient_sketch.py). So `--from` judges any other rule for alpha and C later, without the model. The arms are
@@ -52,9 +54,9 @@ from typing import Any
 
 import torch
 from contract import machine
-from gradient_arms import ALIGNED_ARMS, ARMS, BASELINES, TARGET, BasicGradient, Mixture, basic_gradient, basis, changed, limit_text, mixture
+from gradient_arms import BASELINES, TARGET, BasicGradient, Mixture, basic_gradient, basis, changed, limit_text, mixture, possible_arms
 from gradient_basis import Record, build_rig, measure
-from gradient_statistics import Estimate, GradientError, best_alpha, estimate, gradient_error
+from gradient_statistics import Estimate, GradientError, best_alpha, combined, estimate, gradient_error, moments
 
 from ais_megatron.algorithm.measured import limits
 from ais_megatron.config import load_config
@@ -87,7 +89,8 @@ def collect(arguments: argparse.Namespace) -> Record:
     target, is_run, with_aligned = arguments.target, arguments.target.is_dir(), arguments.trainer == "aligned"
     fixed = ["parallel.dp=1", "train.updates_per_batch=1", "ais.lag=0", "policy.forward_precision=bf16"]
     config = load_config(target / "config.yaml" if is_run else target, [*arguments.overrides, *fixed])
-    vectors = basis(config, [*ARMS.values(), *(ALIGNED_ARMS.values() if with_aligned else [])])
+    arms, _ = possible_arms(config, with_aligned)
+    vectors = basis(config, arms.values())
     init_process_group("cpu")
     rig = build_rig(config, newest_on_all_ranks(target / "checkpoints") if is_run else None, with_aligned)
     return measure(rig, config, vectors, arguments.batches, arguments.sketch, str(target), arguments.save)
@@ -103,8 +106,9 @@ class Judged:
 
 def judge(record: Record, reference: str) -> dict[str, Judged]:
     """Every arm whose gradients were taken, against the gradient of the arm `reference`."""
-    arms = ARMS | (ALIGNED_ARMS if any(aligned for _, aligned in record.seen) else {})
-    configs = {name: changed(record.config, changes) for name, changes in arms.items()}
+    configs, refused = possible_arms(record.config, any(aligned for _, aligned in record.seen))
+    for name, why in refused.items():
+        print(f"left out: {name}: {why}")
     mixtures = {}
     for name, config in configs.items():
         kind = basic_gradient(config)
@@ -121,7 +125,7 @@ def report(record: Record, horizons: list[float], reference: str, out: Path | No
     mean, config = statistics.fmean, record.config
     responses = config.rollout.prompts_per_step * config.rollout.group_size
     divergence, truncated, raw = (
-        mean(getattr(d, key) for d in arms["ais"].mixture.diagnostics)
+        mean(getattr(d, key) for d in arms["ais, product"].mixture.diagnostics)
         for key in ("divergence_severity", "weight_reliability", "weight_reliability_raw")
     )
     batches = len(record.gram)
@@ -129,6 +133,8 @@ def report(record: Record, horizons: list[float], reference: str, out: Path | No
     print(f"{record.parameters:,} parameters in sketches of {record.sketch:,}; {record.seconds:.0f} s")
     print("right answers: {:.1%} quantised, {:.1%} BF16".format(*(mean(record.accuracy[key]) for key in (True, False))))
     print(f"D {divergence:.2e} nats/token, ESS ratio {truncated:.4f} truncated, {raw:.4f} raw\n")
+    if hidden := hidden_by_noise(record, arms[reference]):
+        print(f"{hidden}\n")
     table = print_arms(arms, reference)
     for horizon in horizons:
         print_horizon(arms, horizon, table)
@@ -144,6 +150,17 @@ def report(record: Record, horizons: list[float], reference: str, out: Path | No
             "arms": table,
         }
         out.write_text(json.dumps(figures, indent=1) + "\n")
+
+
+def hidden_by_noise(record: Record, target: Judged) -> str | None:
+    """What to do if so few batches do not show the gradient that all figures are relative to."""
+    square = estimate(moments(combined(record.gram, target.mixture.coefficients, target.mixture.coefficients)).product)
+    if square.value > 2.0 * square.error:
+        return None
+    return (
+        f"WARNING: noise hides the reference's gradient: |E t|^2 is {square.value:.2g} ± {square.error:.2g}, and all figures below are "
+        "relative to it; raise --batches"
+    )
 
 
 def print_arms(arms: dict[str, Judged], reference: str) -> dict[str, dict[str, Any]]:
@@ -164,7 +181,7 @@ def print_arms(arms: dict[str, Judged], reference: str) -> dict[str, dict[str, A
 def print_horizon(arms: dict[str, Judged], horizon: float, table: dict[str, dict[str, Any]]) -> None:
     """error(H) of all arms, and its difference to that of the best baseline. Adds both to the table."""
     errors = {name: arm.error.error(horizon) for name, arm in arms.items()}
-    best = min(BASELINES, key=lambda name: float(errors[name][0]))
+    best = min((name for name in BASELINES if name in errors), key=lambda name: float(errors[name][0]))
     print(f"\n{f'H = {horizon:g} batches':<22} {'error(H)':>17}  {'against ' + best:>19}")
     for name, values in errors.items():
         own, difference = estimate(values), estimate(values - errors[best])

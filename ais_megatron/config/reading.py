@@ -62,15 +62,15 @@ def read_yaml(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> 
 
 def build_config(data: dict[str, Any]) -> Config:
     """Check a nested mapping and return it as a frozen `Config`, see `load_config`. If ``model.path`` is set, its config.json gives
-    ``model.architecture``. A diffusion model has ``rollout.kv_cache=none`` unless another value is given."""
+    ``model.architecture``. For a diffusion model ``rollout.kv_cache=auto`` is ``none``."""
     model = data.get("model")
     if isinstance(model, dict) and model.get("path"):
         data = {**data, "model": {**model, "architecture": read_architecture(model["path"]).model_dump()}}
     model, rollout = data.get("model"), data.get("rollout") or {}
     architecture = model.get("architecture") if isinstance(model, dict) else None
     family = FAMILIES.get(str(architecture.get("model_type"))) if isinstance(architecture, dict) else None
-    if family is not None and family.is_diffusion and isinstance(rollout, dict):
-        data = {**data, "rollout": {"kv_cache": "none", **rollout}}
+    if family is not None and family.is_diffusion and isinstance(rollout, dict) and rollout.get("kv_cache", "auto") == "auto":
+        data = {**data, "rollout": {**rollout, "kv_cache": "none"}}
     try:
         return Config(**data)
     except ValidationError as error:

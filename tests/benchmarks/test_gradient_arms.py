@@ -7,16 +7,18 @@ import json
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
+import yaml
 
 from ais_megatron.algorithm.ais import AISState, product_coefficient
 from ais_megatron.algorithm.correction import Correction
 from ais_megatron.algorithm.diagnostics import diagnose
 from ais_megatron.algorithm.gradients import SCORE_COLUMNS, STATE_COLUMNS, ResponseGradients
 from ais_megatron.algorithm.measured import limits
-from ais_megatron.config import build_config
+from ais_megatron.config import ConfigError, build_config, load_config
 from tests.helpers.paths import ROOT
 from tests.helpers.runs import small, write
 
@@ -48,7 +50,7 @@ def batches(module, config):
 
 
 def test_the_arms_need_few_gradients(module, config):
-    vectors = module.basis(config, module.ARMS.values())
+    vectors = module.basis(config, module.possible_arms(config, False)[0].values())
     caps = [v.correction.weight_cap for v in vectors if v.quantised and v.correction.name == "tis" and v.correction.level == "token"]
     assert sorted(caps) == config.ais.caps
     bands = {(v.correction.low, v.correction.high) for v in vectors if v.correction.name == "mis"}
@@ -59,7 +61,7 @@ def test_the_arms_need_few_gradients(module, config):
 
 
 def test_alpha_mixes_by_batch(module, config, batches):
-    vectors = module.basis(config, module.ARMS.values())
+    vectors = module.basis(config, module.possible_arms(config, False)[0].values())
     config = module.changed(config, {"ais": {"coefficient": "product"}})
     found = module.mixture(config, vectors, batches)
     full = module.basic_gradient(config)
@@ -73,7 +75,7 @@ def test_alpha_mixes_by_batch(module, config, batches):
 def test_a_mixture_is_the_gradient_that_training_takes(module, config, batches):
     """If tokens' gradients are unit vectors, an arm's gradient is the factors of its loss scaler."""
     changes = [*module.ARMS.values(), {"correction": "ais", "correction_options": {"batch_normalise": True}}]
-    vectors = module.basis(config, changes)
+    vectors = module.basis(config, [module.changed(config, change) for change in changes])
     for change in changes:
         arm = module.changed(config, change)
         found, state = module.mixture(arm, vectors, batches), AISState()
@@ -85,8 +87,45 @@ def test_a_mixture_is_the_gradient_that_training_takes(module, config, batches):
             torch.testing.assert_close(torch.einsum("k,kbs->bs", row.float(), basic), wanted)
 
 
+@pytest.fixture
+def llada(tmp_path):
+    """A run of a masked diffusion model, a configuration file with its data."""
+    data = small(tmp_path)
+    data["model"]["architecture"] |= {"model_type": "llada", "vocab_size": 40, "mask_token_id": 39}
+    data["rollout"] |= {"quantization": "fp8_e4m3", "max_response_tokens": 18}
+    data["diffusion"] = {"block_length": 6, "steps": 6, "likelihood": "trajectory", "states": 2}
+    (tmp_path / "llada.yaml").write_text(yaml.safe_dump(data))
+    return tmp_path / "llada.yaml"
+
+
+def test_arms_that_cannot_be_had_are_left_out_with_the_reason(module, llada):
+    config = load_config(llada)
+    arms, refused = module.possible_arms(config, with_aligned=False)
+    assert (
+        refused.keys() == {"tis, geometric", "tis, sequence", "ais, product, sequence"}
+        and arms.keys() == module.ARMS.keys() - refused.keys()
+    )
+    assert all(why.startswith("diffusion.likelihood=trajectory: scores only some tokens") for why in refused.values())
+    assert arms["bf16 rollouts"].rollout.kv_cache == "none" and arms["ais"].measures_gradients
+    with pytest.raises(ConfigError, match="--trainer aligned: policy.forward_precision=fp8_aligned: not supported for model_type=llada"):
+        module.possible_arms(config, with_aligned=True)
+
+
+def test_a_reference_hidden_by_noise_is_said(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    error = importlib.import_module("gradient_error")
+    alike, generator = torch.ones(8, 1, 6, dtype=torch.float64), torch.Generator().manual_seed(0)
+    noise = torch.randn(8, 1, 6, generator=generator, dtype=torch.float64)
+    target = SimpleNamespace(mixture=SimpleNamespace(coefficients=torch.ones(8, 1, dtype=torch.float64)))
+    said = [
+        error.hidden_by_noise(SimpleNamespace(gram=torch.einsum("bks,cls->bkcl", x, x)), target)
+        for x in (alike + 0.1 * noise, 0.1 * alike + noise)
+    ]
+    assert said[0] is None and "noise hides the reference's gradient" in said[1] and "raise --batches" in said[1]
+
+
 def test_a_cap_without_a_gradient_is_named(module, config, batches):
-    vectors = module.basis(config, module.ARMS.values())
+    vectors = module.basis(config, module.possible_arms(config, False)[0].values())
     with pytest.raises(KeyError, match="weight_cap=7.0.*ais.caps"):
         module.mixture(module.changed(config, {"ais": {"coefficient": "product", "weight_cap": 7.0}}), vectors, batches)
 
@@ -109,3 +148,12 @@ def test_the_whole_benchmark_and_its_saved_record(tmp_path):
     assert measured["arms"]["bf16 rollouts"]["norm"] == 1.0 and measured["arms"]["bf16 rollouts"]["bias"] == 0.0
     against_aligned = figures("--from", record, "--reference", "aligned, tis")
     assert against_aligned["arms"]["aligned, tis"]["bias"] == 0.0
+
+
+@pytest.mark.slow
+def test_the_whole_benchmark_of_a_diffusion_model(llada):
+    command = [sys.executable, ROOT / "benchmarks" / "gradient_error.py", llada, "--batches", "3"]
+    done = subprocess.run(command, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=540)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "left out: tis, sequence: diffusion.likelihood=trajectory: scores only some tokens" in done.stdout
+    assert "\nais " in done.stdout and "right answers:" in done.stdout

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -10,10 +11,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from ais_megatron.batch import Batch
 from ais_megatron.config import Architecture
 from ais_megatron.config.hf_config import hf_config
 from ais_megatron.models.family import names_of_twin, tensors_of
 from tests.helpers import checkpoints
+from tests.helpers.policies import make_batch
 
 MASK = 70
 SIZES = checkpoints.SIZES | dict(model_type="llada", num_key_value_heads=4, head_dim=16, rope_theta=500.0, mask_token_id=MASK)
@@ -51,3 +54,11 @@ def reference_logits(folder: Path, tokens: Tensor, lengths: Tensor) -> Tensor:
         everything = torch.zeros(1, 1, length, length)
         logits[row, :length] = model(tokens[row : row + 1, :length], attention_mask=everything).logits[0]
     return logits
+
+
+def masked_batch() -> Batch:
+    """`make_batch`, in which the model reads a mask in place of two thirds of the scored tokens, and of some of the others."""
+    batch = make_batch()
+    hidden = torch.rand(batch.tokens.shape, generator=torch.Generator().manual_seed(2)) < torch.where(batch.loss_mask, 0.7, 0.2)
+    hidden &= torch.arange(batch.tokens.shape[1]) < batch.lengths[:, None]
+    return replace(batch, inputs=batch.tokens.masked_fill(hidden, MASK), loss_mask=batch.loss_mask & hidden)

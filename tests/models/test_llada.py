@@ -16,8 +16,8 @@ from ais_megatron.config import Architecture, Config, ConfigError, DiffusionConf
 from ais_megatron.models.family import names_of_twin, tensors_of
 from ais_megatron.models.registry import is_quantized_weight
 from ais_megatron.planning.parameters import total_parameters
-from tests.helpers.llada import MASK, SIZES, make_llada, reference_logits
-from tests.helpers.policies import LAYOUTS, TEMPERATURE, exported, make_batch, make_config, make_policy, my_rows, weights_of
+from tests.helpers.llada import MASK, SIZES, make_llada, masked_batch, reference_logits
+from tests.helpers.policies import LAYOUTS, TEMPERATURE, exported, make_config, make_policy, my_rows, weights_of
 from tests.helpers.ranks import RankPool
 
 PUBLISHED = """{"activation_type": "silu", "alibi": false, "alibi_bias_max": 8.0, "architectures": ["LLaDAModelLM"],
@@ -32,14 +32,6 @@ PUBLISHED = """{"activation_type": "silu", "alibi": false, "alibi_bias_max": 8.0
 
 
 DIFFUSION = {"block_length": 20, "steps": 10}  # `make_config` has responses of 20 tokens
-
-
-def masked_batch() -> Batch:
-    """`make_batch`, in which the model reads a mask in place of two thirds of the scored tokens, and of some of the others."""
-    batch = make_batch()
-    hidden = torch.rand(batch.tokens.shape, generator=torch.Generator().manual_seed(2)) < torch.where(batch.loss_mask, 0.7, 0.2)
-    hidden &= torch.arange(batch.tokens.shape[1]) < batch.lengths[:, None]
-    return replace(batch, inputs=batch.tokens.masked_fill(hidden, MASK), loss_mask=batch.loss_mask & hidden)
 
 
 def expected_logprobs(folder: Path, batch: Batch) -> Tensor:
@@ -181,6 +173,7 @@ def test_a_causal_model_has_no_settings_of_diffusion_models(untied_checkpoint: P
 def test_what_follows_from_the_configuration(llada: Path) -> None:
     config = config_of(llada, rollout={"quantization": "fp8_e4m3", "max_response_tokens": 40})
     assert config.rollout.kv_cache == "none" and not config.rollout.kv_cache_is_fp8
+    assert config_of(llada, rollout={"kv_cache": "auto"}).rollout.kv_cache == "none", "auto is what the model needs"
     assert config.diffusion.steps_per_block(40) == 5 and DiffusionConfig().steps_per_block(256) == 16
     assert (config.rows_per_response, config.likelihood_temperature, config.measures_gradients) == (1, 1.0, True)
     stepwise = config_of(llada, diffusion=DIFFUSION | {"likelihood": "trajectory", "states": 3})
