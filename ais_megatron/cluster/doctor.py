@@ -221,6 +221,16 @@ _PROBES: tuple[tuple[str, Callable[[], Finding]], ...] = (
     ("megatron-core", _package("megatron-core", "megatron-core", "megatron.core", "the policy", "`train`, `sft` and `export`")),
     ("Transformer Engine", _transformer_engine),
     ("NVIDIA Apex", _apex),
+    (
+        "FLA",
+        _package(
+            "FLA",
+            "flash-linear-attention",
+            "fla.ops",
+            "kernels of the gated delta rule on GPUs (model_type=qwen3_5)",
+            "kernels of the gated delta rule (model_type=qwen3_5; pip install flash-linear-attention); torch computes it, in chunks",
+        ),
+    ),
     ("gradient accumulation fusion", _gradient_accumulation_fusion),
     ("fused Adam", _fused_adam),
     ("NCCL", _nccl),

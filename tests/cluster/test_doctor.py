@@ -15,6 +15,7 @@ NAMES = [
     "megatron-core",
     "Transformer Engine",
     "NVIDIA Apex",
+    "FLA",
     "gradient accumulation fusion",
     "fused Adam",
     "NCCL",
@@ -58,10 +59,10 @@ def test_every_part_once_and_every_absence_says_what_it_switches_off():
 
 
 def test_packages_are_not_imported(site):
-    site("sglang/__init__.py", "nemo_run/__init__.py", "wandb/__init__.py")
+    site("sglang/__init__.py", "nemo_run/__init__.py", "wandb/__init__.py", "fla/ops/__init__.py")
     findings = {finding.name: finding for finding in inspect_environment()}
     assert findings["SGLang"] == Finding("SGLang", True, None, "the SGLang rollout engine")
-    assert findings["nemo-run"].present and findings["wandb"].present
+    assert findings["nemo-run"].present and findings["wandb"].present and findings["FLA"].present
 
 
 def test_the_apex_of_pypi_is_told_from_nvidias(site):
