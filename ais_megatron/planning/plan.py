@@ -10,7 +10,9 @@ computed tensor by tensor (`planning.memory`). Seconds follow from the assumptio
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import product
 from typing import TYPE_CHECKING
 
 from pydantic import ValidationError
@@ -208,22 +210,27 @@ def suggest(config: Config, assumed: Assumptions, gpus: int, count: int = 5) -> 
     return sorted(fitting, key=lambda plan: (float(f"{plan.time.total:.3g}"), plan.time.trainer, plan.peak))[:count]
 
 
-def fitting_plans(config: Config, assumed: Assumptions, gpus: int) -> list[Plan]:
-    """All layouts of `suggest`, in no order."""
-    a, cp, fitting = config.architecture, config.parallel.cp, []
+def fitting_plans(config: Config, assumed: Assumptions, gpus: int, context: Sequence[int] | None = None) -> list[Plan]:
+    """All layouts of `suggest`, in no order. context: the sizes of context parallelism to try; None: that of the configuration."""
+    a, fitting = config.architecture, []
     experts = [n for n in POWERS if a.is_moe and a.num_experts % n == 0] or [1]
-    for tp in (n for n in POWERS if n <= min(gpus, assumed.gpus_per_node)):
-        for pp in (n for n in range(1, gpus // tp + 1) if a.num_hidden_layers % n == 0 and gpus % (tp * cp * n) == 0):
-            dp = gpus // (tp * pp * cp)
-            for ep, etp in ((ep, etp) for ep in experts for etp in ({1, tp} if a.is_moe else {1})):
-                if tp * cp * dp % (ep * etp):
-                    continue
-                layout: dict[str, object] = dict(tp=tp, pp=pp, dp=dp, ep=ep, etp=etp, sequence_parallel=tp > 1)
-                for recompute in ("none", "full"):
-                    changed = revised(config, parallel=layout, model={"recompute": recompute})
-                    if isinstance(changed, Config) and not (plan := make_plan(changed, assumed)).problems:
-                        fitting.append(plan)
-                        break  # if the layout fits without recomputation, recomputation only costs time
+    stages = [n for n in range(1, a.num_hidden_layers + 1) if a.num_hidden_layers % n == 0]
+    tensors = [n for n in POWERS if n <= min(gpus, assumed.gpus_per_node)]
+    for tp, pp, cp in product(tensors, stages, context or (config.parallel.cp,)):
+        dp = gpus // (tp * pp * cp)
+        if gpus % (tp * pp * cp) or config.rollout.prompts_per_step % dp:
+            continue  # the checks refuse it too, in much more time
+        for ep, etp in product(experts, {1, tp} if a.is_moe else {1}):
+            if tp * cp * dp % (ep * etp):
+                continue
+            layout: dict[str, object] = dict(tp=tp, pp=pp, cp=cp, dp=dp, ep=ep, etp=etp, sequence_parallel=tp > 1)
+            for recompute in ("none", "full"):
+                changed = revised(config, parallel=layout, model={"recompute": recompute})
+                if isinstance(changed, str):
+                    break
+                if not (plan := make_plan(changed, assumed)).problems:
+                    fitting.append(plan)
+                    break  # if the layout fits without recomputation, recomputation only costs time
     return fitting
 
 

@@ -1,9 +1,9 @@
 """`ais-megatron plan --sweep`: the fastest layout at each number of GPUs, and what stops the run from scaling further.
 
 For each number of GPUs and length of responses, all GPUs are divided between trainer and SGLang servers: an eighth, a quarter or a half
-train, and the others generate. The servers get the tensor and expert parallelism that generates fastest, and the trainer the layout of
-`plan.fitting_plans` with the shortest time. Of all divisions the one with the most response tokens per second is kept. The batch does not
-grow with the GPUs (strong scaling).
+train, and the others generate. The servers get the tensor and expert parallelism that generates fastest. The trainer gets the layout of
+`plan.fitting_plans` with the shortest time, with context parallelism as long as slices of a row are not too short. Of all divisions the
+one with the most response tokens per second is kept. The batch does not grow with the GPUs (strong scaling).
 
 The bottleneck of a point is the phase that a step waits for longest, and in it the cause with the largest share (`cost.generate_parts`,
 `pass_parts`, `sync_parts`). A length stops scaling at the GPUs beyond which twice as many give less than `WORTH_IT` times the throughput.
@@ -33,6 +33,9 @@ from ais_megatron.planning.plan import Plan, fitting_plans, make_plan, revised
 SHARES = (8, 4, 2)
 """The trainer gets one of so many parts of the GPUs. Other shares would leave numbers of ranks that do not divide a batch."""
 SERVER_SIZES = (1, 2, 4, 8)
+CONTEXT_SIZES = (1, 2, 4, 8)
+SHORTEST_SLICE = 1024
+"""Tokens of a row on one rank. With shorter slices context parallelism is hardly ever the fastest, and the search would take longer."""
 WORTH_IT = 1.4
 ROUTES: tuple[Route, ...] = ("chain", "tree", "direct")
 
@@ -83,7 +86,7 @@ def sweep(config: Config, assumed: Assumptions, gpus: Sequence[int], lengths: Se
         sized = revised(config, rollout={"max_response_tokens": length}, parallel={"dp": 1, "ep": 1, "etp": 1})
         if isinstance(sized, str):
             raise ConfigError(f"--responses {length}: {sized}")
-        trainers: dict[tuple[int, int, int], Plan | None] = {}
+        trainers: dict[tuple[int, int, int], list[Plan]] = {}
         points += [_point(sized, replace(assumed, response_tokens=length), count, trainers) for count in gpus]
     return points
 
@@ -100,18 +103,19 @@ def _check(config: Config, gpus: Sequence[int], lengths: Sequence[int]) -> None:
         raise ConfigError(f"--sweep-gpus {min(gpus)}: must be 2 or more, because some train and the others generate")
 
 
-def _point(config: Config, assumed: Assumptions, gpus: int, trainers: dict[tuple[int, int, int], Plan | None]) -> Point:
+def _point(config: Config, assumed: Assumptions, gpus: int, trainers: dict[tuple[int, int, int], list[Plan]]) -> Point:
     best: Plan | None = None
     for training in sorted({gpus // share for share in SHARES if gpus % share == 0}):
-        served = _with_servers(config, replace(assumed, rollout_gpus=gpus - training))
+        here = replace(assumed, rollout_gpus=gpus - training)
+        served = _with_servers(config, here)
         if served is None:
             continue
         key = (training, served.rollout.sglang.tp, served.rollout.sglang.ep)
         if key not in trainers:  # the same GPUs train in several divisions
-            trainers[key] = _trainer(served, replace(assumed, rollout_gpus=gpus - training), training)
-        found = trainers[key]
+            trainers[key] = fitting_plans(served, here, training, _context_sizes(served, here))
+        found = _fastest(trainers[key], generate_seconds(served, here, servers_of(served, here)))
         if found is not None:
-            plan = make_plan(found.config, replace(assumed, rollout_gpus=gpus - training))
+            plan = make_plan(found.config, here)
             if not plan.problems and (best is None or plan.time.tokens_per_second > best.time.tokens_per_second):
                 best = plan
     if best is None:
@@ -136,10 +140,20 @@ def _with_servers(config: Config, assumed: Assumptions) -> Config | None:
     return min(found, key=lambda entry: entry[:2])[2] if found else None
 
 
-def _trainer(config: Config, assumed: Assumptions, gpus: int) -> Plan | None:
-    """The layout whose trainer and sync take the least time."""
-    plans = fitting_plans(config, assumed, gpus)
-    return min(plans, key=lambda plan: (plan.time.trainer + plan.time.sync, plan.peak), default=None)
+def _context_sizes(config: Config, assumed: Assumptions) -> list[int]:
+    return [cp for cp in CONTEXT_SIZES if cp == 1 or longest_row(config, assumed) >= cp * SHORTEST_SLICE]
+
+
+def _fastest(plans: Sequence[Plan], generate: float) -> Plan | None:
+    """The plan with the shortest step, beside servers that generate for so many seconds. If several have it, the one whose trainer needs
+    the least time."""
+
+    def seconds(plan: Plan) -> tuple[float, float, int]:
+        time = plan.time
+        step = max(generate, time.trainer) if plan.config.rollout.ahead else generate + time.trainer
+        return step + time.sync, time.trainer, plan.peak
+
+    return min(plans, key=seconds, default=None)
 
 
 def _causes(plan: Plan) -> tuple[tuple[str, str, float], ...]:

@@ -10,7 +10,7 @@ from ais_megatron.config import Config
 from ais_megatron.planning.cost import DISK_GB_S, NVLINK_HOP_US, PCIE_GB_S, SERVER_MEM_FRACTION, Assumptions, row_tokens
 from ais_megatron.planning.parameters import total_parameters
 from ais_megatron.planning.plan import Plan
-from ais_megatron.planning.scale import ROUTES, SHARES, WORTH_IT, Limit, Point, as_json, limits
+from ais_megatron.planning.scale import CONTEXT_SIZES, ROUTES, SHARES, SHORTEST_SLICE, WORTH_IT, Limit, Point, as_json, limits
 from ais_megatron.runs.folder import write_json_atomic, write_text_atomic
 from ais_megatron.runs.plotting import BLUE, GREEN, ORANGE, PURPLE, STYLE
 
@@ -38,7 +38,8 @@ def assumption_lines(config: Config, assumed: Assumptions, measured: Mapping[str
         f"division: 1/{', 1/'.join(map(str, SHARES))} of the GPUs train; servers of 1, 2, 4 or 8 GPUs with at most "
         f"{rollout.sglang.max_running or rollout.sglang.max_concurrency} requests each, and a share of {share:g} of their memory",
         f"generation: {rollout.quantization}, KV cache {rollout.kv_cache}; TP within a server costs only the latency of a layer",
-        "trainer: collectives do not overlap with computation; gradients are reduced once per update",
+        f"trainer: context parallelism of {', '.join(map(str, CONTEXT_SIZES))} with at least {SHORTEST_SLICE:,} tokens of a row on a rank; "
+        "collectives do not overlap with computation; gradients are reduced once per update",
         f"sync: one after the other gathering, quantising, sending; transport={rollout.sglang.transport}, buckets of "
         f"{rollout.sync_bucket_mb:g} MiB; NVLink hop {NVLINK_HOP_US:g} us, PCIe {PCIE_GB_S:g} and disk {DISK_GB_S:g} GB/s",
         f"a length stops scaling where twice the GPUs give less than {WORTH_IT:g} times the throughput",

@@ -16,8 +16,8 @@ from ais_megatron.cli import app
 from ais_megatron.config import ConfigError, load_config
 from ais_megatron.planning.calibration import read_calibration
 from ais_megatron.planning.cost import Assumptions, Servers, SyncBytes, sync_parts
-from ais_megatron.planning.plan import revised, suggest
-from ais_megatron.planning.scale import Point, limits, sweep
+from ais_megatron.planning.plan import fitting_plans, revised, suggest
+from ais_megatron.planning.scale import Point, _context_sizes, limits, sweep
 from ais_megatron.planning.scale_report import assumption_lines, markdown
 from tests.helpers.paths import ROOT
 
@@ -36,12 +36,25 @@ def test_no_division_of_the_gpus_is_faster(points: list[Point]) -> None:
     for training in (2, 4, 8):
         for tp in (1, 2, 4, 8):
             sglang = load_config(DENSE).rollout.sglang.model_dump() | {"tp": tp}
-            config = revised(load_config(DENSE), rollout={"sglang": sglang}, parallel={"dp": 1})
-            if not isinstance(config, str) and (16 - training) % tp == 0:
-                found = suggest(config, Assumptions(rollout_gpus=16 - training), training, count=100)
-                best = max([best, *(plan.time.tokens_per_second for plan in found)])
+            for cp in (1, 2, 4):
+                config = revised(load_config(DENSE), rollout={"sglang": sglang}, parallel={"dp": 1, "cp": cp})
+                if not isinstance(config, str) and (16 - training) % tp == 0:
+                    found = suggest(config, Assumptions(rollout_gpus=16 - training), training, count=100)
+                    best = max([best, *(plan.time.tokens_per_second for plan in found)])
     (point,) = (p for p in points if (p.gpus, p.response_tokens) == (16, 4096))
     assert point.tokens_per_second == pytest.approx(best, rel=1e-3)  # the shortest trainer, of steps that generation decides
+
+
+def test_long_rows_are_spread_over_ranks() -> None:
+    """Where the trainer decides, with context parallelism only if no layout without it is as fast."""
+    (point,) = sweep(load_config(DENSE), Assumptions(), [16], [32768])
+    plan = point.plan
+    assert plan is not None and plan.config.parallel.cp > 1 and point.critical == "trainer"
+    without = fitting_plans(plan.config, plan.assumed, plan.gpus, [1])
+    assert all(plan.time.trainer + plan.time.sync < other.time.trainer + other.time.sync for other in without)
+    for length, sizes in ((1024, [1]), (4096, [1, 2, 4]), (32768, [1, 2, 4, 8])):
+        config = revised(load_config(DENSE), rollout={"max_response_tokens": length})
+        assert not isinstance(config, str) and _context_sizes(config, Assumptions()) == sizes, "1,024 tokens or more on each rank"
 
 
 def test_causes_add_up_to_the_step(points: list[Point]) -> None:
