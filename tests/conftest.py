@@ -23,11 +23,13 @@ def pytest_configure() -> None:
 # Where several processes share the tests (pytest -n), long groups come first, so that all processes end at about the same time. A
 # process takes two groups to begin with: hence the two short ones behind the longest two.
 FIRST = ("tests/sglang", "tests/slurm", "tests/algorithm", "tests/benchmarks", "tests/virtual_cuda")
+TOGETHER = ("tests/sglang", "tests/slurm", "tests/virtual_cuda")
 
 
 def group_of(nodeid: str) -> str:
-    """What one process runs: a file, or all tests with real servers, which they share, or all with the one Slurm of a machine."""
-    return next((folder for folder in ("tests/sglang", "tests/slurm") if nodeid.startswith(f"{folder}/")), nodeid.partition("::")[0])
+    """What one process runs: a file, or all tests with real servers, which they share, or all with the one Slurm of a machine, or all on
+    virtual GPUs, which are compared with the same results of CPU ranks."""
+    return next((folder for folder in TOGETHER if nodeid.startswith(f"{folder}/")), nodeid.partition("::")[0])
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
