@@ -59,8 +59,8 @@ SINGLE = {"rollout": {"group_size": 1, "return_routed_experts": False}, "objecti
 def config_of(layout: str, **sections: Any) -> Config:
     kind, (_, parallel, recompute) = layout.split(",")[0], TRAINED_LAYOUTS[layout]
     model = {"architecture": ARCHITECTURES[kind], "dtype": "fp32", "recompute": recompute}
-    # Two rows of 128 columns, as they are on a GPU, or two or three that are packed: several microbatches, but not more than that needs.
-    budget = 40 if "packed" in layout else 256 // parallel.get("cp", 1)
+    # Two rows of 128 columns for each rank, as they are on a GPU, or two or three that are packed: several microbatches, but few.
+    budget = 40 if "packed" in layout else 256
     data = {
         "model": model,
         "parallel": parallel,
