@@ -136,13 +136,19 @@ def test_without_servers_the_run_is_saved_and_can_go_on(sglang_server: Servers, 
     assert [row["step"] for row in run.rows()] == list(range(1, 7))
 
 
-def test_one_batch_ahead_of_a_pipeline(sglang_server: Servers, ranks: RankPool, tmp_path: Path) -> None:
-    """Two ranks, two pipeline stages: staleness is measured, and servers take updates while both ranks have requests there."""
-    folder, pipeline = tmp_path / "ahead", ["train.steps=6", "rollout.ahead=1", "parallel.pp=2"]
-    ranks.run(2, trained, config=on_running(sglang_server("dense", "fp8"), folder, *pipeline))
-    staleness = [row["staleness"] for row in rows_of(folder)]
-    assert len(staleness) == 6 and staleness[0] == 0 and all(0.0 < value <= 1.0 for value in staleness[1:]), staleness
-    assert all(row["num_responses"] == RESPONSES for row in rows_of(folder))
+@pytest.mark.parametrize(("ahead", "objective"), [(1, "grpo"), (2, "dapo")])
+def test_batches_ahead_of_a_pipeline(sglang_server: Servers, ranks: RankPool, tmp_path: Path, ahead: int, objective: str) -> None:
+    """Two ranks, two pipeline stages: staleness is measured, and servers take updates while both ranks have requests there. With dynamic
+    sampling a step may use prompts that were started for the next one."""
+    folder, pipeline = tmp_path / "ahead", ["train.steps=5", f"rollout.ahead={ahead}", "parallel.pp=2"]
+    dynamic = [f"objective.name={objective}", "objective.max_refills=1", f"rollout.max_staleness={ahead}"]
+    ranks.run(2, trained, config=on_running(sglang_server("dense", "fp8"), folder, *pipeline, *dynamic))
+    rows = rows_of(folder)
+    staleness = [row["staleness"] for row in rows]
+    assert len(rows) == 5 and staleness[0] == 0 and all(0.0 < value <= ahead for value in staleness[1:]), staleness
+    assert all(row["num_responses"] == 8 * row["prompts_sampled"] and row["stale_fraction"] == row["dropped_fraction"] == 0 for row in rows)
+    sampled = [row["prompts_sampled"] for row in rows]
+    assert sampled == [16] * 5 if objective == "grpo" else max(sampled) > 16, sampled
 
 
 def test_servers_and_trainer_take_turns(sglang_server: Servers, ranks: RankPool, tmp_path: Path) -> None:
