@@ -16,8 +16,10 @@ import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import torch
+if TYPE_CHECKING:
+    from torch import Tensor
 
 EXACT_UP_TO = 40  # seeds; the patterns of each half of the seeds are held in memory, so this is 2 * 2^20 numbers
 
@@ -71,6 +73,8 @@ def sign_flip_p(differences: Sequence[float]) -> float:
 
     It is exact for up to `EXACT_UP_TO` differences. Beyond that it is that of the normal distribution with the same variance.
     """
+    import torch  # takes seconds, and most commands of this package need no p value
+
     gaps = torch.tensor(differences, dtype=torch.float64)
     observed = float(gaps.sum().abs())
     if len(gaps) > EXACT_UP_TO:
@@ -85,8 +89,10 @@ def sign_flip_p(differences: Sequence[float]) -> float:
     return float((above + below).sum()) / 2.0 ** len(gaps)
 
 
-def _signed_sums(gaps: torch.Tensor) -> torch.Tensor:
+def _signed_sums(gaps: Tensor) -> Tensor:
     """The sums of all patterns of signs, float64 ``[2^n]``."""
+    import torch
+
     sums = gaps.new_zeros(1)
     for gap in gaps:
         sums = torch.cat([sums + gap, sums - gap])

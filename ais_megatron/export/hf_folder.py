@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -21,9 +21,6 @@ from torch import Tensor
 from ais_megatron.config import Architecture
 from ais_megatron.config.hf_config import generation_config, hf_config
 from ais_megatron.models import family
-
-if TYPE_CHECKING:
-    from ais_megatron.export.quantized import Projections
 
 SHARD_BYTES = 5 * 10**9
 INDEX_FILE = "model.safetensors.index.json"
@@ -43,6 +40,19 @@ class Kind(NamedTuple):
     @property
     def nbytes(self) -> int:
         return self.dtype.itemsize * prod(self.shape)
+
+
+class Projections(Protocol):
+    """A layout of a quantised model's projections (`quantized`)."""
+
+    def kinds(self, name: str, shape: tuple[int, ...]) -> dict[str, Kind]:
+        """The tensors that stand for the projection ``X.weight`` of this shape, in order."""
+
+    def tensors(self, name: str, weight: Tensor) -> list[tuple[str, Tensor]]:
+        """The same tensors with their values. Raises ValueError if the weight cannot be quantised."""
+
+    def config(self, architecture: Architecture) -> dict[str, object]:
+        """``quantization_config`` of the model's config.json."""
 
 
 @dataclass(frozen=True)

@@ -11,33 +11,18 @@ Source: compressed-tensors 0.20, `pack_to_int32` and `PackedQuantizationCompress
 
 from __future__ import annotations
 
-from typing import Protocol
-
 import torch
 from torch import Tensor
 
 from ais_megatron.config import Architecture, Config
 from ais_megatron.config.hf_config import fp8_config, int4_config
-from ais_megatron.export.hf_folder import FLOAT32, Kind
+from ais_megatron.export.hf_folder import FLOAT32, Kind, Projections
 from ais_megatron.models.family import tensors_of
 from ais_megatron.quantization.formats import FP8_E4M3, INT4, Format, format_of
 from ais_megatron.quantization.fp8 import quantize_block
 
 _PER_WORD = 8  # four-bit values in an int32
 _OFFSET = 8  # makes them unsigned
-
-
-class Projections(Protocol):
-    """One layout."""
-
-    def kinds(self, name: str, shape: tuple[int, ...]) -> dict[str, Kind]:
-        """The tensors that stand for the projection ``X.weight`` of this shape, in order."""
-
-    def tensors(self, name: str, weight: Tensor) -> list[tuple[str, Tensor]]:
-        """The same tensors with their values. Raises ValueError if the weight cannot be quantised."""
-
-    def config(self, architecture: Architecture) -> dict[str, object]:
-        """``quantization_config`` of the model's config.json."""
 
 
 def projections_of(config: Config) -> Projections | None:

@@ -12,9 +12,9 @@ from torch import Tensor
 from ais_megatron.config import Config, ConfigError, load_config
 from ais_megatron.export.adapter import add_product, factor_names, factor_shapes, write_adapter
 from ais_megatron.export.checkpoint_reader import CheckpointReader
-from ais_megatron.export.hf_folder import SHARD_BYTES, HFFolder, total_bytes
+from ais_megatron.export.hf_folder import SHARD_BYTES, HFFolder, Projections, total_bytes
 from ais_megatron.export.hf_reader import HFReader
-from ais_megatron.export.quantized import Projections, projections_of
+from ais_megatron.export.quantized import projections_of
 from ais_megatron.models.family import HEAD, tensors_of
 from ais_megatron.models.registry import is_quantized_weight
 from ais_megatron.quantization.formats import format_of

@@ -4,12 +4,19 @@ would show: more different responses, and more prompts that at least one of them
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Protocol
 
 from ais_megatron.batch import Rollout
-from ais_megatron.tasks.task import Reward
 
 
-def num_solved_groups(rewards: Sequence[Reward], group_size: int) -> int:
+class Judged(Protocol):
+    """A reward."""
+
+    @property
+    def correct(self) -> bool: ...
+
+
+def num_solved_groups(rewards: Sequence[Judged], group_size: int) -> int:
     """How many groups have a correct response. Divided by the number of groups it is pass@k of the training prompts, k = `group_size`."""
     return sum(any(reward.correct for reward in rewards[i : i + group_size]) for i in range(0, len(rewards), group_size))
 
