@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def gpus() -> Iterator[RankPool]:
     """With the libraries of this environment, which has no Transformer Engine."""
     pool = RankPool(4, prepare=machine.install, backend="nccl")
+    yield pool
+    pool.close()
+
+
+@pytest.fixture(scope="module")
+def gpus_with_fla() -> Iterator[RankPool]:
+    pool = RankPool(4, prepare=partial(machine.install, fla=True), backend="nccl")
     yield pool
     pool.close()
 

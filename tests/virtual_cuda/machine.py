@@ -17,22 +17,26 @@ import torch
 import torch.cuda.nccl
 import torch.distributed as dist
 
+from tests.virtual_cuda import flash_linear_attention
 from tests.virtual_cuda.devices import CUDA, enter_for_good, inside, looked_at
 from tests.virtual_cuda.missing import stand_in_for
 
 NUM_GPUS, MEMORY = 8, 80 << 30
 
 
-def install(packages: Path | None = None, transformer_engine: bool = False) -> None:
+def install(packages: Path | None = None, transformer_engine: bool = False, fla: bool = False) -> None:
     """Give this process virtual GPUs, for good. Before Megatron is imported.
 
-    packages: a folder of unpacked wheels that come before what is installed. transformer_engine: one of them is that.
+    packages: a folder of unpacked wheels that come before what is installed. transformer_engine: one of them is that. fla: the
+    stand-in for FLA is there.
     """
     warnings.filterwarnings("ignore")
     if packages is not None:
         sys.path.insert(0, str(packages))
         stand_in_for("triton")  # Megatron 0.19 imports kernels that are written in it; every torch for GPUs comes with it
     _answer_torch_cuda()
+    if fla:
+        flash_linear_attention.install()
     if transformer_engine:
         from tests.virtual_cuda import transformer_engine as te
 

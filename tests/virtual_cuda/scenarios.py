@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ais_megatron.batch import Batch, Prompt
 from ais_megatron.config import Architecture, Config, build_config
+from tests.helpers.engines import RECURRENT
 from tests.helpers.policies import my_rows
 from tests.helpers.runs import small, trained
 
@@ -29,7 +30,9 @@ DENSE: dict[str, Any] = {
 }
 MOE = DENSE | {"model_type": "qwen3_moe", "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
 LLAMA = DENSE | {"model_type": "llama", "rope_scaling": {"original_max_position_embeddings": 32}, "tie_word_embeddings": True}
-ARCHITECTURES = {"dense": DENSE, "moe": MOE, "llama": LLAMA, "qwen2": DENSE | {"model_type": "qwen2"}}
+LLADA = DENSE | {"model_type": "llada", "num_key_value_heads": 4, "mask_token_id": 70}
+QWEN35 = DENSE | RECURRENT | {"model_type": "qwen3_5", "num_hidden_layers": 4}
+ARCHITECTURES = {"dense": DENSE, "moe": MOE, "llama": LLAMA, "qwen2": DENSE | {"model_type": "qwen2"}, "llada": LLADA, "qwen35": QWEN35}
 # ranks, `parallel`, model.recompute
 LAYOUTS: dict[str, tuple[int, dict[str, Any], str]] = {
     "dense, one rank": (1, {}, "none"),
@@ -48,7 +51,14 @@ PACKED_LAYOUTS: dict[str, tuple[int, dict[str, Any], str]] = {
     "dense, CP2": (2, {"cp": 2}, "none"),
     "moe, packed EP2": (2, {"ep": 2}, "full"),
 }
-ALL_LAYOUTS = LAYOUTS | FAMILY_LAYOUTS
+# A masked diffusion model, and layers with a gated delta rule beside layers with attention.
+UNLIKE_LAYOUTS: dict[str, tuple[int, dict[str, Any], str]] = {
+    "llada, one rank": (1, {}, "none"),
+    "llada, TP2 x PP2": (4, {"tp": 2, "pp": 2, "sequence_parallel": True}, "full"),
+    "qwen35, one rank": (1, {}, "none"),
+    "qwen35, TP2 x PP2": (4, {"tp": 2, "pp": 2, "sequence_parallel": True}, "full"),
+}
+ALL_LAYOUTS = LAYOUTS | FAMILY_LAYOUTS | UNLIKE_LAYOUTS
 TRAINED_LAYOUTS = ALL_LAYOUTS | PACKED_LAYOUTS
 
 
@@ -67,6 +77,7 @@ def config_of(layout: str, **sections: Any) -> Config:
         "rollout": {"max_response_tokens": 20, "temperature": TEMPERATURE, "quantization": "fp8_e4m3", "prompts_per_step": 4},
         "train": {"tokens_per_microbatch": budget, "logprob_chunk_tokens": 7, "packing": "packed" in layout},
         "objective": {"kl_coefficient": 0.01},
+        "diffusion": {"block_length": 20, "steps": 5} if kind == "llada" else {},
     }
     for name, changes in sections.items():
         data[name] = data.get(name, {}) | changes if isinstance(changes, dict) else changes
@@ -74,7 +85,8 @@ def config_of(layout: str, **sections: Any) -> Config:
 
 
 def batch_of(config: Config) -> Batch:
-    """Six rows of different lengths; a MoE model's with what an engine might have routed, at a few tokens nothing."""
+    """Six rows of different lengths; a MoE model's with what an engine might have routed, at a few tokens nothing. A diffusion model reads
+    masks in place of the tokens in the loss, and of a token before them."""
     architecture, generator = config.architecture, torch.Generator().manual_seed(1)
     lengths = torch.tensor([17, 9, 12, 17, 5, 14])
     columns = torch.arange(17)
@@ -84,8 +96,12 @@ def batch_of(config: Config) -> Batch:
         shape = (6, 17, architecture.num_hidden_layers)
         routes = torch.stack([torch.randint(0, 2, shape, generator=generator), torch.randint(2, 4, shape, generator=generator)], -1).int()
         routes[:, 3] = -1
+    tokens = torch.randint(0, architecture.vocab_size, (6, 17), generator=generator) * real
+    diffusion = architecture.family.is_diffusion
     return Batch(
-        tokens=torch.randint(0, architecture.vocab_size, (6, 17), generator=generator) * real,
+        tokens=tokens,
+        inputs=tokens.masked_fill(real & ((columns >= 3) | (columns == 1)), architecture.mask_token_id) if diffusion else None,
+        repeats=torch.tensor([1, 2, 1, 3, 1, 1]) if diffusion else None,
         loss_mask=real & (columns >= 3),
         lengths=lengths,
         rollout_logprobs=torch.zeros(6, 17),
@@ -144,6 +160,16 @@ def fp8_on_gpus() -> dict[str, Any]:
     from ais_megatron.distributed import device
 
     return {"forward_precision": "fp8_te" if device().type == "cuda" else "bf16"}
+
+
+def delta_rules_of_fla(rank: int, layout: str, weights: Path) -> Counter[tuple[int, int, torch.dtype]]:
+    """How FLA was called for log-probabilities."""
+    from tests.virtual_cuda.flash_linear_attention import CALLS
+
+    policy = policy_of(config_of(layout), weights)
+    CALLS.clear()
+    policy.logprobs(my_rows(batch_of(policy.config))[0])
+    return Counter(CALLS)
 
 
 def products_in_fp8(rank: int, layout: str, weights: Path) -> list[Counter[tuple[str, str | None, bool]]]:
@@ -272,6 +298,7 @@ def engine_and_files(rank: int, layout: str, weights: Path, folder: Path) -> dic
     from ais_megatron.rollout.local.engine import LocalEngine
     from ais_megatron.rollout.manifest import Manifest
     from ais_megatron.rollout.sglang.transport import FlatBucket
+    from ais_megatron.session import denoising
     from ais_megatron.weight_sync import weight_stream
 
     config = config_of(layout)
@@ -280,18 +307,19 @@ def engine_and_files(rank: int, layout: str, weights: Path, folder: Path) -> dic
     scales = policy.logprobs_and_calibration(rows)[1].scales
     for_server = config.rollout.model_copy(update={"engine": "sglang"})
     manifest, num_bytes = Manifest.of(config.architecture, for_server, torch.float32), 0
-    manifest.begin()
-    for bucket in weight_stream(policy, for_server, scales):
-        for name, tensor in bucket:
-            manifest.take(name, tensor)
-        flat = FlatBucket.of(bucket)
-        flat.copy_into(torch.empty(flat.nbytes, dtype=torch.uint8, device=device()))
-        num_bytes += flat.nbytes
-    manifest.check_complete()
+    if not config.architecture.family.is_diffusion:  # which SGLang does not serve
+        manifest.begin()
+        for bucket in weight_stream(policy, for_server, scales):
+            for name, tensor in bucket:
+                manifest.take(name, tensor)
+            flat = FlatBucket.of(bucket)
+            flat.copy_into(torch.empty(flat.nbytes, dtype=torch.uint8, device=device()))
+            num_bytes += flat.nbytes
+        manifest.check_complete()
     engine = LocalEngine(config.architecture, config.rollout, eos_ids=(1,), pad_id=0, device=device(), dtype=torch.float32)
     engine.update_weights(weight_stream(policy, config.rollout, scales), 0)
     prompts = [Prompt(i, "", tuple(range(3, 8 + i)), {}) for i in range(3)]
-    rollouts = engine.generate(prompts, SamplingParams(2, 6, TEMPERATURE, seed=3))
+    rollouts = engine.generate(prompts, SamplingParams(2, 20, TEMPERATURE, seed=3, denoising=denoising(config, num_views=1)))
     folder /= device().type
     save_hf(policy.export_buckets(2**15), config.architecture, "fp32", folder)
     torch.distributed.all_reduce(torch.zeros(1, device=device()))  # rank 0 has written

@@ -17,7 +17,7 @@ from tests.helpers.ranks import RankPool
 from tests.virtual_cuda import machine, scenarios
 from tests.virtual_cuda.comparing import assert_checkpoints_come_back, assert_same_training, assert_same_weights_everywhere
 from tests.virtual_cuda.packages import MEGATRON, NotToBeHad, unpacked
-from tests.virtual_cuda.scenarios import FAMILY_LAYOUTS, TRAINED_LAYOUTS
+from tests.virtual_cuda.scenarios import FAMILY_LAYOUTS, TRAINED_LAYOUTS, UNLIKE_LAYOUTS
 
 MACHINES = {
     f"Megatron {MEGATRON}": ("megatron",),
@@ -38,7 +38,7 @@ def others(request: pytest.FixtureRequest, fetched: Path, tmp_path_factory: pyte
         packages = unpacked(names, tmp_path_factory.mktemp("packages"), fetched)
     except NotToBeHad as reason:
         pytest.skip(f"second stage of virtual CUDA, {request.param}: {reason}")
-    prepare = partial(machine.install, packages, transformer_engine="transformer_engine" in names)
+    prepare = partial(machine.install, packages, transformer_engine="transformer_engine" in names, fla=True)
     pool = RankPool(4, prepare=prepare, backend="nccl")
     pool.names = names  # type: ignore[attr-defined]
     yield pool
@@ -56,12 +56,12 @@ def test_training_computes_what_it_computes_on_cpus(others: RankPool, ranks: Ran
     assert_same_training(others, ranks, weights, layout)
 
 
-@pytest.mark.parametrize("layout", ["dense, one rank", "moe, TP2 x EP2"])
+@pytest.mark.parametrize("layout", ["dense, one rank", "moe, TP2 x EP2", "qwen35, TP2 x PP2"])
 def test_checkpoints_come_back(others: RankPool, weights: dict[str, Path], layout: str, tmp_path: Path) -> None:
     assert_checkpoints_come_back(others, weights, layout, tmp_path)
 
 
-@pytest.mark.parametrize("layout", ["dense, TP2 x PP2", "moe, one rank", *FAMILY_LAYOUTS])
+@pytest.mark.parametrize("layout", ["dense, TP2 x PP2", "moe, one rank", *FAMILY_LAYOUTS, *UNLIKE_LAYOUTS])
 def test_weights_reach_engines_and_files(others: RankPool, ranks: RankPool, weights: dict[str, Path], layout: str, tmp_path: Path) -> None:
     assert_same_weights_everywhere(others, ranks, weights, layout, tmp_path)
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import get_args
 
 import pytest
+import torch
 
 from ais_megatron.config.algorithm import OBJECTIVE_PRESETS, CorrectionName
 from tests.helpers.ranks import RankPool
@@ -45,6 +46,15 @@ def test_training_computes_what_it_computes_on_cpus(gpus: RankPool, ranks: RankP
     assert_same_training(gpus, ranks, weights, layout)
 
 
+@pytest.mark.parametrize(("layout", "heads"), [("qwen35, one rank", 4), ("qwen35, TP2 x PP2", 2)])
+def test_the_gated_delta_rule_through_fla(
+    gpus_with_fla: RankPool, ranks: RankPool, weights: dict[str, Path], layout: str, heads: int
+) -> None:
+    for calls in gpus_with_fla.run(TRAINED_LAYOUTS[layout][0], scenarios.delta_rules_of_fla, layout=layout, weights=weights["qwen35"]):
+        assert calls.keys() == {(heads, heads, torch.float32)}, "every layer with the rule on every stage"
+    assert_same_training(gpus_with_fla, ranks, weights, layout)
+
+
 @pytest.mark.parametrize("layout", ["dense, TP2 x PP2", "moe, one rank"])
 def test_every_objective_and_correction(gpus: RankPool, ranks: RankPool, weights: dict[str, Path], layout: str) -> None:
     names = [(name, "ais") for name in OBJECTIVE_PRESETS] + [("grpo", name) for name in get_args(CorrectionName)]
@@ -52,7 +62,7 @@ def test_every_objective_and_correction(gpus: RankPool, ranks: RankPool, weights
         assert len(norms) == len(set(names)) == len(OBJECTIVE_PRESETS) + len(get_args(CorrectionName)) - 1  # grpo with ais is in both
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", [*LAYOUTS, "llada, TP2 x PP2", "qwen35, TP2 x PP2"])
 def test_checkpoints_come_back(gpus: RankPool, weights: dict[str, Path], layout: str, tmp_path: Path) -> None:
     assert_checkpoints_come_back(gpus, weights, layout, tmp_path)
 

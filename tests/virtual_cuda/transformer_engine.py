@@ -163,11 +163,12 @@ def _pad_rows(x: Tensor, out: Tensor, sizes: list[int], new_sizes: list[int]) ->
 
 
 def _rotated(x: Tensor, freqs: Tensor, sign: float) -> Tensor:
-    """x ``[seq, batch, heads, dim]``, freqs ``[seq or more, 1, 1, dim]``: half of the columns against the other half."""
+    """x ``[seq, batch, heads, dim]``, freqs ``[seq or more, 1, 1, rotated]``: half of the first columns against their other half."""
     freqs = freqs[: x.shape[0]].float()
+    x, rest = x[..., : freqs.shape[-1]], x[..., freqs.shape[-1] :]
     first, second = x.float().chunk(2, dim=-1)
     turned = torch.cat([-second, first], dim=-1) * sign
-    return (x.float() * freqs.cos() + turned * freqs.sin()).to(x.dtype)
+    return torch.cat([(x.float() * freqs.cos() + turned * freqs.sin()).to(x.dtype), rest], dim=-1)
 
 
 def _rope_forward(x: Tensor, freqs: Tensor, *others: Any) -> Tensor:
@@ -243,7 +244,7 @@ def _linear(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Any:
     from megatron.core.tensor_parallel import mappings
 
     if hasattr(self, "layer_norm_weight"):
-        x = F.rms_norm(x, (x.shape[-1],), self.layer_norm_weight, self.eps)
+        x = _normed(x, self.layer_norm_weight, self.eps, self.zero_centered_gamma)
     normed = x
     tp, mode = self.tp_size > 1, self.parallel_mode
     if tp and mode == "column":
@@ -260,11 +261,18 @@ def _linear(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Any:
 
 
 def _rms_norm(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    return F.rms_norm(x, (x.shape[-1],), self.weight, self.eps)
+    return _normed(x, self.weight, self.eps, self.zero_centered_gamma)
+
+
+def _normed(x: Tensor, weight: Tensor, eps: float, zero_centered: bool) -> Tensor:
+    return F.rms_norm(x, (x.shape[-1],), 1.0 + weight if zero_centered else weight, eps)
 
 
 def _attention(self: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None, **kwargs: Any) -> Tensor:
-    assert "causal" in (kwargs.get("attn_mask_type") or self.attn_mask_type), "padding on the right needs no other mask than the causal one"
+    kind = kwargs.get("attn_mask_type") or self.attn_mask_type
+    if kind == "padding":
+        return _bidirectional(query, key, value, mask)
+    assert "causal" in kind, "padding on the right needs no other mask than the causal one"
     from megatron.core.tensor_parallel import mappings
 
     ranks, rank = (self.cp_group.size(), self.cp_group.rank()) if self.cp_group is not None else (1, 0)
@@ -292,6 +300,13 @@ def _attention(self: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tenso
         contexts.append(F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True).permute(2, 0, 1, 3).flatten(2))
     context = torch.cat(contexts)
     return context[:, 0] if packed else context
+
+
+def _bidirectional(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+    """``[seq, batch, heads, dim]`` each; mask: bool ``[batch, 1, 1, seq]``, True in padding."""
+    assert mask is not None and mask.dtype == torch.bool and mask.shape == (query.shape[1], 1, 1, len(key))
+    q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=~mask, enable_gqa=True).permute(2, 0, 1, 3).flatten(2)
 
 
 def _grouped_linear(self: Any, x: Tensor, m_splits: Any, *args: Any, **kwargs: Any) -> Any:
