@@ -62,6 +62,18 @@ def test_an_aligned_model_is_evaluated_with_its_own_engine(write) -> None:
     assert final_changes(aligned, comparison, path) == ["eval.num_prompts=4"]
 
 
+def test_arms_of_a_diffusion_model_have_no_cache_for_auto_either(write, tmp_path: Path) -> None:
+    base = small(tmp_path, diffusion={"block_length": 6, "steps": 4})
+    base["model"]["architecture"] |= {"model_type": "llada", "vocab_size": 40, "mask_token_id": 39}
+    path = write(arms={"bf16": {"rollout": {"quantization": "none", "kv_cache": "auto"}}, "fp8": {"rollout.quantization": "fp8_e4m3"}})
+    (tmp_path / "base.yaml").write_text(yaml.safe_dump(base))
+    cells = load_comparison(path)[1]
+    assert {(cell.arm, cell.config.rollout.quantization, cell.config.rollout.kv_cache) for cell in cells} == {
+        ("bf16", "none", "none"),
+        ("fp8", "fp8_e4m3", "none"),
+    }
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
