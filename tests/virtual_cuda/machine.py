@@ -89,7 +89,23 @@ class _Stream:
         return 1.0
 
 
+class _Generator(torch.Generator):
+    """A generator of the device that it was asked for; its numbers are the CPU's."""
+
+    def __new__(cls, device: Any = "cpu") -> _Generator:
+        generator = super().__new__(cls)
+        generator._device = torch.device(device)
+        return generator
+
+    def __init__(self, device: Any = "cpu") -> None: ...
+
+    @property
+    def device(self) -> torch.device:
+        return self._device
+
+
 def _answer_torch_cuda() -> None:
+    torch.Generator = _Generator  # type: ignore[misc]
     cuda = torch.cuda
     properties = SimpleNamespace(major=9, minor=0, multi_processor_count=132, total_memory=MEMORY, name="NVIDIA H100 80GB HBM3 (virtual)")
     for name, answer in {

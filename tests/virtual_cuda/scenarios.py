@@ -319,7 +319,8 @@ def engine_and_files(rank: int, layout: str, weights: Path, folder: Path) -> dic
     engine = LocalEngine(config.architecture, config.rollout, eos_ids=(1,), pad_id=0, device=device(), dtype=torch.float32)
     engine.update_weights(weight_stream(policy, config.rollout, scales), 0)
     prompts = [Prompt(i, "", tuple(range(3, 8 + i)), {}) for i in range(3)]
-    rollouts = engine.generate(prompts, SamplingParams(2, 20, TEMPERATURE, seed=3, denoising=denoising(config, num_views=1)))
+    tokens = config.diffusion.block_length if config.architecture.family.is_diffusion else 6
+    rollouts = engine.generate(prompts, SamplingParams(2, tokens, TEMPERATURE, seed=3, denoising=denoising(config, num_views=1)))
     folder /= device().type
     save_hf(policy.export_buckets(2**15), config.architecture, "fp32", folder)
     torch.distributed.all_reduce(torch.zeros(1, device=device()))  # rank 0 has written
