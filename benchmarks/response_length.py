@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -28,7 +29,8 @@ from ais_megatron.algorithm.correction import Correction, log_importance_ratio
 from ais_megatron.algorithm.diagnostics import diagnose
 from ais_megatron.batch import Batch
 from ais_megatron.collection import collect
-from ais_megatron.config import load_config
+from ais_megatron.config import Config, load_config
+from ais_megatron.config.algorithm import AISConfig
 from ais_megatron.distributed import init_process_group
 from ais_megatron.policy.saver import newest_on_all_ranks
 from ais_megatron.runs.metrics import PhaseTimer
@@ -50,49 +52,55 @@ def main() -> None:
     fixed = ["parallel.dp=1", f"rollout.max_response_tokens={lengths[-1]}"]
     config = load_config(target / "config.yaml" if target.is_dir() else target, [*arguments.overrides, *fixed])
     init_process_group("cpu")
-    checkpoint = newest_on_all_ranks(target / "checkpoints") if target.is_dir() else None
-    session = build_session(config, from_checkpoint=checkpoint is not None)
-    begin(session, checkpoint, with_optimizer=False)
-    batches, position = [], 0
-    for number in range(arguments.batches):
-        collected = collect(session, position, PhaseTimer())
-        position = collected.next_prompt
-        batches.append((collected.batch, session.policy.logprobs(collected.batch)))
-        print(f"batch {number + 1}/{arguments.batches}", flush=True)
-    old, rollout, mask = (torch.cat(parts) for parts in zip(*(_responses(*batch, lengths[-1]) for batch in batches), strict=True))
-    tau = 5e-4 if config.ais.tau == "auto" else config.ais.tau
-    ais = config.ais.model_copy(update={"tau": tau})
+    old, rollout, mask = collect_responses(config, target if target.is_dir() else None, arguments.batches)
+    ais = config.ais.model_copy(update={"tau": 5e-4}) if config.ais.tau == "auto" else config.ais
 
-    longest = mask.sum(1)
-    cache = "FP8" if config.rollout.kv_cache_is_fp8 else "BF16"
+    longest, cache = mask.sum(1), "FP8" if config.rollout.kv_cache_is_fp8 else "BF16"
     print(f"{target}: rollouts in {config.rollout.quantization}, {cache} KV cache, {len(mask)} responses; {machine()}")
     print(f"{int(longest.sum())} tokens; a response has {longest.float().mean():.0f} on average\n")
     print(f"{'tokens':>6} {'reach it':>9} {'D':>10} {'D here':>10} {'ESS, tokens':>12} {'ESS, resp.':>11} {'in band':>8} {'alpha':>7}")
-    rows, before = [], 0
-    for length in lengths:
-        up_to = mask & (torch.arange(mask.shape[1]) < length)
-        here = up_to & (torch.arange(mask.shape[1]) >= before)
-        log_ratio = log_importance_ratio(old, rollout)
-        diagnostics = diagnose(old, rollout, torch.ones(len(mask)), up_to, Correction("tis"))
-        weights = (log_ratio * up_to).sum(1).double().exp()
-        row = {
-            "tokens": length,
-            "reached": float((longest >= length).float().mean()),
-            "D": diagnostics.divergence_severity,
-            "D_here": float(_k3(log_ratio)[here].mean()) if here.any() else float("nan"),
-            "ess_tokens": diagnostics.weight_reliability_raw,
-            "ess_responses": float(weights.sum() ** 2 / weights.square().sum() / len(weights)),
-            "in_band": float(((weights >= BAND[0]) & (weights <= BAND[1])).float().mean()),
-            "alpha": product_coefficient(diagnostics, ais),
-        }
+    rows = [row(old, rollout, mask, length, before, ais) for before, length in pairwise([0, *lengths])]
+    for r in rows:
         print(
-            f"{length:>6} {row['reached']:>9.1%} {row['D']:>10.2e} {row['D_here']:>10.2e} {row['ess_tokens']:>12.4f} "
-            f"{row['ess_responses']:>11.4f} {row['in_band']:>8.1%} {row['alpha']:>7.3f}"
+            f"{r['tokens']:>6} {r['reached']:>9.1%} {r['D']:>10.2e} {r['D_here']:>10.2e} {r['ess_tokens']:>12.4f} "
+            f"{r['ess_responses']:>11.4f} {r['in_band']:>8.1%} {r['alpha']:>7.3f}"
         )
-        rows.append(row)
-        before = length
     if arguments.json is not None:
         arguments.json.write_text(json.dumps(rows, indent=1) + "\n")
+
+
+def collect_responses(config: Config, run: Path | None, batches: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The trainer's and the engine's log-probabilities and their mask, ``[responses, tokens]``. run: its newest checkpoint is used."""
+    checkpoint = newest_on_all_ranks(run / "checkpoints") if run is not None else None
+    session = build_session(config, from_checkpoint=checkpoint is not None)
+    begin(session, checkpoint, with_optimizer=False)
+    parts, position = [], 0
+    for number in range(batches):
+        collected = collect(session, position, PhaseTimer())
+        position = collected.next_prompt
+        parts.append(_responses(collected.batch, session.policy.logprobs(collected.batch), config.rollout.max_response_tokens))
+        print(f"batch {number + 1}/{batches}", flush=True)
+    old, rollout, mask = (torch.cat(part) for part in zip(*parts, strict=True))
+    return old, rollout, mask
+
+
+def row(old: Tensor, rollout: Tensor, mask: Tensor, length: int, before: int, ais: AISConfig) -> dict[str, float]:
+    """The figures of the first `length` tokens of all responses, of which the line above has `before`."""
+    position = torch.arange(mask.shape[1])
+    up_to, here = mask & (position < length), mask & (position < length) & (position >= before)
+    log_ratio = log_importance_ratio(old, rollout)
+    diagnostics = diagnose(old, rollout, torch.ones(len(mask)), up_to, Correction("tis"))
+    weights = (log_ratio * up_to).sum(1).double().exp()
+    return {
+        "tokens": length,
+        "reached": float((mask.sum(1) >= length).float().mean()),
+        "D": diagnostics.divergence_severity,
+        "D_here": float(_k3(log_ratio)[here].mean()),
+        "ess_tokens": diagnostics.weight_reliability_raw,
+        "ess_responses": float(weights.sum() ** 2 / weights.square().sum() / len(weights)),
+        "in_band": float(((weights >= BAND[0]) & (weights <= BAND[1])).float().mean()),
+        "alpha": product_coefficient(diagnostics, ais),
+    }
 
 
 def _k3(log_ratio: Tensor) -> Tensor:
