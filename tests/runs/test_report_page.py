@@ -222,7 +222,7 @@ def test_long_responses_are_cut_until_asked(page) -> None:  # noqa: ANN001
 
 
 def test_charts_are_drawn_read_by_pointer_and_keyboard_and_fit_a_phone(page) -> None:  # noqa: ANN001
-    assert page.locator(".chart svg").count() == page.locator(".chart .plot").count() == 17
+    assert page.locator(".chart svg").count() == page.locator(".chart .plot").count() == 18
     reward = page.locator(".plot").first
     assert reward.get_attribute("aria-label").startswith("Reward. reward: 0.1 at first, 0.5 at last")
     reward.hover()
