@@ -89,23 +89,19 @@ def row(old: Tensor, rollout: Tensor, mask: Tensor, length: int, before: int, ai
     position = torch.arange(mask.shape[1])
     up_to, here = mask & (position < length), mask & (position < length) & (position >= before)
     log_ratio = log_importance_ratio(old, rollout)
-    diagnostics = diagnose(old, rollout, torch.ones(len(mask)), up_to, Correction("tis"))
+    unweighted = torch.ones(len(mask))
+    diagnostics = diagnose(old, rollout, unweighted, up_to, Correction("tis"))
     weights = (log_ratio * up_to).sum(1).double().exp()
     return {
         "tokens": length,
         "reached": float((mask.sum(1) >= length).float().mean()),
         "D": diagnostics.divergence_severity,
-        "D_here": float(_k3(log_ratio)[here].mean()),
+        "D_here": diagnose(old, rollout, unweighted, here, Correction("tis")).divergence_severity,
         "ess_tokens": diagnostics.weight_reliability_raw,
         "ess_responses": float(weights.sum() ** 2 / weights.square().sum() / len(weights)),
         "in_band": float(((weights >= BAND[0]) & (weights <= BAND[1])).float().mean()),
         "alpha": product_coefficient(diagnostics, ais),
     }
-
-
-def _k3(log_ratio: Tensor) -> Tensor:
-    """exp(r) - 1 - r: an estimate of KL(mu || pi) for tokens from mu, with r = log pi - log mu."""
-    return torch.expm1(log_ratio) - log_ratio
 
 
 def _responses(batch: Batch, old_logprobs: Tensor, length: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -47,25 +47,23 @@ def contrasts(pairs: Sequence[tuple[str, str]], values: Mapping[str, Mapping[int
         pairs: (arm, the arm it is compared with). A pair without a common seed is left out.
         values: for each arm, a value by seed.
     """
-    differences = {pair: _differences(values.get(pair[0], {}), values.get(pair[1], {})) for pair in pairs}
-    differences = {pair: gaps for pair, gaps in differences.items() if gaps}
-    ps = [sign_flip_p(gaps) for gaps in differences.values()]
+    by_pair = {pair: differences(values.get(pair[0], {}), values.get(pair[1], {})) for pair in pairs}
+    by_pair = {pair: gaps for pair, gaps in by_pair.items() if gaps}
+    ps = [sign_flip_p(gaps) for gaps in by_pair.values()]
     return [
-        Contrast(
-            arm,
-            against,
-            len(gaps),
-            statistics.fmean(gaps),
-            statistics.stdev(gaps) / math.sqrt(len(gaps)) if len(gaps) > 1 else math.nan,
-            p,
-            corrected,
-        )
-        for ((arm, against), gaps), p, corrected in zip(differences.items(), ps, holm(ps), strict=True)
+        Contrast(arm, against, len(gaps), *mean_and_error(gaps), p, corrected)
+        for ((arm, against), gaps), p, corrected in zip(by_pair.items(), ps, holm(ps), strict=True)
     ]
 
 
-def _differences(ours: Mapping[int, float], theirs: Mapping[int, float]) -> list[float]:
+def differences(ours: Mapping[int, float], theirs: Mapping[int, float]) -> list[float]:
+    """Ours minus theirs, for every seed that both have."""
     return [ours[seed] - theirs[seed] for seed in ours if seed in theirs]
+
+
+def mean_and_error(gaps: Sequence[float]) -> tuple[float, float]:
+    """The mean of one or more differences and its standard error, which is NaN for a single one."""
+    return statistics.fmean(gaps), statistics.stdev(gaps) / math.sqrt(len(gaps)) if len(gaps) > 1 else math.nan
 
 
 def sign_flip_p(differences: Sequence[float]) -> float:

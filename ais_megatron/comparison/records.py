@@ -16,6 +16,7 @@ from typing import Any
 from ais_megatron.comparison.config import Cell
 from ais_megatron.comparison.runs import Result, compared_keys, least_reliability
 from ais_megatron.config import ConfigError
+from ais_megatron.runs.folder import write_text_atomic
 from ais_megatron.runs.metrics import MetricsRow
 from ais_megatron.runs.summary import is_number
 
@@ -26,7 +27,7 @@ BLOCK = 5  # steps whose mean is kept
 
 def write_results(path: Path, results: Iterable[Result]) -> None:
     """Write a line for each finished run."""
-    path.write_text("".join(json.dumps(_record(result)) + "\n" for result in results if result.finished), encoding="utf-8")
+    write_text_atomic(path, "".join(json.dumps(_record(result)) + "\n" for result in results if result.finished))
 
 
 def read_results(path: Path, cells: Sequence[Cell]) -> dict[str, Result]:

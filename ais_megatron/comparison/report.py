@@ -7,7 +7,6 @@ the held-out problems. The table gives its mean and standard error over the seed
 
 from __future__ import annotations
 
-import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ais_megatron.comparison.config import Comparison
-from ais_megatron.comparison.paired import contrasts
+from ais_megatron.comparison.paired import contrasts, differences, mean_and_error
 from ais_megatron.comparison.records import RESULTS_FILE, write_results
 from ais_megatron.comparison.runs import Result, last_line, least_reliability
 from ais_megatron.runs.folder import write_text_atomic
@@ -82,10 +81,8 @@ def difference(line: Line, reference: Line) -> tuple[float, float, int] | None:
     """(mean, standard error, number of seeds) of the final accuracy minus that of the reference with the same seed.
 
     The standard error of a single seed is NaN."""
-    gaps = [line.final[seed] - reference.final[seed] for seed in line.final if seed in reference.final]
-    if not gaps:
-        return None
-    return statistics.fmean(gaps), statistics.stdev(gaps) / math.sqrt(len(gaps)) if len(gaps) > 1 else math.nan, len(gaps)
+    gaps = differences(line.final, reference.final)
+    return (*mean_and_error(gaps), len(gaps)) if gaps else None
 
 
 def markdown_table(comparison: Comparison, lines: Sequence[Line]) -> str:

@@ -19,7 +19,7 @@ from ais_megatron.config.hf_config import fp8_config, int4_config
 from ais_megatron.export.hf_folder import FLOAT32, Kind, Projections
 from ais_megatron.models.family import tensors_of
 from ais_megatron.quantization.formats import FP8_E4M3, INT4, Format, format_of
-from ais_megatron.quantization.fp8 import quantize_block
+from ais_megatron.quantization.fp8 import quantize_bucket
 
 _PER_WORD = 8  # four-bit values in an int32
 _OFFSET = 8  # makes them unsigned
@@ -48,8 +48,7 @@ class BlockFP8:
         return {name: Kind(shape, "F8_E4M3", torch.float8_e4m3fn), _of(name, "weight_scale_inv"): Kind(scales, *FLOAT32)}
 
     def tensors(self, name: str, weight: Tensor) -> list[tuple[str, Tensor]]:
-        q, scale_inv = quantize_block(weight, self._fmt)
-        return [(name, q), (_of(name, "weight_scale_inv"), scale_inv)]
+        return quantize_bucket([(name, weight)], self._fmt)
 
     def config(self, architecture: Architecture) -> dict[str, object]:
         return fp8_config(self._fmt.weight_block[0], architecture)
@@ -65,7 +64,7 @@ class PackedInt4:
         }
 
     def tensors(self, name: str, weight: Tensor) -> list[tuple[str, Tensor]]:
-        q, scale = quantize_block(weight, INT4)
+        (_, q), (_, scale) = quantize_bucket([(name, weight)], INT4)
         return [
             (_of(name, "weight_packed"), pack(q)),
             (_of(name, "weight_scale"), scale),

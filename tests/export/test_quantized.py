@@ -79,3 +79,11 @@ def test_unquantised_layers_are_named() -> None:
     """compressed-tensors takes every linear layer that is not named for a packed one."""
     moe = config_of("int4", model_type="qwen3_moe", num_experts=4, num_experts_per_tok=2, moe_intermediate_size=128).architecture
     assert PackedInt4().config(moe)["ignore"] == ["lm_head", "model.layers.0.mlp.gate", "model.layers.1.mlp.gate"]
+
+
+@pytest.mark.parametrize("quantization", ["fp8_e4m3", "int4"])
+def test_a_weight_that_cannot_be_quantised_is_named(quantization: str) -> None:
+    projections, name = projections_of(config_of(quantization)), "model.layers.1.mlp.up_proj.weight"
+    assert projections is not None
+    with pytest.raises(ValueError, match=f"{name}: the weight holds NaN or infinity"):
+        projections.tensors(name, torch.full((256, 128), float("nan")))
