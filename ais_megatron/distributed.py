@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ais_megatron.batch import Batch
+from ais_megatron.cluster.gloo import share_devices
 from ais_megatron.cluster.launcher import is_launched, ranks_here
 
 MESSAGE_BYTES = 4096
@@ -66,6 +67,7 @@ def init_process_group(backend: str = "auto", timeout_minutes: float = 30.0) -> 
         torch.cuda.set_device(int(env.get("LOCAL_RANK", "0")))
     elif gpus and env.get("RANK", "0") == "0":
         print(f"run.backend=auto: {num_ranks} ranks on this node and {gpus} GPUs, so the policy stays on CPUs", flush=True)
+    share_devices()  # (with NCCL too: Megatron makes gloo groups beside it)
     kind, timeout = "nccl" if use_cuda else "gloo", timedelta(minutes=timeout_minutes)
     if "RANK" in env:
         dist.init_process_group(kind, "env://", timeout)

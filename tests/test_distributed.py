@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from ais_megatron.batch import Batch, Prompt, Rollout, assemble, routes_dtype
-from ais_megatron.distributed import gather_batch, rank_consistent, reduce_metrics
+from ais_megatron.cluster.gloo import THREADS_PER_DEVICE
+from ais_megatron.distributed import all_reduce_sum, gather_batch, rank_consistent, reduce_metrics
 from ais_megatron.prompts import Share
 from tests.helpers.ranks import RankError, RankPool
 
@@ -55,6 +58,21 @@ def one_rank_fails(rank: int, bad_rank: int) -> str:
 def test_one_ranks_error_is_raised_on_all(ranks: RankPool) -> None:
     assert ranks.run(3, one_rank_fails, bad_rank=1) == ["[rank 1] line 7 of rank 1's file is not JSON"] * 3
     assert ranks.run(2, one_rank_fails, bad_rank=-1) == ["no error"] * 2
+
+
+def sums_and_threads(rank: int, num_groups: int) -> tuple[list[float], int]:
+    groups = [dist.new_group([0, 1]) for _ in range(2)]
+    before = len(os.listdir("/proc/self/task"))
+    groups += [dist.new_group([0, 1]) for _ in range(num_groups)]
+    threads = len(os.listdir("/proc/self/task")) - before
+    return [float(all_reduce_sum(torch.tensor([1.0 + rank + number]), group)) for number, group in enumerate(groups)], threads
+
+
+def test_gloo_groups_share_one_device(ranks: RankPool) -> None:
+    for _ in range(2):  # the device outlives the first set of groups
+        for sums, threads in ranks.run(2, sums_and_threads, num_groups=4):
+            assert sums == [3.0 + 2 * number for number in range(6)]
+            assert threads == 4 * THREADS_PER_DEVICE  # and no thread of a device
 
 
 def gathered(rank: int, rows: list[list[tuple[int, int]]]) -> Batch:

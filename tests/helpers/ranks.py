@@ -21,9 +21,7 @@ from typing import Any
 
 from ais_megatron.cluster.ports import free_port
 
-# gloo's threads outlive their groups, about 50 for each set that Megatron makes, and each wakes a hundred times a second. So processes
-# are replaced often, which costs little (measured: the same CPU time with 2 and with 16, and the machine is not kept busy by idle ranks).
-RUNS_PER_PROCESS = 4
+RUNS_PER_PROCESS = 16  # then a process is replaced, so that what tests leave behind (memory, caches) does not pile up
 START_S = 300.0  # for the nursery's imports, on a busy machine
 # What nearly every function on a rank imports, itself or through torch's first optimizer: 2 s for each rank that starts without.
 IMPORTED_ONCE = ("pytest", "torch._dynamo")
@@ -142,6 +140,9 @@ def _fork_ranks(orders: Connection, address: str, key: bytes, prepare: Callable[
 def _serve(number: int, address: str, key: bytes, backend: str) -> None:
     import torch.distributed as dist
 
+    from ais_megatron.cluster.gloo import share_devices
+
+    share_devices()
     pipe = Client(address, authkey=key)
     pipe.send(number)
     while True:
