@@ -12,7 +12,7 @@ from ais_megatron.cluster.ports import free_port
 from ais_megatron.config import Config, build_config
 from ais_megatron.rollout.sglang.client import SGLangEngine
 from ais_megatron.rollout.sglang.server import SGLangServer
-from ais_megatron.rollout.sglang.transport import make_transport
+from ais_megatron.rollout.sglang.transports import make_transport
 
 STARTUP_S = 300.0
 

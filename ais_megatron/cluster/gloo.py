@@ -32,7 +32,7 @@ def _devices() -> list[object]:
 
 class _GlooGroup(dist.ProcessGroupGloo):
     def __init__(self, store: dist.Store, rank: int, size: int, timeout: timedelta) -> None:
-        options = dist.ProcessGroupGloo._Options()
+        options = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]
         options._devices, options._timeout = _devices(), timeout
         options._threads = THREADS_PER_DEVICE * len(options._devices)
         super().__init__(store, rank, size, options)

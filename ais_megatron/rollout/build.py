@@ -64,7 +64,7 @@ def _sglang_engine(config: Config, eos_ids: tuple[int, ...], pad_id: int) -> Rol
     from ais_megatron.rollout.sglang.client import SGLangEngine
     from ais_megatron.rollout.sglang.pool import ServerPool
     from ais_megatron.rollout.sglang.server import server_url
-    from ais_megatron.rollout.sglang.transport import make_transport
+    from ais_megatron.rollout.sglang.transports import make_transport
 
     sglang = config.rollout.sglang
     run_id = broadcast_text(secrets.token_hex(4))

@@ -29,7 +29,7 @@ from ais_megatron.rollout.local.engine import LocalEngine
 from ais_megatron.rollout.manifest import Manifest
 from ais_megatron.rollout.sglang.client import SGLangEngine
 from ais_megatron.rollout.sglang.server import SGLangServer
-from ais_megatron.rollout.sglang.transport import make_transport
+from ais_megatron.rollout.sglang.transports import make_transport
 from tests.helpers.sglang import RunningServer, sglang_config
 
 pytestmark = pytest.mark.sglang

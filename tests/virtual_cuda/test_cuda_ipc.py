@@ -21,7 +21,8 @@ from torch import Tensor
 from torch.multiprocessing import reductions
 
 from ais_megatron.batch import Bucket
-from ais_megatron.rollout.sglang.transport import FlatBucket, make_transport
+from ais_megatron.rollout.sglang.transport import FlatBucket
+from ais_megatron.rollout.sglang.transports import make_transport
 from tests.helpers.ranks import RankPool
 from tests.helpers.sglang import SGLANG_PYTHON, sglang_config
 from tests.virtual_cuda import machine

@@ -18,7 +18,7 @@ from ais_megatron.rollout.sglang.adapter import Adapters
 from ais_megatron.rollout.sglang.client import SGLangEngine
 from ais_megatron.rollout.sglang.plugin import digest
 from ais_megatron.rollout.sglang.server import server_command
-from ais_megatron.rollout.sglang.transport import make_transport
+from ais_megatron.rollout.sglang.transports import make_transport
 from tests.helpers.sglang import sglang_config
 from tests.rollout.sglang.fake_server import RUN, FakeServer
 

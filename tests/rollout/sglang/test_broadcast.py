@@ -12,10 +12,11 @@ import pytest
 import torch
 from aiohttp import web
 
-from ais_megatron.rollout.sglang import transport as transport_module
+from ais_megatron.rollout.sglang import broadcast, transport
 from ais_megatron.rollout.sglang.api import Refused, ServerAPI
+from ais_megatron.rollout.sglang.broadcast import Broadcast
 from ais_megatron.rollout.sglang.checks import FLUSHES, check_scales
-from ais_megatron.rollout.sglang.transport import Broadcast, WeightUpdate
+from ais_megatron.rollout.sglang.transport import WeightUpdate
 from tests.rollout.sglang.fake_server import FakeServer, response
 
 JOIN, LEAVE, UPDATE = "init_weights_update_group", "destroy_weights_update_group", "update_weights_from_distributed"
@@ -94,7 +95,7 @@ def servers() -> Iterator[Callable[[int], list[GroupServer]]]:
 
 @pytest.fixture(autouse=True)
 def groups(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(transport_module, "WeightGroup", Group)
+    monkeypatch.setattr(broadcast, "WeightGroup", Group)
     Group.made, Group.hang, Group.met = [], set(), None
 
 
@@ -156,8 +157,8 @@ def test_both_sides_leave_at_the_same_time(servers) -> None:
 
 
 def test_leaving_ends_even_if_nothing_returns(servers, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(transport_module, "LEAVE_S", 0.2)
-    monkeypatch.setattr(transport_module, "LET_GO_S", 0.2)
+    monkeypatch.setattr(broadcast, "LEAVE_S", 0.2)
+    monkeypatch.setattr(broadcast, "LET_GO_S", 0.2)
     Group.hang = {"shut_down", "abort"}
 
     async def work(transport: Broadcast, apis: list[ServerAPI]) -> None:
@@ -192,8 +193,8 @@ def test_a_server_that_fails_frees_those_that_wait_for_it(servers) -> None:
 
 def test_nobody_is_waited_for_for_ever(servers, monkeypatch: pytest.MonkeyPatch) -> None:
     """A dead server, one that hangs with it, and an NCCL that hangs in its abort."""
-    monkeypatch.setattr(transport_module, "LET_GO_S", 0.2)
-    monkeypatch.setattr(transport_module, "ABANDON_S", 0.2)
+    monkeypatch.setattr(broadcast, "LET_GO_S", 0.2)
+    monkeypatch.setattr(transport, "ABANDON_S", 0.2)
     dying, hanging = fakes = servers(2)
     Group.hang = {"broadcast", "abort"}
     hanging.waits = {path: threading.Event() for path in (UPDATE, "end_weight_update", "continue_generation")}

@@ -15,7 +15,7 @@ from ais_megatron.rollout.engine import SamplingParams
 from ais_megatron.rollout.manifest import Manifest
 from ais_megatron.rollout.sglang.client import SGLangEngine
 from ais_megatron.rollout.sglang.server import server_command
-from ais_megatron.rollout.sglang.transport import SharedMemory
+from ais_megatron.rollout.sglang.transports import SharedMemory
 from tests.helpers.ranks import RankPool
 from tests.helpers.sglang import sglang_config
 from tests.rollout.sglang.fake_server import RUN, FakeServer

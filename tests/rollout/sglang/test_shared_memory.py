@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from ais_megatron.rollout.sglang.transport import NOT_LAST, FlatBucket, SharedMemory
+from ais_megatron.rollout.sglang.transport import NOT_LAST, FlatBucket
+from ais_megatron.rollout.sglang.transports import SharedMemory
 
 # What a rank of SGLang does with a bucket: it opens the memory, reads it, and lets it go.
 RANK = """
