@@ -67,12 +67,18 @@ class AISConfig(Section):
         description="with coefficient=measured: the caps to choose from, ascending; the gradient with the largest one counts as unbiased",
     )
     bands: list[list[float]] = Field(
-        [[0.5, 2.0], [0.5, 5.0]],
-        description="with coefficient=measured: further limits to choose from; weights outside a band [low, high] become 0, as with "
-        "correction=mis",
+        [],
+        description="with coefficient=measured: further limits to choose from, for example [[0.5, 2.0]]; weights outside a band "
+        "[low, high] become 0, as with correction=mis",
     )
     horizon: float = Field(
-        100.0, gt=0.0, description="with coefficient=measured: number of batches over which training averages the noise of gradients"
+        10.0, gt=0.0, description="with coefficient=measured: number of batches over which training averages the noise of gradients"
+    )
+    prior: float = Field(
+        10.0,
+        ge=0.0,
+        description="with coefficient=measured: number of batches that the assumption counts, that correcting is needed; 0: only what "
+        "was measured counts, and then the first choices are mostly noise",
     )
     memory: float = Field(
         0.98,

@@ -203,6 +203,24 @@ def test_before_there_is_evidence() -> None:
     assert Evidence().choice(config.ais) == Choice(0.9)
 
 
+def test_what_is_assumed_before_a_bias_can_be_seen() -> None:
+    """Four groups whose weights are noise, more of it with the larger C. The estimate alone leaves them out."""
+    noise = torch.tensor([1.0, -1.0, 1.0, -1.0]).double()
+    phi = torch.zeros(4, 3, SIZE).double()
+    phi[:, 0, 0], phi[:, 1, 1], phi[:, 2, 1] = 1.0 + noise, noise, 2.0 * noise
+    sums = GradientSums(torch.tensor(4.0), torch.tensor(4.0), phi.sum(0), torch.einsum("gks,gls->kl", phi, phi))
+    evidence = Evidence().after(sums, memory=0.9)
+
+    def choice(prior: float) -> Choice:
+        return evidence.choice(AISConfig(caps=[1.5, 2.0], horizon=10.0, prior=prior))
+
+    assert choice(0.0).alpha == 0.0 < choice(10.0).alpha < choice(100.0).alpha and choice(100.0).limit == 0
+    first = choice(10.0).alpha
+    for _ in range(40):  # batch after batch of it is evidence that there is no bias
+        evidence = evidence.after(sums, memory=0.999)
+    assert choice(10.0).alpha < first
+
+
 def test_a_band_is_chosen_where_it_is_best() -> None:
     """Of four groups alike the band leaves no noise and no bias, and truncation leaves both."""
     config = config_with(ais={"coefficient": "measured", "caps": [2.0], "bands": [[0.5, 3.0]]})
