@@ -20,12 +20,13 @@ from ais_megatron.algorithm.diagnostics import Diagnostics, diagnose
 from ais_megatron.algorithm.gradients import GradientSums
 from ais_megatron.algorithm.measured import limits
 from ais_megatron.algorithm.scaler import LossScaler
-from ais_megatron.config import Config, ConfigError, build_config
+from ais_megatron.config import AISConfig, Config, ConfigError, build_config
 
 TARGET = "bf16 rollouts"
 """The arm whose gradient the others should have."""
 
-MEASURED: dict[str, Any] = {"coefficient": "measured"}
+_DEFAULTS = {key: AISConfig().model_dump()[key] for key in ("bands", "horizon", "prior")}
+MEASURED: dict[str, Any] = {"coefficient": "measured", **_DEFAULTS}  # also of a record that other defaults wrote
 PRODUCT: dict[str, Any] = {"coefficient": "product", "tau": 5e-4}  # also of a record that another default of tau wrote
 
 ARMS: dict[str, dict[str, Any]] = {
@@ -39,7 +40,9 @@ ARMS: dict[str, dict[str, Any]] = {
     "mis": {"correction": "mis"},
     "icepop": {"correction": "icepop"},
     "ais": {"correction": "ais", "ais": MEASURED},
-    "ais, H = 10": {"correction": "ais", "ais": MEASURED | {"horizon": 10.0}},
+    "ais, H = 100": {"correction": "ais", "ais": MEASURED | {"horizon": 100.0}},
+    "ais without prior": {"correction": "ais", "ais": MEASURED | {"prior": 0.0}},
+    "ais, H = 100 without prior": {"correction": "ais", "ais": MEASURED | {"horizon": 100.0, "prior": 0.0}},
     "ais, product": {"correction": "ais", "ais": PRODUCT},
     "ais, product, tau = 2e-3": {"correction": "ais", "ais": PRODUCT | {"tau": 2e-3}},
     "ais, product, tau = 1e-2": {"correction": "ais", "ais": PRODUCT | {"tau": 1e-2}},
@@ -157,9 +160,15 @@ def basis(config: Config, arms: Iterable[Config]) -> list[BasicGradient]:
 def choose(config: Config, seen: Seen, state: AISState) -> tuple[LossScaler, Diagnostics, AISState]:
     """What the configuration's rule does with one batch: its scaler, what it was told, and its state after the batch."""
     diagnostics = diagnose(*seen[:4], Correction.of(config))
-    gradients = GradientSums.of(seen.gradients) if config.measures_gradients and seen.gradients is not None else None
+    gradients = _of_limits(seen.gradients, config) if config.measures_gradients and seen.gradients is not None else None
     scaler, state = ais.loss_scaler(diagnostics, config, state, gradients)
     return scaler, diagnostics, state
+
+
+def _of_limits(gradients: Tensor, config: Config) -> GradientSums:
+    """The sums of this arm's limits. The record may have bands behind them, which the arm does without."""
+    sums, kept = GradientSums.of(gradients), 1 + len(limits(config))
+    return sums._replace(sums=sums.sums[:kept], products=sums.products[:kept, :kept])
 
 
 def mixture(config: Config, vectors: list[BasicGradient], batches: list[Seen]) -> Mixture:
