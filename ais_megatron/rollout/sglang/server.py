@@ -129,7 +129,8 @@ def server_environment(sglang: SGLangConfig, inherited: dict[str, str]) -> dict[
     if sglang.device == "cpu":
         ours |= {"SGLANG_USE_CPU_ENGINE": "1", "OMP_NUM_THREADS": "1"}
     if sglang.device == "cpu" and sglang.tp > 1:
-        ours["SGLANG_CPU_OMP_THREADS_BIND"] = cores_of_ranks(sorted(os.sched_getaffinity(0)), sglang.tp)
+        cores = cores_of_ranks(sorted(os.sched_getaffinity(0)), sglang.tp)
+        ours["SGLANG_CPU_OMP_THREADS_BIND"] = kept.get("SGLANG_CPU_OMP_THREADS_BIND", cores)
     return kept | ours | sglang.env
 
 
