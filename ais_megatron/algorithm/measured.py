@@ -39,6 +39,10 @@ from ais_megatron.config import AISConfig, Config
 PRIOR_BIAS = 0.3
 """Of five settings in which it was measured this was 0.09 to 0.67 (docs/results.md)."""
 
+TIE = 1e-9
+"""Errors of limits that this share of the error lies between are equal. Where no weight exceeds several C, they differ by rounding alone,
+and the smallest C is taken."""
+
 
 class Choice(NamedTuple):
     """How a batch is corrected."""
@@ -118,7 +122,9 @@ class Evidence:
         assumed = torch.zeros_like(squares)
         assumed[1:, 1:] = PRIOR_BIAS * noise[1, 1]
         squares = (self.batches * squares + ais.prior * assumed) / (self.batches + ais.prior)
-        return min((best_alpha(squares, noise, k, ais) for k in range(1, len(squares))), key=lambda found: found[0])[1]
+        found = [best_alpha(squares, noise, k, ais) for k in range(1, len(squares))]
+        least = min(error for error, _ in found)
+        return next(choice for error, choice in found if error <= least + TIE * abs(least))
 
 
 def best_alpha(squares: Tensor, noise: Tensor, k: int, ais: AISConfig) -> tuple[float, Choice]:

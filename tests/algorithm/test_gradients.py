@@ -12,7 +12,7 @@ from torch import Tensor
 from ais_megatron.algorithm.ais import AISState, lagged_loss_scaler, loss_scaler, step
 from ais_megatron.algorithm.correction import Correction
 from ais_megatron.algorithm.gradients import SCORE_COLUMNS, SIZE, STATE_COLUMNS, GradientSums, ResponseGradients, Sketch
-from ais_megatron.algorithm.measured import Choice, Evidence
+from ais_megatron.algorithm.measured import Choice, Evidence, best_alpha
 from ais_megatron.config import AISConfig
 from tests.helpers.batches import config_with, diagnostics_of
 
@@ -219,6 +219,19 @@ def test_what_is_assumed_before_a_bias_can_be_seen() -> None:
     for _ in range(40):  # batch after batch of it is evidence that there is no bias
         evidence = evidence.after(sums, memory=0.999)
     assert choice(10.0).alpha < first
+
+
+def test_rounding_does_not_choose_between_limits_that_do_the_same() -> None:
+    """No weight exceeds the smaller C, so both limits have the same gradient; rounding makes the second one's error the smaller."""
+    noise = torch.tensor([1.0, -1.0, 1.0, -1.0]).double()
+    phi = torch.zeros(4, 3, SIZE).double()
+    phi[:, 0, 0], phi[:, 1:, 0] = 1.0 + noise, (2.0 - noise)[:, None]
+    phi[:, 2] *= 1.0 - 1e-13
+    sums = GradientSums(torch.tensor(4.0), torch.tensor(4.0), phi.sum(0), torch.einsum("gks,gls->kl", phi, phi))
+    config = AISConfig(caps=[1.5, 2.0], prior=0.0)
+    squares, spread = (evidence := Evidence().after(sums, memory=0.9)).moments()
+    assert best_alpha(squares, spread, 2, config)[0] < best_alpha(squares, spread, 1, config)[0] < 0.0
+    assert evidence.choice(config).limit == 0
 
 
 def test_a_band_is_chosen_where_it_is_best() -> None:
