@@ -37,11 +37,11 @@ from ais_megatron.algorithm.gradients import SIZE, GradientSums
 from ais_megatron.config import AISConfig, Config
 
 PRIOR_BIAS = 0.3
-"""Of five settings in which it was measured this was 0.09 to 0.67 (docs/results.md)."""
+"""In the five settings where it was measured it was 0.09 to 0.67 (docs/algorithm.md)."""
 
 TIE = 1e-9
-"""Errors of limits that this share of the error lies between are equal. Where no weight exceeds several C, they differ by rounding alone,
-and the smallest C is taken."""
+"""Errors that differ by less than this share count as equal, and the smallest C is taken. Where no weight exceeds several C, their errors
+differ by rounding alone."""
 
 
 class Choice(NamedTuple):
