@@ -198,6 +198,7 @@ def test_nobody_is_waited_for_for_ever(servers, monkeypatch: pytest.MonkeyPatch)
     dying, hanging = fakes = servers(2)
     Group.hang = {"broadcast", "abort"}
     hanging.waits = {path: threading.Event() for path in (UPDATE, "end_weight_update", "continue_generation")}
+    dying.waits = {UPDATE: threading.Event()}  # else it may answer before it dies, and then nobody has failed
 
     async def work(transport: Broadcast, apis: list[ServerAPI]) -> None:
         update = WeightUpdate(transport, apis, "retract", "run-0")
