@@ -25,6 +25,7 @@ E are estimated without the batches' noise, and ± are jackknife errors over bat
 gradients needs backward passes, because every rule for alpha and C mixes them (gradient_arms.py). What is kept are inner products
 of their sketches (gradient_sketch.py). So `--from` judges any other rule for alpha and C later, without the model. The arms are
 those of gradient_arms.py, and the limits of weights those of `ais.caps` and `ais.bands`; "limit" shows an arm's most frequent one.
+Arms named "whole gradients" and "in hindsight" know what training cannot know (whole_gradients.py).
 
 `--trainer aligned` adds a trainer with policy.forward_precision=fp8_aligned. It has the same weights, and trains on the same
 quantised rollouts:
@@ -53,6 +54,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import whole_gradients
 from contract import machine
 from gradient_arms import BASELINES, TARGET, BasicGradient, Mixture, basic_gradient, basis, changed, limit_text, mixture, possible_arms
 from gradient_basis import Record, build_rig, measure
@@ -62,6 +64,8 @@ from ais_megatron.algorithm.measured import limits
 from ais_megatron.config import load_config
 from ais_megatron.distributed import init_process_group
 from ais_megatron.policy.saver import newest_on_all_ranks
+
+NAME = 30  # characters of an arm's name in a table
 
 
 def main() -> None:
@@ -114,6 +118,7 @@ def judge(record: Record, reference: str) -> dict[str, Judged]:
         kind = basic_gradient(config)
         if (kind.quantised, kind.aligned) in record.seen:
             mixtures[name] = mixture(config, record.vectors, record.seen[kind.quantised, kind.aligned])
+    mixtures |= {f"ais, {name}": mixed for name, mixed in whole_gradients.mixtures(record).items()}
     if reference not in mixtures:
         raise SystemExit(f"--reference={reference}: must be one of {', '.join(mixtures)}")
     target = mixtures[reference].coefficients
@@ -165,13 +170,15 @@ def hidden_by_noise(record: Record, target: Judged) -> str | None:
 
 def print_arms(arms: dict[str, Judged], reference: str) -> dict[str, dict[str, Any]]:
     """The table of all arms. Returns it for a file."""
-    print(f"{'against ' + reference:<22} {'alpha':>6} {'limit':>7}  {'bias':>16}  {'cosine':>15}  {'norm':>15}  {'noise':>15}  {'B*':>8}")
+    print(
+        f"{'against ' + reference:<{NAME}} {'alpha':>6} {'limit':>7}  {'bias':>16}  {'cosine':>15}  {'norm':>15}  {'noise':>15}  {'B*':>8}"
+    )
     table = {}
     for name, arm in arms.items():
         alpha, limit = statistics.fmean(arm.mixture.alphas), statistics.mode(arm.mixture.limits)
         figures = {key: estimate(getattr(arm.error, key)) for key in ("bias", "cosine", "norm", "noise")}
         cells = "  ".join(f"{f.value:>{width}.4f} ± {f.error:.4f}" for f, width in zip(figures.values(), (7, 6, 6, 6), strict=True))
-        print(f"{name:<22} {alpha:>6.3f} {limit:>7}  {cells}  {arm.error.batches_to_bias:>8.0f}")
+        print(f"{name:<{NAME}} {alpha:>6.3f} {limit:>7}  {cells}  {arm.error.batches_to_bias:>8.0f}")
         errors = {key: figure.error for key, figure in figures.items()}
         values = {key: figure.value for key, figure in figures.items()}
         table[name] = {"alpha": alpha, "limit": limit, **values, "batches_to_bias": arm.error.batches_to_bias, "errors": errors}
@@ -182,17 +189,19 @@ def print_horizon(arms: dict[str, Judged], horizon: float, table: dict[str, dict
     """error(H) of all arms, and its difference to that of the best baseline. Adds both to the table."""
     errors = {name: arm.error.error(horizon) for name, arm in arms.items()}
     best = min((name for name in BASELINES if name in errors), key=lambda name: float(errors[name][0]))
-    print(f"\n{f'H = {horizon:g} batches':<22} {'error(H)':>17}  {'against ' + best:>19}")
+    print(f"\n{f'H = {horizon:g} batches':<{NAME}} {'error(H)':>17}  {'against ' + best:>19}")
     for name, values in errors.items():
         own, difference = estimate(values), estimate(values - errors[best])
         verdict = "worse" if difference.value > 2.0 * difference.error else ""
-        print(f"{name:<22} {own.value:>8.4f} ± {own.error:.4f}  {difference.value:>+10.4f} ± {difference.error:.4f}  {verdict}".rstrip())
+        print(
+            f"{name:<{NAME}} {own.value:>8.4f} ± {own.error:.4f}  {difference.value:>+10.4f} ± {difference.error:.4f}  {verdict}".rstrip()
+        )
         table[name].setdefault("horizons", {})[f"{horizon:g}"] = {"error": own, "against": best, "difference": difference}
 
 
 def print_best_alphas(record: Record, target: Mixture, horizon: float) -> dict[str, tuple[Estimate, Estimate]]:
     """For every limit of the weights the constant alpha of least error(H), and that error. Nobody can know it in training."""
-    print(f"\n{f'best constant, H = {horizon:g}':<22} {'alpha':>15}  {'error(H)':>17}")
+    print(f"\n{f'best constant, H = {horizon:g}':<{NAME}} {'alpha':>15}  {'error(H)':>17}")
     result = {}
     for limit in limits(changed(record.config, {"correction": "ais"})):
         full, name = basic_gradient(record.config, limit), limit_text(limit)
@@ -200,7 +209,7 @@ def print_best_alphas(record: Record, target: Mixture, horizon: float) -> dict[s
             continue
         none, alone = (one_gradient(record, vector) for vector in (full.uncorrected, full))
         alpha, least = map(estimate, best_alpha(record.gram, none, alone, target.coefficients, horizon))
-        print(f"{name:<22} {alpha.value:>6.2f} ± {alpha.error:>6.2f}  {least.value:>8.4f} ± {least.error:.4f}")
+        print(f"{name:<{NAME}} {alpha.value:>6.2f} ± {alpha.error:>6.2f}  {least.value:>8.4f} ± {least.error:.4f}")
         result[name] = (alpha, least)
     return result
 

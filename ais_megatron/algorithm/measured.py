@@ -116,15 +116,19 @@ class Evidence:
 
     def choice(self, ais: AISConfig) -> Choice:
         """The choice of least estimated error. Before the first batch the correction is as strong as allowed, with the configured limit."""
-        if not self.batches:
-            return Choice(ais.alpha_max)
-        squares, noise = self.moments()
-        assumed = torch.zeros_like(squares)
-        assumed[1:, 1:] = PRIOR_BIAS * noise[1, 1]
-        squares = (self.batches * squares + ais.prior * assumed) / (self.batches + ais.prior)
-        found = [best_alpha(squares, noise, k, ais) for k in range(1, len(squares))]
-        least = min(error for error, _ in found)
-        return next(choice for error, choice in found if error <= least + TIE * abs(least))
+        return least_error(*self.moments(), self.batches, ais) if self.batches else Choice(ais.alpha_max)
+
+
+def least_error(squares: Tensor, noise: Tensor, batches: float, ais: AISConfig) -> Choice:
+    """The choice of least estimated error.
+
+    squares, noise: as from `Evidence.moments`. batches: how many they are an average of, against which the prior counts."""
+    assumed = torch.zeros_like(squares)
+    assumed[1:, 1:] = PRIOR_BIAS * noise[1, 1]
+    squares = (batches * squares + ais.prior * assumed) / (batches + ais.prior)
+    found = [best_alpha(squares, noise, k, ais) for k in range(1, len(squares))]
+    least = min(error for error, _ in found)
+    return next(choice for error, choice in found if error <= least + TIE * abs(least))
 
 
 def best_alpha(squares: Tensor, noise: Tensor, k: int, ais: AISConfig) -> tuple[float, Choice]:
