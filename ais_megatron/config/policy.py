@@ -31,7 +31,8 @@ Target = Literal[
 SGLANG_LAYERS = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",))
 
 
-ALIGNED = {"fp8_aligned": ("fp8_e4m3", "fp8_e5m2", "fp4_e2m1"), "int4_aligned": ("int4",)}
+_FLOATS = ("fp8_e4m3", "fp8_e5m2", "fp4_e2m1")
+ALIGNED = {"fp8_aligned": _FLOATS, "fp8_weights_aligned": _FLOATS, "int4_aligned": ("int4",)}
 """The values of `policy.forward_precision` that align the trainer with the engine, and what they need of `rollout.quantization`."""
 
 
@@ -54,11 +55,12 @@ class LoraConfig(Section):
 
 
 class PolicyConfig(Section):
-    forward_precision: Literal["bf16", "fp8_aligned", "int4_aligned", "fp8_te"] = Field(
+    forward_precision: Literal["bf16", "fp8_aligned", "fp8_weights_aligned", "int4_aligned", "fp8_te"] = Field(
         "bf16",
         description="arithmetic of the trainer's linear layers. bf16: that of model.dtype. fp8_aligned: the rollout engine's, with its "
-        "quantised weights, inputs, K and V, and gradients straight through; the trained model is then the quantised one. int4_aligned: "
-        "the same for rollout.quantization=int4. fp8_te: FP8 tensor cores through Transformer Engine's blockwise recipe, forward and "
+        "quantised weights, inputs, K and V, and gradients straight through; the trained model is then the quantised one. "
+        "fp8_weights_aligned: with its quantised weights alone, which serves deep models better. int4_aligned: its weights, K and V, for "
+        "rollout.quantization=int4. fp8_te: FP8 tensor cores through Transformer Engine's blockwise recipe, forward and "
         "backward; needs GPUs of compute capability 9.0 or higher",
     )
     lora: LoraConfig = LoraConfig()
@@ -67,6 +69,16 @@ class PolicyConfig(Section):
     def is_aligned(self) -> bool:
         """Whether the trainer computes with the engine's quantised weights, in the format of `rollout.quantization`."""
         return self.forward_precision in ALIGNED
+
+    @property
+    def aligns_inputs(self) -> bool:
+        """Whether it also rounds the inputs of linear layers as the engine does. INT4 engines do not round them."""
+        return self.forward_precision == "fp8_aligned"
+
+    @property
+    def aligns_cache(self) -> bool:
+        """Whether it rounds K and V, if the engine's cache does."""
+        return self.is_aligned and self.forward_precision != "fp8_weights_aligned"
 
 
 def precision_problems(

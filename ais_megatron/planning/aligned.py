@@ -80,7 +80,7 @@ def saved_bytes(config: Config, tokens: int, pairs: int, cuda: bool) -> int:
 
 def rounding_bytes(config: Config, tokens: int) -> int:
     """Bytes of the widest input of a dense layer, and of temporary tensors while it is rounded."""
-    if not config.policy.is_aligned or config.policy.forward_precision == "int4_aligned":
+    if not config.policy.aligns_inputs:
         return 0
     a, parallel = config.architecture, config.parallel
     e = dtype_bytes(config)

@@ -8,7 +8,12 @@ output layer, is as before. The backward pass is straight-through:
     y = Q(x) Q(W)^T,      dx = dy Q(W),      dW = dy^T Q(x),      and the gradients of Q are taken to be 1
 
 Source: QaRL (arXiv 2604.07853), which calls it the aligned forward pass; the estimator is that of arXiv 1308.3432. The format is that of
-`rollout.quantization`, so FP4 and E5M2 work too. With INT4 only weights are quantised.
+`rollout.quantization`, so FP4 and E5M2 work too. With INT4 inputs are not quantised.
+
+Rounding makes a deep model chaotic: values that differ in their last bit are rounded apart, and after some layers the difference is as
+large as if they had been rounded independently. So unless trainer and engine agree to the bit, an input that is rounded on both sides
+differs by twice the variance of one that only the engine rounds. `fp8_weights_aligned` therefore shares the weights alone, whose rounding
+is the same on both sides: y = x Q(W)^T, and K and V as they are.
 
 With LoRA the engine has Q(W + s B A), where s = alpha / rank, and so has the trainer. W has no gradient, and nothing of its size is made
 for the gradients of the factors:
@@ -23,7 +28,7 @@ step and kept, in float32 on a CPU like the engine's, and otherwise in the model
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -113,7 +118,8 @@ class Aligned:
     def __init__(self, model: Any, config: Config, lora: LoRA | None) -> None:
         fmt = format_of(config.rollout)
         assert fmt is not None, "the configuration refuses an aligned forward pass without a quantised engine"
-        self._config, self._fmt = config, fmt
+        self._config, self._fmt = config, fmt if config.policy.aligns_inputs else replace(fmt, group=0)
+        self._rounds_cache = config.policy.aligns_cache and config.rollout.kv_cache_is_fp8
         self._model_dtype = next(model.parameters()).dtype
         self._dtype = torch.float32 if device().type == "cpu" else self._model_dtype
         self._factors = {} if lora is None else lora.of_parameter
@@ -137,14 +143,14 @@ class Aligned:
             for expert in layer.mlp.experts.local_experts:
                 expert.forward = _weighted(expert.forward)
             layer.mlp.register_forward_hook(self._rounded)
-        if config.rollout.kv_cache_is_fp8:
+        if self._rounds_cache:
             self.use_scales(KVScales.unit(config.architecture.num_hidden_layers))
             for layer in model.decoder.layers:
                 layer.self_attention.core_attention.register_forward_pre_hook(self._cached(layer.layer_number - 1))
 
     def use_scales(self, scales: KVScales | None) -> None:
         """The scales that the engine has from now on."""
-        if self._config.rollout.kv_cache_is_fp8 and scales is not None:
+        if self._rounds_cache and scales is not None:
             self.kv_scales = torch.stack([scales.k_scale, scales.v_scale], 1).to(device())
 
     def weights_changed(self) -> None:

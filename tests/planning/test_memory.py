@@ -185,6 +185,7 @@ ALIGNED = {
     "recompute": (1, {}, {"recompute": "full"}, {}, FP8, "fp8_e4m3"),
     "LoRA": (1, {}, {}, {}, FP8 | LORA, "fp8_e4m3"),
     "LoRA on one projection": (1, {}, {}, {}, FP8 | {"lora": {"rank": 8, "targets": ["v_proj"]}}, "fp8_e4m3"),
+    "weights alone": (1, {}, {}, {}, {"forward_precision": "fp8_weights_aligned"}, "fp8_e4m3"),
     "int4": (1, {}, {}, {}, {"forward_precision": "int4_aligned"}, "int4"),
     "large MLP": (1, {"vocab_size": 300, "intermediate_size": 2048, "head_dim": 64}, {}, {}, FP8, "fp8_e4m3"),
     "TP2+SP, LoRA": (2, {}, {}, {"tp": 2, "sequence_parallel": True}, FP8 | LORA, "fp8_e4m3"),

@@ -143,11 +143,15 @@ def straight_through_reference(path: Path, fmt: Format, lora: int = 0) -> tuple[
     return chosen.detach(), {name: p.grad for name, p in (factors or dict(model.named_parameters())).items() if p.grad is not None}
 
 
-@pytest.mark.parametrize("quantization", ["fp8_e4m3", "int4"])
-def test_gradients_are_those_of_a_plain_straight_through_estimator(ranks: RankPool, untied_checkpoint: Path, quantization: str) -> None:
-    fmt, mask = INT4 if quantization == "int4" else FP8_E4M3.with_block(BLOCK), make_batch().loss_mask[:, 1:]
-    chosen, theirs = straight_through_reference(untied_checkpoint, fmt)
-    logprobs, seen, _ = ranks.run(1, gradients, path=untied_checkpoint, quantization=quantization)[0]
+@pytest.mark.parametrize("precision", ["fp8_aligned", "fp8_weights_aligned", "int4_aligned"])
+def test_gradients_are_those_of_a_plain_straight_through_estimator(ranks: RankPool, untied_checkpoint: Path, precision: str) -> None:
+    """With the weights alone, inputs are not rounded, and neither are K and V for an FP8 cache."""
+    fmt, mask = INT4 if precision == "int4_aligned" else FP8_E4M3.with_block(BLOCK), make_batch().loss_mask[:, 1:]
+    rounded = replace(fmt, group=0) if precision == "fp8_weights_aligned" else fmt
+    chosen, theirs = straight_through_reference(untied_checkpoint, rounded)
+    cache = "fp8_e4m3" if precision == "fp8_weights_aligned" else "bf16"
+    options = dict(path=untied_checkpoint, precision=precision, quantization=fmt.name, kv=cache)
+    logprobs, seen, _ = ranks.run(1, gradients, **options)[0]
     assert ((logprobs[:, 1:] - chosen) * mask).abs().max() < 1e-4
     for ours, name in (
         ("decoder.layers.0.mlp.linear_fc2.weight", "model.layers.0.mlp.down_proj.weight"),
