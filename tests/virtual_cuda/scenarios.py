@@ -185,8 +185,9 @@ def products_in_fp8(rank: int, layout: str, weights: Path) -> list[Counter[tuple
     return seen
 
 
-def training(rank: int, layout: str, weights: Path, fp8: bool = False, lora: int = 0) -> dict[str, Any]:
-    """Every kind of pass and update; returns numbers that do not depend on the device. lora: the rank of its factors."""
+def training(rank: int, layout: str, weights: Path, fp8: bool = False, lora: int = 0, aligned: str = "") -> dict[str, Any]:
+    """Every kind of pass and update; returns numbers that do not depend on the device. lora: the rank of its factors. aligned: the
+    `policy.forward_precision` of an aligned forward pass."""
     from ais_megatron.algorithm.ais import AISState
     from ais_megatron.runs.metrics import PhaseTimer
     from ais_megatron.update import lagged_update, update
@@ -198,6 +199,8 @@ def training(rank: int, layout: str, weights: Path, fp8: bool = False, lora: int
         options |= {"policy": {"lora": {"rank": lora}}, "sft": {"steps": 1}, "train": {"optimizer": {"lr": 1e-2, "warmup_steps": 0}}}
     if fp8:
         options["policy"] = options.get("policy", {}) | fp8_on_gpus()
+    if aligned:
+        options["policy"] = options.get("policy", {}) | {"forward_precision": aligned}
     config = config_of(layout, calibration={"mode": "fresh"}, **options)
     policy = policy_of(config, weights)
     rows, _ = my_rows(batch_of(config))

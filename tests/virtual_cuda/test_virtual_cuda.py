@@ -46,6 +46,18 @@ def test_training_computes_what_it_computes_on_cpus(gpus: RankPool, ranks: RankP
     assert_same_training(gpus, ranks, weights, layout)
 
 
+@pytest.mark.parametrize("layout", ["dense, TP2 x PP2", "moe, TP2 x EP2"])
+def test_a_trainer_with_the_engines_weights(gpus: RankPool, ranks: RankPool, weights: dict[str, Path], layout: str) -> None:
+    assert_same_training(gpus, ranks, weights, layout, aligned="fp8_weights_aligned")
+
+
+def test_a_trainer_with_the_engines_inputs_too(gpus: RankPool, weights: dict[str, Path]) -> None:
+    """Without comparison, because a sum in another order can move an input to the next value of FP8."""
+    layout = "dense, TP2 x PP2"
+    for result in gpus.run(4, scenarios.training, layout=layout, weights=weights["dense"], aligned="fp8_aligned"):
+        assert result["update"]["grad_norm"] > 0.0 and result["logprobs"].isfinite().all()
+
+
 @pytest.mark.parametrize(("layout", "heads"), [("qwen35, one rank", 4), ("qwen35, TP2 x PP2", 2)])
 def test_the_gated_delta_rule_through_fla(
     gpus_with_fla: RankPool, ranks: RankPool, weights: dict[str, Path], layout: str, heads: int
