@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -47,27 +48,26 @@ def main() -> None:
     arguments = parser.parse_args()
     fixed = ["parallel.dp=1", "correction=none", "policy.forward_precision=fp8_aligned"]
     config = load_config(arguments.config, [*arguments.overrides, *fixed])
-    moved = (
-        torch.finfo(torch.bfloat16 if config.model.dtype == "bf16" else torch.float32).eps if arguments.moved is None else arguments.moved
-    )
+    eps = torch.finfo(torch.bfloat16 if config.model.dtype == "bf16" else torch.float32).eps
+    moved = eps if arguments.moved is None else arguments.moved
     init_process_group("cpu")
-    session = build_session(config)
-    begin(session, None)
-    batches, position = [], 0
-    for _ in range(arguments.batches):
-        collected = collect(session, position, PhaseTimer())
-        batches.append(collected.batch)
-        position = collected.next_prompt
+    session, batches, position = build_session(config), [], 0
+    with closing(session.engine):
+        begin(session, None)
+        for _ in range(arguments.batches):
+            collected = collect(session, position, PhaseTimer())
+            batches.append(collected.batch)
+            position = collected.next_prompt
 
     cache, responses = "FP8" if config.rollout.kv_cache_is_fp8 else "BF16", sum(len(batch) for batch in batches)
-    print(f"{arguments.config}: rollouts in {config.rollout.quantization}, {cache} KV cache, {responses} responses; {machine()}\n")
+    engine = f"{config.rollout.engine} engine in {config.rollout.quantization}, {cache} KV cache"
+    print(f"{arguments.config}: {engine}, {responses} responses; {machine()}\n")
     print(f"{'trainer':<22} {'D':>19}  {'|d|':>9}  {'D moved':>19}")
     figures = {}
     for precision in PRECISIONS:
         # That of the session has the scales of the engine's cache.
-        policy = (
-            session.policy if precision == "fp8_aligned" else policy_with(changed(config, {"policy": {"forward_precision": precision}}))
-        )
+        is_own = precision == config.policy.forward_precision
+        policy = session.policy if is_own else policy_with(changed(config, {"policy": {"forward_precision": precision}}))
         figures[precision] = figures_of(policy, batches, moved)
         (d, error), size, (d_moved, its_error) = figures[precision].values()
         print(f"{precision:<22} {d:.2e} ± {error:.1e}  {size:.3e}  {d_moved:.2e} ± {its_error:.1e}", flush=True)
