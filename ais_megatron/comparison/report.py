@@ -173,7 +173,7 @@ def write_comparison_report(comparison: Comparison, results: Sequence[Result], c
     closing = [f"{len(done)} of {len(results)} runs finished"]
     closing += [f"{r.cell.name}: {r.state}: {last_line(r.cell)}" for r in results if r.state.startswith("crashed")]
     closing += [f"{r.cell.name}: {r.state}" for r in results if not r.finished and not r.state.startswith(("crashed", "missing"))]
-    if missing := [r.cell.name for r in results if r.state == "missing"]:
+    if missing := _missing(lines):
         closing.append(f"missing: {', '.join(missing)}")
     if any(result.rows for result in results):
         _save_figure(comparison, lines, folder / FIGURE_FILE)
@@ -187,6 +187,18 @@ def write_comparison_report(comparison: Comparison, results: Sequence[Result], c
     write_text_atomic(folder / TABLE_FILE, text)
     write_results(folder / RESULTS_FILE, results)
     return "\n".join([table, "", *closing, "", f"report: {folder / TABLE_FILE}" + (f" and {folder / FIGURE_FILE}" if drawn else "")])
+
+
+def _missing(lines: Sequence[Line]) -> list[str]:
+    """Runs that were never started: an arm with its seeds, or an arm alone if it has no run at all."""
+    names = []
+    for line in lines:
+        seeds = [str(result.cell.seed) for result in line.results if result.state == "missing"]
+        if len(seeds) == len(line.results):
+            names.append(f"all of {line.task}/{line.arm}")
+        elif seeds:
+            names.append(f"{line.task}/{line.arm} (seeds {', '.join(seeds)})")
+    return names
 
 
 def _legend(comparison: Comparison) -> list[str]:

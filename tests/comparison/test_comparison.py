@@ -162,7 +162,9 @@ def test_a_signal_stops_the_comparison_and_the_final_evaluation_is_caught_up(wri
     comparison, cells = load_comparison(path)
     calls = stand_in(monkeypatch, {"ais/0": EXIT_REQUEUE})
     assert run_cells(comparison, path, cells) == EXIT_REQUEUE and len(calls) == 2
-    assert [result_of(cell, comparison).state for cell in cells[1:3]] == ["unfinished (1 of 3 steps)", "missing"]
+    results = [result_of(cell, comparison) for cell in cells]
+    assert [result.state for result in results[1:3]] == ["unfinished (1 of 3 steps)", "missing"]
+    assert "missing: countdown/bf16 (seeds 1), countdown/ais (seeds 1)" in write_comparison_report(comparison, results, "x")
     comparison, cells = load_comparison(path, ["final_eval={rollout.quantization: none}"])
     calls.clear()
     assert result_of(cells[0], comparison).state == "trained, without its final evaluation"
@@ -254,7 +256,7 @@ def test_nothing_is_there_yet(write) -> None:
     text = write_comparison_report(comparison, [result_of(cell, comparison) for cell in cells], "x")
     assert (
         "0 of 4 runs finished" in text
-        and "missing: countdown/bf16/0, countdown/ais/0, countdown/bf16/1, countdown/ais/1" in text
+        and "missing: all of countdown/bf16, all of countdown/ais" in text
         and "0/2" in text
     )
     assert isinstance(comparison, Comparison) and not (Path(comparison.dir) / "comparison.png").exists()
