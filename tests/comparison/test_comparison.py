@@ -254,11 +254,7 @@ def test_curves_of_results_are_means_of_five_steps_and_the_least_reliability_is_
 def test_nothing_is_there_yet(write) -> None:
     comparison, cells = load_comparison(write())
     text = write_comparison_report(comparison, [result_of(cell, comparison) for cell in cells], "x")
-    assert (
-        "0 of 4 runs finished" in text
-        and "missing: all of countdown/bf16, all of countdown/ais" in text
-        and "0/2" in text
-    )
+    assert "0 of 4 runs finished" in text and "missing: all of countdown/bf16, all of countdown/ais" in text and "0/2" in text
     assert isinstance(comparison, Comparison) and not (Path(comparison.dir) / "comparison.png").exists()
 
 
