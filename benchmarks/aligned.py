@@ -33,6 +33,7 @@ ARMS = {  # policy.forward_precision, rank of LoRA, whether the quantised weight
     "bf16": ("bf16", 0, True),
     "aligned": ("fp8_aligned", 0, True),
     "aligned without cache": ("fp8_aligned", 0, False),
+    "weights alone": ("fp8_weights_aligned", 0, True),
     "bf16 with LoRA": ("bf16", 16, True),
     "aligned with LoRA": ("fp8_aligned", 16, True),
 }
@@ -95,7 +96,7 @@ def main() -> None:
     medians = {name: statistics.median(values) for name, values in seconds.items()}
     print(f"machine: {machine()}; {rounds} rounds, medians")
     figures = {"trainer step, bf16": plain(medians["bf16"], "CPU s")}
-    for name in ("aligned", "aligned without cache"):
+    for name in ("aligned", "aligned without cache", "weights alone"):
         figures[f"trainer step, {name}"] = plain(medians[name] / medians["bf16"], "times bf16", "FP8 is emulated on a CPU")
     figures["trainer step, aligned with LoRA"] = plain(medians["aligned with LoRA"] / medians["bf16 with LoRA"], "times bf16 with LoRA")
     emit(figures)
