@@ -22,16 +22,15 @@ from typing import Any
 
 import torch
 from contract import machine
-from gradient_arms import changed
+from gradient_basis import starting_policy_in
 from torch import Tensor
 
 from ais_megatron.batch import Batch
 from ais_megatron.collection import collect
-from ais_megatron.config import Config, load_config
+from ais_megatron.config import load_config
 from ais_megatron.distributed import init_process_group
 from ais_megatron.policy.policy import Policy
 from ais_megatron.runs.metrics import PhaseTimer
-from ais_megatron.runs.warm_start import starting_folder
 from ais_megatron.session import build_session
 from ais_megatron.trainer import begin
 
@@ -67,20 +66,12 @@ def main() -> None:
     for precision in PRECISIONS:
         # That of the session has the scales of the engine's cache.
         is_own = precision == config.policy.forward_precision
-        policy = session.policy if is_own else policy_with(changed(config, {"policy": {"forward_precision": precision}}))
+        policy = session.policy if is_own else starting_policy_in(config, precision)
         figures[precision] = figures_of(policy, batches, moved)
         (d, error), size, (d_moved, its_error) = figures[precision].values()
         print(f"{precision:<22} {d:.2e} ± {error:.1e}  {size:.3e}  {d_moved:.2e} ± {its_error:.1e}", flush=True)
     if arguments.json is not None:
         arguments.json.write_text(json.dumps({"responses": responses, "moved": moved, "trainers": figures}, indent=1) + "\n")
-
-
-def policy_with(config: Config) -> Policy:
-    """The starting policy of this configuration."""
-    folder = starting_folder(config)
-    return Policy(
-        config, config.train.optimizer, config.train.steps, config.likelihood_temperature, None if folder is None else str(folder)
-    )
 
 
 def figures_of(policy: Policy, batches: list[Batch], moved: float) -> dict[str, Any]:

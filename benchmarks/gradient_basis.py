@@ -79,6 +79,14 @@ class Rig:
     """The aligned trainer (True), if there is one, and the other (False)."""
 
 
+def starting_policy_in(config: Config, precision: str) -> Policy:
+    """A further policy with the starting weights, and another `policy.forward_precision`."""
+    folder = starting_folder(config)
+    updates = config.train.steps * config.train.updates_per_batch
+    other = changed(config, {"policy": {"forward_precision": precision}})
+    return Policy(other, other.train.optimizer, updates, config.likelihood_temperature, None if folder is None else str(folder))
+
+
 def build_rig(config: Config, checkpoint: Path | None, with_aligned: bool) -> Rig:
     """checkpoint: its weights are used; otherwise those of the starting policy."""
     arms, _ = possible_arms(config, with_aligned)
@@ -86,11 +94,7 @@ def build_rig(config: Config, checkpoint: Path | None, with_aligned: bool) -> Ri
     policy, task, tokenizer = build_policy(config, from_checkpoint=checkpoint is not None)
     policies = {False: policy}
     if with_aligned:
-        aligned = changed(config, {"policy": {"forward_precision": "fp8_aligned"}})
-        folder = starting_folder(config)
-        path = None if folder is None else str(folder)
-        updates = config.train.steps * config.train.updates_per_batch
-        policies[True] = Policy(aligned, aligned.train.optimizer, updates, config.likelihood_temperature, path)
+        policies[True] = starting_policy_in(config, "fp8_aligned")
     # The policy that syncs with an engine learns the scales of its cache, so the quantised engine belongs to the aligned trainer.
     owners = {False: policy, True: policies[with_aligned]}
     sessions = {}

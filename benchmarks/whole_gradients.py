@@ -40,9 +40,9 @@ def mixtures(record: Record) -> dict[str, Mixture]:
 
 
 def _mixture(record: Record, config: Config, in_hindsight: bool) -> Mixture:
-    batches = len(record.gram)
-    full = [record.vectors.index(basic_gradient(config, limit)) for limit in limits(config)]
-    none = record.vectors.index(basic_gradient(config, limits(config)[0]).uncorrected)
+    batches, choices = len(record.gram), limits(config)
+    full = [record.vectors.index(basic_gradient(config, limit)) for limit in choices]
+    none = record.vectors.index(basic_gradient(config, choices[0]).uncorrected)
     phi = torch.eye(len(record.vectors), dtype=record.gram.dtype)[[none, *full]]
     phi[1:] -= phi[0].clone()  # the gradients with weights 1, and with v_k - 1
     products = torch.einsum("ik,bkcl,jl->bcij", phi, record.gram, phi)
@@ -54,7 +54,7 @@ def _mixture(record: Record, config: Config, in_hindsight: bool) -> Mixture:
         assert choice.limit is not None
         row += phi[0] + choice.alpha * phi[1 + choice.limit]
         mixture.alphas.append(choice.alpha)
-        mixture.limits.append(limit_text(limits(config)[choice.limit]))
+        mixture.limits.append(limit_text(choices[choice.limit]))
     return mixture
 
 

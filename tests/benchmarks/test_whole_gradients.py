@@ -21,6 +21,11 @@ def arms(monkeypatch):
 
 
 @pytest.fixture
+def whole(arms):
+    return importlib.import_module("whole_gradients")
+
+
+@pytest.fixture
 def record(arms, tmp_path):
     """A record of made-up gradients ``[batches, vectors, size]``."""
     data = small(tmp_path)
@@ -41,9 +46,8 @@ def weight(vector):
     return {"none": 0.0, "tis": (vector.correction.weight_cap - 1.0) / 9.0, "mis": 0.5}[vector.correction.name]
 
 
-def test_without_noise_the_least_bias_is_chosen(record):
+def test_without_noise_the_least_bias_is_chosen(whole, record):
     """All batches have the same gradients, so the limit that counts as unbiased is the best."""
-    whole = importlib.import_module("whole_gradients")
     found = whole.mixtures(record(lambda batch, vector: torch.tensor([1.0, weight(vector), 0.0, 0.0])))
     hindsight = found["in hindsight"]
     assert hindsight.alphas == [1.0] * BATCHES and hindsight.limits == ["10"] * BATCHES
@@ -51,17 +55,15 @@ def test_without_noise_the_least_bias_is_chosen(record):
     assert first.limits[0] == "1.5", "one batch shows no bias, so the prior chooses"
 
 
-def test_without_bias_the_least_noise_is_chosen(record):
+def test_without_bias_the_least_noise_is_chosen(whole, record):
     """The gradients of all limits have the same mean, and stronger corrections have more noise, of which alpha 0 has the least."""
-    whole = importlib.import_module("whole_gradients")
     signs = torch.tensor([1.0, -1.0] * (BATCHES // 2))
     found = whole.mixtures(record(lambda batch, vector: torch.tensor([1.0, (1.0 + weight(vector)) * signs[batch], 0.0, 0.0])))
     assert found["in hindsight"].alphas == [0.0] * BATCHES
 
 
-def test_only_the_past_counts_in_training(record):
+def test_only_the_past_counts_in_training(whole, record):
     """What later batches are like changes nothing for the rules without hindsight."""
-    whole = importlib.import_module("whole_gradients")
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(BATCHES, 4, generator=generator)
 
