@@ -11,6 +11,7 @@ from tests.helpers.paths import ROOT
 
 SGLANG_PYTHON = ROOT / ".venv-sglang" / "bin" / "python"
 STARTUP_S = 300.0
+AFRESH = {"SGLANG_CPU_SHIM_START_AFRESH": "1"}  # `env` of a server that starts its processes as on GPUs (shim/sglang_cpu_shim/start.py)
 
 # The smallest sizes whose merged weights (Q, K, V; gate, up) hold whole 128-blocks.
 DENSE = dict(

@@ -21,7 +21,7 @@ from ais_megatron.cluster.ports import free_port
 from ais_megatron.quantization.kv_scales import kv_scale_name
 from ais_megatron.rollout.sglang.access_key import authorization
 from tests.helpers.processes import is_running, wait_for
-from tests.helpers.sglang import RunningServer, sglang_config
+from tests.helpers.sglang import AFRESH, RunningServer, sglang_config
 
 pytestmark = pytest.mark.sglang
 
@@ -106,7 +106,7 @@ def test_a_bf16_cache_has_no_scales(sglang_server):
 
 def test_kill_9_of_the_parent_while_it_starts(tmp_path):
     """The hardest moment: SGLang's children have not yet asked the kernel to follow their parent."""
-    (tmp_path / "config.json").write_text(sglang_config(port=free_port()).model_dump_json())
+    (tmp_path / "config.json").write_text(sglang_config(port=free_port(), env=AFRESH).model_dump_json())
     script = (
         "import sys, time, pathlib; from ais_megatron.config import Config; from ais_megatron.rollout.sglang.server import SGLangServer\n"
         "config = Config.model_validate_json(pathlib.Path(sys.argv[1], 'config.json').read_text())\n"

@@ -320,7 +320,7 @@ def test_closing_ends_what_is_in_flight(sglang_server, connect) -> None:
 
 def test_scales_that_would_be_dropped_stop_the_run(connect, tmp_path: Path) -> None:
     """Without our plugin SGLang drops the scales and answers 200."""
-    config = sglang_config(port=free_port(), env={"SGLANG_PLUGINS": "cpu_fp8_linear,cpu_fp8_kv_cache,cpu_routed_experts"})
+    config = sglang_config(port=free_port(), env={"SGLANG_PLUGINS": "cpu_start,cpu_fp8_linear,cpu_fp8_kv_cache,cpu_routed_experts"})
     with SGLangServer(config, tmp_path / "server", config.rollout.sglang.port) as server:
         server.wait_until_healthy(300)
         engine = connect(RunningServer(server.url, None, config, config.architecture, server))
@@ -332,7 +332,7 @@ def test_scales_that_would_be_dropped_stop_the_run(connect, tmp_path: Path) -> N
 def test_a_server_killed_in_the_middle_of_a_broadcast(sglang_server, connect, tmp_path: Path) -> None:
     """This process outlives it, the push ends with an error, and the next one reaches the server that is left."""
     survivor = sglang_server("dense", "fp8")
-    settings = survivor.config.rollout.sglang.model_dump() | {"port": free_port()}
+    settings = survivor.config.rollout.sglang.model_dump() | {"port": free_port(), "env": {}}
     config = build_config(survivor.config.model_dump() | {"rollout": survivor.config.rollout.model_dump() | {"sglang": settings}})
     with SGLangServer(config, tmp_path / "server", config.rollout.sglang.port) as victim:
         victim.wait_until_healthy(300)

@@ -29,6 +29,7 @@ from ais_megatron.rollout.sglang.patience import Patience
 from ais_megatron.rollout.sglang.plugin import KEY_FILE_VARIABLE
 
 CPU_RUNNING = 64
+STATES_PER_REQUEST = 3  # recurrent states: SGLang runs at most a third as many requests as it has room for, because prefixes are cached too
 POLL_S, HTTP_TIMEOUT_S, STOP_S = 0.5, 30.0, 10.0
 LOG_TAIL = 30
 
@@ -91,8 +92,11 @@ def server_command(config: Config, model_folder: Path, port: int, index: int = 0
     if rollout.colocated and sglang.device == "cuda":
         command += ["--enable-memory-saver"]  # (on a CPU the endpoints work without it, and free nothing)
     if sglang.device == "cpu":
-        tokens = (sglang.max_running or CPU_RUNNING) * context  # by default SGLang would take most of the host's memory
-        command += ["--device", "cpu", "--disable-overlap-schedule", "--sleep-on-idle", "--max-total-tokens", str(tokens)]
+        running = sglang.max_running or CPU_RUNNING
+        command += ["--device", "cpu", "--disable-overlap-schedule", "--sleep-on-idle"]
+        command += ["--max-total-tokens", str(running * context)]  # by default SGLang would take most of the host's memory
+        if config.architecture.family.is_recurrent:
+            command += ["--max-mamba-cache-size", str(STATES_PER_REQUEST * running)]
     else:
         command += ["--base-gpu-id", str(index * sglang.tp)]
     return command + sglang.extra_args

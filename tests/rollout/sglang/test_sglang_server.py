@@ -34,6 +34,12 @@ def test_command_on_a_cpu():
     ).split(" ")
 
 
+def test_a_cpu_server_limits_its_recurrent_states():
+    """By itself SGLang 0.5.23 makes room for 148,544 of them here, which is 4.9 GB."""
+    command = server_command(sglang_config("qwen3_5", "fp8", max_running=10), Path("/m"), 30001)
+    assert command[-4:] == ["--max-total-tokens", "5120", "--max-mamba-cache-size", "30"]
+
+
 def test_command_on_gpus():
     config = sglang_config(
         "dense",

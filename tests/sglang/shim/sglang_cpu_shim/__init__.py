@@ -4,6 +4,8 @@ SGLang's FP8 paths call CUDA kernels, or AMX ones on CPUs that have it. What is 
 torch: parameters, loaders, update endpoints and memory pools stay SGLang's own, so tests exercise those.
 """
 
+import multiprocessing
+
 import torch
 
 E4M3_MAX = 448.0
@@ -15,6 +17,11 @@ def is_plain_cpu() -> bool:
     from sglang.srt.utils.common import cpu_has_amx_support
 
     return is_cpu() and not cpu_has_amx_support()
+
+
+def computes_here() -> bool:
+    """Whether this process holds a model on a plain CPU. A server's first process starts those that do."""
+    return is_plain_cpu() and multiprocessing.parent_process() is not None
 
 
 def quantize_activations(x: torch.Tensor, group: int) -> torch.Tensor:

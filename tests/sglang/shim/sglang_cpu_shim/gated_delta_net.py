@@ -9,14 +9,14 @@ import torch
 import torch.nn.functional as F
 from torch import library
 
-from sglang_cpu_shim import is_plain_cpu
+from sglang_cpu_shim import computes_here
 
 OPERATORS = library.Library("sgl_kernel", "FRAGMENT")
 
 
 def install() -> None:
     """Plugin: let the norm after the rule call our operator instead of a Triton kernel."""
-    if not is_plain_cpu():
+    if not computes_here():
         return
     import sglang.kernels.ops.attention.fla.layernorm_gated as layernorm_gated
 

@@ -5,12 +5,12 @@ K and V are stored divided by their layer's scale and read back times it, so tha
 
 import torch
 
-from sglang_cpu_shim import is_plain_cpu
+from sglang_cpu_shim import computes_here
 
 
 def install() -> None:
     """Plugin: let the CPU server have an FP8 cache, and the attention backend read it with scales."""
-    if not is_plain_cpu():
+    if not computes_here():
         return
     import sglang.srt.mem_cache.kv_cache_configurator as configurator
     from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend

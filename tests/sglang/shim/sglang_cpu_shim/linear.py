@@ -3,12 +3,12 @@
 import torch
 import torch.nn.functional as F
 
-from sglang_cpu_shim import dequantize_weight, is_plain_cpu, quantize_activations
+from sglang_cpu_shim import computes_here, dequantize_weight, quantize_activations
 
 
 def install() -> None:
     """Plugin: put the arithmetic in place in this process, before a model is built."""
-    if not is_plain_cpu():
+    if not computes_here():
         return
     from sglang.srt.layers.quantization import fp8
 
