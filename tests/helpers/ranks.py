@@ -23,8 +23,8 @@ from ais_megatron.cluster.ports import free_port
 
 RUNS_PER_PROCESS = 16  # then a process is replaced, so that what tests leave behind (memory, caches) does not pile up
 START_S = 300.0  # for the nursery's imports, on a busy machine
-# What nearly every function on a rank imports, itself or through torch's first optimizer: 2 s for each rank that starts without.
-IMPORTED_ONCE = ("pytest", "torch._dynamo")
+# What nearly every function on a rank imports, itself or through torch's first optimizer: 7 s for each rank that starts without.
+IMPORTED_ONCE = ("ais_megatron.trainer", "pytest", "torch._dynamo")
 
 
 class RankError(AssertionError):
@@ -110,14 +110,15 @@ def _fork_ranks(orders: Connection, address: str, key: bytes, prepare: Callable[
     """The nursery: each order is a number of ranks to start, once those of the order before are gone."""
     os.environ["OMP_NUM_THREADS"] = "1"  # and so no threads of OpenMP, which a fork would lose
     import torch
+    import torch.distributed as dist
 
     torch.set_num_threads(1)
     if prepare is not None:
         prepare()
-    else:  # (a prepared machine may have GPUs: there Megatron is imported once the process group says where ranks compute)
-        importlib.import_module("ais_megatron.trainer")
+    dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)  # it says where Megatron runs
     for module in IMPORTED_ONCE:
         importlib.import_module(module)
+    dist.destroy_process_group()  # and with it the threads, which a fork would lose
     context = multiprocessing.get_context("fork")
     ranks: list[multiprocessing.process.BaseProcess] = []
     while True:
@@ -153,7 +154,6 @@ def _serve(number: int, address: str, key: bytes, backend: str) -> None:
         try:
             store = dist.TCPStore("127.0.0.1", port, world_size, is_master=number == 0)
             dist.init_process_group(backend, store=store, rank=number, world_size=world_size)
-            importlib.import_module("ais_megatron.policy")  # decides where Megatron runs, by the process group, and so comes first
             from megatron.core import parallel_state
 
             try:

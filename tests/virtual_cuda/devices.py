@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.distributed._shard.sharded_tensor import ShardedTensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _pop_mode_temporarily
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 PRUNE_EVERY = 5000  # labels, after which those of storages that are gone are forgotten
@@ -329,6 +329,38 @@ def enter_for_good() -> None:
     """`virtual_devices` for the rest of this thread."""
     _FUNCTIONS.__enter__()
     _OPERATORS.__enter__()
+
+
+class OneKernel(torch.autograd.Function):
+    """`OneKernel.apply(function, *tensors)`: a differentiable function of CUDA tensors that is one kernel on a GPU. Nobody looks at the
+    operators inside, which takes most of the time of a function that has many."""
+
+    @staticmethod
+    def forward(ctx: Any, function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
+        _check_same_device(function.__name__, list(tensors), [is_cuda(tensor) for tensor in tensors])
+        with _unwatched(), torch.enable_grad():
+            ctx.inputs = [tensor.detach().requires_grad_(wanted) for tensor, wanted in zip(tensors, ctx.needs_input_grad[1:], strict=True)]
+            ctx.output = function(*ctx.inputs)
+            result = ctx.output.detach().clone()
+        LABELS.set(result, any(is_cuda(tensor) for tensor in tensors))
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        wanted = [tensor for tensor in ctx.inputs if tensor.requires_grad]
+        with _unwatched(), torch.enable_grad():
+            found = iter(torch.autograd.grad(ctx.output, wanted, grads))
+        results = [next(found) if tensor.requires_grad else None for tensor in ctx.inputs]
+        for result in results:
+            if result is not None:
+                LABELS.set(result, is_cuda(grads[0]))
+        return None, *results
+
+
+@contextmanager
+def _unwatched() -> Iterator[None]:
+    with torch._C.DisableTorchFunction(), _pop_mode_temporarily():
+        yield
 
 
 def inside(function: Callable[..., Any]) -> Callable[..., Any]:
