@@ -9,6 +9,7 @@ One process of the pool, the nursery, imports what ranks need and then only fork
 
 from __future__ import annotations
 
+import gc
 import importlib
 import multiprocessing
 import os
@@ -119,6 +120,7 @@ def _fork_ranks(orders: Connection, address: str, key: bytes, prepare: Callable[
     for module in IMPORTED_ONCE:
         importlib.import_module(module)
     dist.destroy_process_group()  # and with it the threads, which a fork would lose
+    gc.freeze()  # Megatron collects garbage at every checkpoint, and need not look through all that was imported
     context = multiprocessing.get_context("fork")
     ranks: list[multiprocessing.process.BaseProcess] = []
     while True:
