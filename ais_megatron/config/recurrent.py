@@ -7,6 +7,9 @@ from ais_megatron.config.policy import PolicyConfig
 from ais_megatron.config.rollout import RolloutConfig
 from ais_megatron.config.settings import ParallelConfig, TrainConfig
 
+PRECISIONS = ("bf16", "fp8_aligned", "fp8_weights_aligned", "int4_aligned")
+"""What `policy.forward_precision` can be."""
+
 
 def recurrent_problems(
     arch: Architecture | None, parallel: ParallelConfig, train: TrainConfig, policy: PolicyConfig, rollout: RolloutConfig
@@ -30,8 +33,10 @@ def recurrent_problems(
         problems.append(
             f"train.packing=true: {family} has layers with a recurrent state, which would run from one row into the next; set it to false"
         )
-    if policy.forward_precision != "bf16":
-        problems.append(f"policy.forward_precision={policy.forward_precision}: not supported for {family}; set it to bf16")
+    if policy.forward_precision not in PRECISIONS:
+        problems.append(
+            f"policy.forward_precision={policy.forward_precision}: not supported for {family}; set it to one of {', '.join(PRECISIONS)}"
+        )
     if rollout.engine_traits.has_servers:
         problems += _server_problems(arch, rollout)
     if rollout.lora_sync == "adapter":

@@ -37,7 +37,7 @@ def layer_saved(config: Config, tokens: int, cuda: bool, expert_load: float, is_
     saved = tokens * (2 * norm + 2 * inputs) // shard
     saved += recurrent_saved(config, tokens, cuda) if is_recurrent else tokens * (attention + projection + gate) // tp
     if not a.is_moe:
-        saved += saved_bytes(config, tokens, 0, cuda)
+        saved += saved_bytes(config, tokens, 0, cuda, is_recurrent)
         return saved + tokens * e * 5 * a.intermediate_size // tp  # gate and up, silu(gate), up again, product
     routed = tokens // shard
     pairs = int(routed * a.num_experts_per_tok * parallel.etp * expert_load)

@@ -13,11 +13,12 @@ ranks. On CUDA they are derived and not measured. No torch here.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from math import prod
 
 from ais_megatron.config import Config
-from ais_megatron.models.family import Weight, shape_of
-from ais_megatron.planning.parameters import FP32, dtype_bytes
+from ais_megatron.models.family import Weight, shape_of, table_of
+from ais_megatron.planning.parameters import FP32, dtype_bytes, stage_layers
 
 ROUNDED = 5 * FP32
 """Bytes per value while weights are rounded: values, scales, quotients, and the anchors and sums of `Format.round_scaled`."""
@@ -30,37 +31,32 @@ def copy_width(config: Config, cuda: bool) -> int:
     return 2 if cuda and config.model.dtype == "bf16" else FP32
 
 
-def copied_bytes(config: Config, cuda: bool) -> int:
+def copied_bytes(config: Config, stage: int, cuda: bool) -> int:
     """Bytes of the quantised copies of a rank's weights; 0 without an aligned forward pass."""
     if not config.policy.is_aligned:
         return 0
-    a, parallel = config.architecture, config.parallel
-    dense, expert = _sizes(config)
-    return copy_width(config, cuda) * (a.num_hidden_layers // parallel.pp) * (sum(dense) + a.num_experts // parallel.ep * sum(expert))
+    return copy_width(config, cuda) * sum(map(sum, _sizes(config, stage)))
 
 
-def refresh_bytes(config: Config, cuda: bool) -> int:
+def refresh_bytes(config: Config, stage: int, cuda: bool) -> int:
     """Bytes at the worst moment while the copies are made again: of the largest matrix, and of the one that was made just before."""
     if not config.policy.is_aligned:
         return 0
-    dense, expert = _sizes(config)
-    return (ROUNDED + copy_width(config, cuda)) * max(dense + expert)
+    return (ROUNDED + copy_width(config, cuda)) * max(map(max, _sizes(config, stage)))
 
 
-def _sizes(config: Config) -> tuple[list[int], list[int]]:
-    """Number of values in a rank's part of each quantised matrix of a layer, and of an expert."""
+def _sizes(config: Config, stage: int) -> Iterator[list[int]]:
+    """For each layer of a stage: the number of values in a rank's part of each quantised matrix, of its experts too."""
     a, parallel = config.architecture, config.parallel
 
-    def size(weight: Weight, shards: int) -> int:
-        return prod(shape_of(weight, a)) // (1 if weight.tp_dim is None else shards)
+    def sizes(table: tuple[Weight, ...], shards: int) -> list[int]:
+        return [prod(shape_of(weight, a)) // (1 if weight.tp_dim is None else shards) for weight in table if weight.quantized]
 
-    return (
-        [size(weight, parallel.tp) for weight in a.family.layer if weight.quantized],
-        [size(weight, parallel.etp) for weight in a.family.experts if weight.quantized],
-    )
+    for layer in stage_layers(a, parallel, stage):
+        yield sizes(table_of(a, layer), parallel.tp) + sizes(a.family.experts, parallel.etp) * (a.num_experts // parallel.ep)
 
 
-def saved_bytes(config: Config, tokens: int, pairs: int, cuda: bool) -> int:
+def saved_bytes(config: Config, tokens: int, pairs: int, cuda: bool, is_recurrent: bool = False) -> int:
     """Bytes that a layer saves for the backward pass beyond those of `activations.layer_saved`.
 
     pairs: of a token and an expert, on this rank."""
@@ -69,9 +65,13 @@ def saved_bytes(config: Config, tokens: int, pairs: int, cuda: bool) -> int:
     a, parallel = config.architecture, config.parallel
     e, width = dtype_bytes(config), copy_width(config, cuda)
     shard = parallel.tp if parallel.sequence_parallel else 1
-    hidden, attention = a.hidden_size, a.query_size
-    norms = tokens * 2 * width * hidden // shard
-    norms += tokens * width * (a.query_size + a.kv_size) // parallel.tp if a.family.qk_norm else 0
+    hidden, attention = a.hidden_size, a.linear_value_size if is_recurrent else a.query_size
+    norms = 0
+    if not a.family.zero_centered_norms:  # which round once
+        norms += tokens * 2 * width * hidden // shard
+        norms += tokens * width * (a.query_size + a.kv_size) // parallel.tp if a.family.qk_norm else 0
+    if is_recurrent and width != e:
+        norms += tokens * e * hidden // shard  # the input of the projection to the gates, which is not quantised
     if not a.is_moe:
         return norms + (width - e) * tokens * (2 * hidden // shard + (attention + a.intermediate_size) // parallel.tp)
     experts = pairs * ((2 * width - e) * hidden + (width - 2 * e) * a.moe_intermediate_size // parallel.etp)

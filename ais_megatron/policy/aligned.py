@@ -29,6 +29,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -40,7 +41,7 @@ from torch import Tensor, nn
 from ais_megatron.config import Architecture, Config
 from ais_megatron.distributed import device
 from ais_megatron.export.parameters import join, split
-from ais_megatron.models.family import Weight, parameters_of, shape_of
+from ais_megatron.models.family import Weight, parameters_of, sections_of, shape_of, table_of
 from ais_megatron.policy.lora import Factors, LoRA
 from ais_megatron.policy.norm import RMSNorm
 from ais_megatron.policy.routing import Router
@@ -52,28 +53,31 @@ from ais_megatron.quantization.kv_scales import KVScales
 
 @dataclass(frozen=True)
 class Piece:
-    """This rank's part of one matrix: where it begins in the whole matrix, and the whole matrix's shape."""
+    """This rank's part of one matrix: its rows of each section, its first column, and the whole matrix's shape."""
 
-    row: int
+    rows: tuple[range, ...]
     column: int
     whole: tuple[int, int]
 
     def block_amax(self, values: Tensor, fmt: Format) -> Tensor:
         """The largest magnitudes of this part in each block of the whole matrix, float32, and 0 in blocks that are elsewhere."""
-        (height, width), (rows, columns) = fmt.weight_block, values.shape
-        top, left = self.row % height, self.column % width
-        padded = F.pad(values.float().abs(), (left, -(left + columns) % width, top, -(top + rows) % height))
-        own = padded.unflatten(1, (-1, width)).unflatten(0, (-1, height)).amax((1, 3))
-        grid = own.new_zeros(fmt.scales_shape(self.whole))
-        grid[self.row // height :, self.column // width :][: own.shape[0], : own.shape[1]] = own
+        (height, width), columns = fmt.weight_block, values.shape[1]
+        grid = values.new_zeros(fmt.scales_shape(self.whole), dtype=torch.float32)
+        left = self.column % width
+        for rows, section in zip(self.rows, values.split([len(rows) for rows in self.rows]), strict=True):
+            top = rows.start % height
+            padded = F.pad(section.float().abs(), (left, -(left + columns) % width, top, -(top + len(rows)) % height))
+            own = padded.unflatten(1, (-1, width)).unflatten(0, (-1, height)).amax((1, 3))
+            blocks = grid[rows.start // height :, self.column // width :][: own.shape[0], : own.shape[1]]
+            torch.maximum(blocks, own, out=blocks)  # two sections may share a block
         return grid
 
     def quantized(self, values: Tensor, amax: Tensor, fmt: Format) -> Tensor:
         """This part quantised and dequantised, float32. amax: of every block of the whole matrix. As `quantize_block` does."""
-        (height, width), (rows, columns) = fmt.weight_block, values.shape
+        (height, width), columns = fmt.weight_block, values.shape[1]
         scale = amax / torch.full((), fmt.largest, device=amax.device)
         scale = torch.where(scale == 0, 1.0, scale)
-        of_row = (torch.arange(rows, device=amax.device) + self.row) // height
+        of_row = torch.cat([torch.arange(rows.start, rows.stop, device=amax.device) for rows in self.rows]) // height
         of_column = (torch.arange(columns, device=amax.device) + self.column) // width
         scale = scale[of_row][:, of_column]
         return fmt.round_scaled(values.float() / scale).mul_(scale)
@@ -146,7 +150,8 @@ class Aligned:
         if self._rounds_cache:
             self.use_scales(KVScales.unit(config.architecture.num_hidden_layers))
             for layer in model.decoder.layers:
-                layer.self_attention.core_attention.register_forward_pre_hook(self._cached(layer.layer_number - 1))
+                if not config.architecture.is_recurrent(layer.layer_number - 1):
+                    layer.self_attention.core_attention.register_forward_pre_hook(self._cached(layer.layer_number - 1))
 
     def use_scales(self, scales: KVScales | None) -> None:
         """The scales that the engine has from now on."""
@@ -161,7 +166,7 @@ class Aligned:
         """The linear layers with a quantised weight, on this rank."""
         a = self._config.architecture
         for number, layer in enumerate(model.decoder.layers):
-            for rows in parameters_of(a.family.layer):
+            for rows in parameters_of(table_of(a, layer.layer_number - 1)):
                 if rows[0].quantized:
                     factors = self._factors.get(f"decoder.layers.{number}.{rows[0].megatron}")
                     yield self._aligned(layer, rows, rows[0].megatron, factors, is_expert=False)
@@ -183,8 +188,10 @@ class Aligned:
         pieces = []
         for row in rows:
             height, width = shape_of(row, self._config.architecture)
-            first_row, first_column = (rank * height // size, 0) if row.tp_dim == 0 else (0, rank * width // size)
-            pieces.append(Piece(first_row, first_column, (height, width)))
+            if row.tp_dim == 0:
+                pieces.append(Piece(own_rows(sections_of(row, self._config.architecture), rank, size), 0, (height, width)))
+            else:
+                pieces.append(Piece((range(height),), rank * width // size, (height, width)))
         linear, shared_by = layer.get_submodule(name.removesuffix(".weight")), group if size > 1 else None
         return AlignedLinear(linear, tuple(pieces), shared_by, factors, rounds_later=is_expert and rows[0].tp_dim == 1)
 
@@ -282,6 +289,12 @@ class Aligned:
             return query, *stored, *others
 
         return hook
+
+
+def own_rows(sections: tuple[int, ...], rank: int, size: int) -> tuple[range, ...]:
+    """The rows of a matrix that a rank has, of each of its sections, which stand one above the other."""
+    parts = zip(accumulate((0, *sections[:-1])), (height // size for height in sections), strict=True)
+    return tuple(range(start + rank * own, start + (rank + 1) * own) for start, own in parts)
 
 
 def _weighted(expert: Callable[[Tensor], tuple[Tensor, None]]) -> Callable[[Tensor, Tensor], tuple[Tensor, None]]:

@@ -186,6 +186,16 @@ ALIGNED = {
     "LoRA": (1, {}, {}, {}, FP8 | LORA, "fp8_e4m3"),
     "LoRA on one projection": (1, {}, {}, {}, FP8 | {"lora": {"rank": 8, "targets": ["v_proj"]}}, "fp8_e4m3"),
     "weights alone": (1, {}, {}, {}, {"forward_precision": "fp8_weights_aligned"}, "fp8_e4m3"),
+    "Qwen3.5": (1, RECURRENT, {}, {}, FP8, "fp8_e4m3"),
+    "Qwen3.5, recompute": (1, RECURRENT, {"recompute": "full"}, {}, FP8, "fp8_e4m3"),
+    "Qwen3.5 TP2+SP, weights alone": (
+        2,
+        RECURRENT,
+        {},
+        {"tp": 2, "sequence_parallel": True},
+        {"forward_precision": "fp8_weights_aligned"},
+        "fp8_e4m3",
+    ),
     "int4": (1, {}, {}, {}, {"forward_precision": "int4_aligned"}, "int4"),
     "large MLP": (1, {"vocab_size": 300, "intermediate_size": 2048, "head_dim": 64}, {}, {}, FP8, "fp8_e4m3"),
     "TP2+SP, LoRA": (2, {}, {}, {"tp": 2, "sequence_parallel": True}, FP8 | LORA, "fp8_e4m3"),
@@ -226,8 +236,8 @@ def test_memory_of_an_aligned_forward_pass(ranks: RankPool, layout: str) -> None
         stage = number // (world // config.parallel.pp)
         memory = rank_memory(config, stage, prompt_tokens=SEQ // 2, response_tokens=SEQ // 2, cuda=False, expert_load=1.0)
         planned = {
-            "copies": copied_bytes(config, cuda=False),
-            "refresh": refresh_bytes(config, cuda=False),
+            "copies": copied_bytes(config, stage, cuda=False),
+            "refresh": refresh_bytes(config, stage, cuda=False),
             "train": memory.batch + max(memory.activations + memory.logits, memory.gradients),
             "logprobs": memory.batch + memory.logprobs,
         }

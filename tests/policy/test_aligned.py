@@ -207,8 +207,10 @@ def test_the_layout_changes_nothing(ranks: RankPool, untied_checkpoint: Path, la
             assert (after[name] - weight).abs().mean() < 2e-4, name
 
 
-def divergence(rank: int, path: Path, parallel: dict[str, object], dtype: str = "bf16", **options) -> tuple[float, float]:
-    """D of the engine's responses under a BF16 trainer, and under an aligned one."""
+def divergence(
+    rank: int, path: Path, parallel: dict[str, object], dtype: str = "bf16", precision: str | None = None, **options
+) -> tuple[float, float]:
+    """D of the engine's responses under a BF16 trainer, and under an aligned one. precision: that of the latter."""
     from ais_megatron.policy.policy import Policy
     from ais_megatron.rollout.engine import SamplingParams
     from ais_megatron.weight_sync import WeightSync
@@ -216,8 +218,8 @@ def divergence(rank: int, path: Path, parallel: dict[str, object], dtype: str = 
 
     prompts = [Prompt(i, "", tuple((torch.arange(8) * (i + 3) % 67 + 3).tolist()), {}) for i in range(32)]
     found = []
-    for precision in ("bf16", None):
-        config = in_parallel(aligned_config(path, precision, dtype=dtype, **options), parallel)
+    for each in ("bf16", precision):
+        config = in_parallel(aligned_config(path, each, dtype=dtype, **options), parallel)
         policy = with_factors(Policy(config, OptimizerConfig(), 10, TEMPERATURE, str(path)) if found else make_policy(config, path))
         engine = make_engine(config, torch.bfloat16 if dtype == "bf16" else torch.float32)
         calibration = policy.calibrate(make_batch())

@@ -46,7 +46,7 @@ def test_training_computes_what_it_computes_on_cpus(gpus: RankPool, ranks: RankP
     assert_same_training(gpus, ranks, weights, layout)
 
 
-@pytest.mark.parametrize("layout", ["dense, TP2 x PP2", "moe, TP2 x EP2"])
+@pytest.mark.parametrize("layout", ["dense, TP2 x PP2", "moe, TP2 x EP2", "qwen35, TP2 x PP2"])
 def test_a_trainer_with_the_engines_weights(gpus: RankPool, ranks: RankPool, weights: dict[str, Path], layout: str) -> None:
     assert_same_training(gpus, ranks, weights, layout, aligned="fp8_weights_aligned")
 
