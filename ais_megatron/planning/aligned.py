@@ -66,16 +66,16 @@ def saved_bytes(config: Config, tokens: int, pairs: int, cuda: bool, is_recurren
     e, width = dtype_bytes(config), copy_width(config, cuda)
     shard = parallel.tp if parallel.sequence_parallel else 1
     hidden, attention = a.hidden_size, a.linear_value_size if is_recurrent else a.query_size
-    norms = 0
-    if not a.family.zero_centered_norms:  # which round once
-        norms += tokens * 2 * width * hidden // shard
-        norms += tokens * width * (a.query_size + a.kv_size) // parallel.tp if a.family.qk_norm else 0
+    saved = 0
+    if not a.family.zero_centered_norms:  # norms of the other kind round once
+        saved += tokens * 2 * width * hidden // shard
+        saved += tokens * width * (a.query_size + a.kv_size) // parallel.tp if a.family.qk_norm else 0
     if is_recurrent and width != e:
-        norms += tokens * e * hidden // shard  # the input of the projection to the gates, which is not quantised
+        saved += tokens * e * hidden // shard  # the input of the projection to the gates, which is not quantised
     if not a.is_moe:
-        return norms + (width - e) * tokens * (2 * hidden // shard + (attention + a.intermediate_size) // parallel.tp)
+        return saved + (width - e) * tokens * (2 * hidden // shard + (attention + a.intermediate_size) // parallel.tp)
     experts = pairs * ((2 * width - e) * hidden + (width - 2 * e) * a.moe_intermediate_size // parallel.etp)
-    return norms + (width - e) * tokens * (hidden // shard + attention // parallel.tp) + experts
+    return saved + (width - e) * tokens * (hidden // shard + attention // parallel.tp) + experts
 
 
 def rounding_bytes(config: Config, tokens: int) -> int:
