@@ -14,6 +14,7 @@ import importlib
 import multiprocessing
 import os
 import tempfile
+import time
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Client, Connection, Listener, wait
@@ -95,9 +96,7 @@ class RankPool:
     def close(self) -> None:
         self._close_pipes()
         self._orders.close()  # the nursery ends, and takes the ranks along
-        self._nursery.join(timeout=30)
-        self._nursery.kill()
-        self._nursery.join()
+        _end(self._nursery, 30.0)
         self._listener.close()
         self._folder.cleanup()
 
@@ -129,15 +128,23 @@ def _fork_ranks(orders: Connection, address: str, key: bytes, prepare: Callable[
         except EOFError:
             count = 0
         for process in ranks:
-            process.join(timeout=10)
-            process.kill()
-            process.join()
+            _end(process, 10.0)
         if not count:
             return
         ranks = [context.Process(target=_serve, args=(number, address, key, backend)) for number in range(count)]
         for process in ranks:
             process.start()
         orders.send("started")
+
+
+def _end(process: multiprocessing.process.BaseProcess, seconds: float) -> None:
+    """Wait for a process, and kill it if it has not ended by then. `join(timeout=...)` would wait for all that it has started, too: torch's
+    manager of shared memory outlives a rank by half a minute."""
+    deadline = time.monotonic() + seconds
+    while process.is_alive() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.kill()
+    process.join()
 
 
 def _serve(number: int, address: str, key: bytes, backend: str) -> None:
