@@ -17,7 +17,7 @@ from the first:
 
 error(H) judges: training accumulates the bias and averages out the noise. "against" is the difference to the best of
 gradient_arms.BASELINES, with an error that knows that both have the same batches. A rule passes if it is no worse within two of
-these errors. The best baseline is chosen after the fact, so it looks a little better than it is.
+these errors. The best baseline is chosen after the fact, so it looks a little better than it is. `--against ARM` takes another.
 
 Arms that the configuration refuses are left out, and a line says why.
 
@@ -77,6 +77,7 @@ def main() -> None:
     parser.add_argument("--sketch", type=int, default=2**20, help="numbers in a sketch")
     parser.add_argument("--save", type=Path, help="write what was measured here after every batch, for --from")
     parser.add_argument("--from", type=Path, dest="file", help="only report what --save wrote")
+    parser.add_argument("--against", help="compare error(H) with that of this arm; by default with that of the best fixed rule")
     parser.add_argument("--horizon", type=float, nargs="+", default=[90.0], help="H of error(H), in batches; inf: the squared bias alone")
     parser.add_argument("--reference", default=TARGET, help="the arm that the others are measured against")
     parser.add_argument("--json", type=Path)
@@ -86,7 +87,7 @@ def main() -> None:
     if arguments.batches < 3:
         parser.error(f"--batches={arguments.batches}: must be 3 or more")
     record = Record.load(arguments.file) if arguments.file else collect(arguments)
-    report(record, arguments.horizon, arguments.reference, arguments.json)
+    report(record, arguments.horizon, arguments.reference, arguments.against, arguments.json)
 
 
 def collect(arguments: argparse.Namespace) -> Record:
@@ -125,8 +126,10 @@ def judge(record: Record, reference: str) -> dict[str, Judged]:
     return {name: Judged(mixed, gradient_error(record.gram, mixed.coefficients, target)) for name, mixed in mixtures.items()}
 
 
-def report(record: Record, horizons: list[float], reference: str, out: Path | None) -> None:
+def report(record: Record, horizons: list[float], reference: str, against: str | None, out: Path | None) -> None:
     arms = judge(record, reference)
+    if against is not None and against not in arms:
+        raise SystemExit(f"--against={against}: must be one of {', '.join(arms)}")
     mean, config = statistics.fmean, record.config
     responses = config.rollout.prompts_per_step * config.rollout.group_size
     divergence, truncated, raw = (
@@ -142,7 +145,7 @@ def report(record: Record, horizons: list[float], reference: str, out: Path | No
         print(f"{hidden}\n")
     table = print_arms(arms, reference)
     for horizon in horizons:
-        print_horizon(arms, horizon, table)
+        print_horizon(arms, horizon, table, against)
     best = {f"{horizon:g}": print_best_alphas(record, arms[reference].mixture, horizon) for horizon in horizons}
     if out is not None:
         figures = {
@@ -185,10 +188,10 @@ def print_arms(arms: dict[str, Judged], reference: str) -> dict[str, dict[str, A
     return table
 
 
-def print_horizon(arms: dict[str, Judged], horizon: float, table: dict[str, dict[str, Any]]) -> None:
-    """error(H) of all arms, and its difference to that of the best baseline. Adds both to the table."""
+def print_horizon(arms: dict[str, Judged], horizon: float, table: dict[str, dict[str, Any]], against: str | None) -> None:
+    """error(H) of all arms, and its difference to that of one arm, by default the best baseline. Adds both to the table."""
     errors = {name: arm.error.error(horizon) for name, arm in arms.items()}
-    best = min((name for name in BASELINES if name in errors), key=lambda name: float(errors[name][0]))
+    best = against or min((name for name in BASELINES if name in errors), key=lambda name: float(errors[name][0]))
     print(f"\n{f'H = {horizon:g} batches':<{NAME}} {'error(H)':>17}  {'against ' + best:>19}")
     for name, values in errors.items():
         own, difference = estimate(values), estimate(values - errors[best])

@@ -148,6 +148,8 @@ def test_the_whole_benchmark_and_its_saved_record(tmp_path):
     assert measured["arms"]["bf16 rollouts"]["norm"] == 1.0 and measured["arms"]["bf16 rollouts"]["bias"] == 0.0
     against_aligned = figures("--from", record, "--reference", "aligned, tis")
     assert against_aligned["arms"]["aligned, tis"]["bias"] == 0.0
+    judged = figures("--from", record, "--horizon", "30", "--against", "mis")["arms"]["mis"]["horizons"]["30"]
+    assert judged["against"] == "mis" and judged["difference"] == [0.0, 0.0]
 
 
 @pytest.mark.slow
