@@ -29,7 +29,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from itertools import accumulate
 from typing import Any
 
 import torch
@@ -41,7 +40,8 @@ from torch import Tensor, nn
 from ais_megatron.config import Architecture, Config
 from ais_megatron.distributed import device
 from ais_megatron.export.parameters import join, split
-from ais_megatron.models.family import Weight, parameters_of, sections_of, shape_of, table_of
+from ais_megatron.models.family import Weight, parameters_of, table_of
+from ais_megatron.policy.hf_weights import part_of
 from ais_megatron.policy.lora import Factors, LoRA
 from ais_megatron.policy.norm import RMSNorm
 from ais_megatron.policy.routing import Router
@@ -186,12 +186,10 @@ class Aligned:
                 ps.get_tensor_model_parallel_group(),
             )
         pieces = []
-        for row in rows:
-            height, width = shape_of(row, self._config.architecture)
-            if row.tp_dim == 0:
-                pieces.append(Piece(own_rows(sections_of(row, self._config.architecture), rank, size), 0, (height, width)))
-            else:
-                pieces.append(Piece((range(height),), rank * width // size, (height, width)))
+        for part in (part_of(row, self._config.architecture) for row in rows):
+            height, width = part.shape
+            own = tuple(range(section.start, section.stop) for section in part.pieces(size, rank))
+            pieces.append(Piece(own, 0, (height, width)) if part.dim == 0 else Piece((range(height),), own[0].start, (height, width)))
         linear, shared_by = layer.get_submodule(name.removesuffix(".weight")), group if size > 1 else None
         return AlignedLinear(linear, tuple(pieces), shared_by, factors, rounds_later=is_expert and rows[0].tp_dim == 1)
 
@@ -289,12 +287,6 @@ class Aligned:
             return query, *stored, *others
 
         return hook
-
-
-def own_rows(sections: tuple[int, ...], rank: int, size: int) -> tuple[range, ...]:
-    """The rows of a matrix that a rank has, of each of its sections, which stand one above the other."""
-    parts = zip(accumulate((0, *sections[:-1])), (height // size for height in sections), strict=True)
-    return tuple(range(start + rank * own, start + (rank + 1) * own) for start, own in parts)
 
 
 def _weighted(expert: Callable[[Tensor], tuple[Tensor, None]]) -> Callable[[Tensor, Tensor], tuple[Tensor, None]]:

@@ -142,8 +142,12 @@ def _entry(
 ) -> Entry:
     """The Megatron parameter for `rows` of a family's table."""
     name = rows[0].transformer_engine if transformer_engine and rows[0].transformer_engine else rows[0].megatron
-    parts = tuple(Part(prefix + row.name, shape_of(row, a), row.tp_dim, sections_of(row, a) if row.sections else ()) for row in rows)
-    return Entry(stage, megatron_prefix + name.format(slot=slot), parts, slot)
+    return Entry(stage, megatron_prefix + name.format(slot=slot), tuple(part_of(row, a, prefix) for row in rows), slot)
+
+
+def part_of(row: Weight, a: Architecture, prefix: str = "") -> Part:
+    """The tensor of a row of a family's table."""
+    return Part(prefix + row.name, shape_of(row, a), row.tp_dim, sections_of(row, a) if row.sections else ())
 
 
 def load_hf(model: nn.Module, architecture: Architecture, folder: str | Path, transformer_engine: bool) -> None:
